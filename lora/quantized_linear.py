@@ -1,0 +1,89 @@
+"""A linear layer whose frozen weight is held in 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qloralab.nf4 import bitsandbytes
+from qloralab.nf4.errors import FormatError
+from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
+
+
+class QuantizedLinear(nn.Module):
+    """``nn.Linear`` with a ``QuantizedTensor`` as its weight. The weight does not train; gradients flow to the input.
+
+    Its state dict holds the weight as bitsandbytes' ``Linear4bit`` does (see ``nf4/bitsandbytes.py``). Moves between devices carry the
+    weight along; conversions of the dtype (``module.half()``) leave it as it is.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: in compute_dtype, or None.
+        compute_dtype: the dtype of the product. The input is converted to it, the output back.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.weight = weight
+        self.compute_dtype = compute_dtype
+        self.out_features, self.in_features = weight.shape
+        frozen = None if bias is None else nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
+        self.register_parameter("bias", frozen)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        codebook: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        name: str = "layer",
+    ) -> QuantizedLinear:
+        """Quantize the weight of a linear layer; the layer itself is not changed.
+
+        Raises:
+            TypeError, ValueError: from ``quantize``; the message has the name of the layer.
+        """
+        weight = quantize(layer.weight, codebook, block_size, double_quant, name=f"{name}.weight")
+        return cls(weight, layer.bias, compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in the dtype of x."""
+        return linear(x.to(self.compute_dtype), self.weight, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.weight.codebook}, block_size={self.weight.block_size}, double_quant={self.weight.double_quant}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        self.weight = self.weight.map(fn)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self.weight.to_bitsandbytes(f"{prefix}weight"))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        name = f"{prefix}weight"
+        ours = set(bitsandbytes.names(state_dict, name))
+        rest = {key: value for key, value in state_dict.items() if key not in ours}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not ours:
+            missing_keys.append(name)
+            return
+        try:
+            weight = QuantizedTensor.from_bitsandbytes(state_dict, name)
+        except FormatError as error:
+            error_msgs.append(str(error))
+            return
+        if weight.shape != self.weight.shape:
+            error_msgs.append(f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}")
+            return
+        self.weight = weight.to(self.weight.device)

@@ -1,0 +1,191 @@
+"""A weight in 4 bits: ``quantize`` makes it, ``QuantizedTensor`` holds it, ``linear`` multiplies by it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from . import bitsandbytes, double, ops
+from .blockwise import BLOCK_SIZES
+from .codebook import codebook_values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A tensor of 4-bit codes with blockwise scales. Immutable; made by ``quantize`` or ``from_bitsandbytes``.
+
+    Attributes:
+        packed: uint8 [(numel + 1) // 2, 1]; two codes a byte in row-major order, the first in the high nibble.
+        scales: the scale of each block: float32 [blocks], or uint8 [blocks] when the scales are quantized too.
+        absmax2: float32 [ceil(blocks / 256)], the second-level scales, or None.
+        offset: float32 [], the mean that was subtracted from the scales, or None.
+        values: float32 [16], the codebook.
+        shape: of the weight.
+        dtype: of the weight that was quantized; ``dequantize`` returns it.
+        codebook: name of the codebook.
+        block_size: consecutive weights that share a scale.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+    values: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    codebook: str
+    block_size: int
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in full: float32 product of value and scale, rounded once.
+
+        Args:
+            dtype: float32, bfloat16 or float16; by default the dtype of the original weight.
+
+        Returns:
+            dtype, the shape of the weight.
+        """
+        return ops.dequantize(*self.operands(), dtype or self.dtype)
+
+    def absmax(self) -> Tensor:
+        """The scales, decoded: float32 [blocks]."""
+        if self.absmax2 is None or self.offset is None:
+            return self.scales
+        return double.dequantize_scales(self.scales, self.absmax2, self.offset)
+
+    def operands(self):
+        """The weight as the operators of ``nf4/ops.py`` take it."""
+        return self.packed, self.scales, self.absmax2, self.offset, self.values, self.shape, self.block_size
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.absmax2 is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the scales of both levels included (the 64 bytes of the codebook are not)."""
+        parts = (self.packed, self.scales, self.absmax2, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits held per weight; 4.127 in the limit for blocks of 64 with double quantization, 4.5 without."""
+        return 8 * self.nbytes / max(self.shape.numel(), 1)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The same weight with a function (a move to a device, say) applied to each tensor it holds.
+
+        The function sees float32 tensors as int32, so that one that converts floating-point tensors, as ``module.bfloat16()`` does, changes no bit.
+        """
+
+        def carry(part: Tensor) -> Tensor:
+            return function(part) if part.dtype == torch.uint8 else function(part.view(torch.int32)).view(torch.float32)
+
+        parts = {name: getattr(self, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
+        return dataclasses.replace(self, **{name: carry(part) for name, part in parts.items() if part is not None})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantizedTensor:
+        """The same weight on another device."""
+        return self.map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes.py``."""
+        return bitsandbytes.to_state_dict(self, prefix)
+
+    @classmethod
+    def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
+        """Read one weight from the tensors of a bitsandbytes checkpoint.
+
+        Args:
+            tensors: of the checkpoint, by name; others than those of this weight are ignored.
+            prefix: full name of the weight.
+
+        Raises:
+            FormatError: the tensors are missing or do not fit each other.
+        """
+        return cls(**bitsandbytes.from_state_dict(tensors, prefix))
+
+    def __repr__(self) -> str:
+        second = ", double_quant" if self.double_quant else ""
+        return (
+            f"QuantizedTensor({list(self.shape)}, {self.codebook}, block_size={self.block_size}{second}, "
+            f"{self.bits_per_parameter:.3f} bits per parameter, from {self.dtype}, device={str(self.device)!r})"
+        )
+
+
+def quantize(
+    weight: Tensor, codebook: str = "nf4", block_size: int = 64, double_quant: bool = True, name: str = "weight"
+) -> QuantizedTensor:
+    """Quantize a tensor to 4 bits (QLoRA, section 3).
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
+        codebook: "nf4".
+        block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
+        double_quant: quantize the scales too, to 8 bits in blocks of 256.
+        name: of the tensor, for error messages.
+
+    Returns:
+        the packed weight, on the device of ``weight``.
+
+    Raises:
+        TypeError: weight is float64, complex, an integer or no tensor.
+        ValueError: weight holds a NaN or an infinity (the message gives the first index), or an option has no such value.
+    """
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    values = codebook_values(codebook).to(weight.device)
+    weight = weight.detach()
+    packed, scales = ops.quantize_blockwise(weight, values, block_size)
+    if not scales.isfinite().all():
+        _raise_not_finite(weight, name)
+    absmax2 = offset = None
+    if double_quant:
+        scales, absmax2, offset = ops.quantize_scales(scales)
+    return QuantizedTensor(
+        packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook=codebook, block_size=block_size
+    )
+
+
+def _raise_not_finite(weight: Tensor, name: str) -> None:
+    first = int(weight.isfinite().logical_not().flatten().int().argmax())
+    index = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(first), weight.shape))
+    value = weight.flatten()[first].item()
+    raise ValueError(f"{name}[{index}] is {value}; a weight with NaN or infinity cannot be quantized")
+
+
+def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + bias with a weight in 4 bits, dequantized to the dtype of x for the product (QLoRA, equation 5, without the adapter).
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        weight: [N, K].
+        bias: the dtype of x, [N], or None.
+
+    Returns:
+        the dtype of x, [..., N]. Differentiable in x and bias; backward uses the bits of the forward.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"linear: x {list(x.shape)} does not fit a weight {list(weight.shape)}; x is [..., K] and W is [N, K]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
+    return ops.linear(x, *weight.operands(), bias)

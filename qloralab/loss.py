@@ -1,0 +1,127 @@
+"""Cross-entropy of the answer, straight from the hidden states.
+
+A language model's head turns each hidden state into one logit per word: 49,152 floats a token for SmolLM2, times three for the softmax and its
+gradient. Instruction data has a label at few positions (a docstring's words, not the function's). So the head is applied only where a
+label is, a chunk of positions at a time, and each chunk leaves nothing behind but its loss and its gradient::
+
+    logits  = h W'                    [chunk, vocabulary], float32
+    loss   += logsumexp(logits) - logits[label]
+    grad    = softmax(logits) - onehot(label)
+    dh      = grad W                  [chunk, hidden]
+    dW     += grad' h                 only when the head trains
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -100
+_CHUNK_BYTES = 32 * 2**20  # of float32 logits
+
+
+class AnswerLoss:
+    """The loss of a causal language model where labels are, without the logits of other positions.
+
+    Args:
+        model: a Hugging Face causal language model. Some architectures scale or cap their logits after the head; whether this one does is
+            tried out once, on a few tokens. If so, its own forward gives the logits, of all positions.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.decoder = model.base_model
+        self.head = model.get_output_embeddings()
+        self.fused = self._head_is_plain()
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        if self.decoder is self.model or type(self.head) is not nn.Linear:
+            return False
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.arange(8, device=self.head.weight.device)[None]
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        self.model.train(was_training)
+        return torch.equal(self.head(hidden), logits)
+
+    def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """The summed loss of a batch and how many labels it has.
+
+        Args:
+            input_ids: int64 [batch, length], padded at the right. There is no attention mask: under causal attention no token sees the padding behind it.
+            labels: int64 [batch, length], the token at each position, or -100 where there is no loss. Position i is predicted from those before it.
+
+        Returns:
+            loss: float32 [], the sum over the labels. Divide it by a count of labels.
+            count: the number of labels.
+        """
+        targets = labels[:, 1:]
+        chosen = targets != IGNORED
+        if self.fused:
+            hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            loss = linear_cross_entropy(hidden[:, :-1][chosen], self.head.weight, targets[chosen], self.head.bias)
+        else:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][chosen]
+            loss = F.cross_entropy(logits.float(), targets[chosen], reduction="sum")
+        return loss, int(chosen.sum())
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy of softmax(hidden W' + bias), in chunks.
+
+    Args:
+        hidden: [tokens, hidden size], a floating-point dtype; the product is taken in it, the softmax in float32.
+        weight: [vocabulary, hidden size].
+        targets: int64 [tokens].
+        bias: [vocabulary] or None.
+
+    Returns:
+        float32 []. Differentiable in hidden, weight and bias.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        used = weight.to(hidden.dtype)
+        rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), rows):
+            h, target = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(h, used, None if bias is None else bias.to(h.dtype)).float()
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            loss += (normalizer - logits.gather(1, target)).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            grad = logits.sub_(normalizer).exp_()  # softmax, in the memory of the logits
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            low = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(low, used, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += low.T @ h
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None,
+            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+        )

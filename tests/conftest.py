@@ -1,0 +1,73 @@
+"""What every test runs under: no network, one seed, poisoned memory, as many threads as the machine has processors.
+
+Poison: ``torch.empty`` and its kind return memory that happens to be zero often enough to hide a kernel that never
+writes part of its output. Torch fills such memory with NaN (floats) or the largest value (integers) while deterministic
+algorithms are on, so every test runs with them on. That also turns an operation that is not reproducible into an error.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+# Read by the libraries when they are imported, hence before them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+SEED = 20230523  # the day of arXiv 2305.14314
+torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+
+# The same examples in every run. No deadline: the first call of an operator includes its compilation.
+hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("reproducible")
+
+
+class TorchRandom:
+    """Lets hypothesis reset torch's generator before each example, as it does for ``random`` and NumPy."""
+
+    def seed(self, value: int) -> None:
+        """Start torch's default generator from `value`."""
+        torch.manual_seed(value)
+
+    def getstate(self) -> torch.Tensor:
+        """The state of torch's default generator: uint8 [bytes]."""
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        """Continue from what `getstate` returned."""
+        torch.set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis holds a weak reference
+hypothesis.register_random(TORCH_RANDOM)  # pyright: ignore[reportArgumentType]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where there is one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws from the same state, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory reads as NaN in the test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
