@@ -1,4 +1,4 @@
-"""What an adapter looks like: the fields of ``peft.LoraConfig`` that this library has, with their meaning and their JSON names."""
+"""What an adapter looks like: fields of ``peft.LoraConfig``, with their names and their meaning."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class LoraConfig:
         r: rank of the adapters.
         lora_alpha: scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         lora_dropout: probability that an input of the adapter (not of the layer) is zeroed in training, in [0, 1).
-        target_modules: "all-linear" (every linear layer but the output head; the paper shows that this is needed to match 16-bit
-            fine-tuning); or a list of names, each a full path or its last components; or a regular expression for the full path.
+        target_modules: "all-linear" (every linear layer but the output head; the paper shows that this is needed to
+            match 16-bit fine-tuning); or a list of names, each a full path or its last components; or a regular
+            expression for the full path.
         bias: "none": biases stay frozen. PEFT's other values are not supported.
         task_type: passed through to PEFT's file.
         use_rslora: rank-stabilized scaling (arXiv 2312.03732).

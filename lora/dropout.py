@@ -1,12 +1,13 @@
 """Dropout that draws one random number per dropped element, not per element.
 
-Whether element i of n is dropped is a coin of probability p. The distances between dropped elements are then geometric::
+Whether element i of n is dropped is a coin of probability p. The distances between dropped elements are then
+geometric::
 
     P(distance > d) = (1 - p)**d        distance = 1 + floor(log(1 - u) / log(1 - p)),  u uniform in [0, 1)
 
-so n coins come from about ``n * p`` uniform numbers. At p = 0.05 that is 20 times fewer, and a CPU draws them one after the other: on one,
-``torch.nn.functional.dropout`` of bfloat16 takes longer than the matrix product it stands before. The positions, 4 bytes
-for each dropped element, also stand for the mask in backward.
+so n coins come from about ``n * p`` uniform numbers. At p = 0.05 that is 20 times fewer, and a CPU draws them one
+after the other: on one, ``torch.nn.functional.dropout`` of bfloat16 takes longer than the matrix product it stands
+before. The positions, 4 bytes for each dropped element, also stand for the mask in backward.
 """
 
 from __future__ import annotations

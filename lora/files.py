@@ -5,8 +5,9 @@
     base_model.model.P.lora_A.weight    float32 [r, in]
     base_model.model.P.lora_B.weight    float32 [out, r]
 
-``adapter_config.json`` holds the fields of ``peft.LoraConfig``. Reading refuses a file that asks for what this library does not do (DoRA, a rank
-per layer, trained embeddings, ...): the layers would compute something else than the file means.
+``adapter_config.json`` holds the fields of ``peft.LoraConfig``. Reading refuses a file that asks for what this
+library does not do (DoRA, a rank per layer, trained embeddings, ...): the layers would compute something else than
+the file means.
 """
 
 from __future__ import annotations
@@ -155,7 +156,9 @@ def _read_config(path: Path) -> LoraConfig:
     for field, neutral in _NEUTRAL.items():
         if fields.get(field) not in neutral:
             raise FormatError(f"is {fields[field]!r:.60}, which is not supported", file=path, field=field)
-    chosen = {f: fields[f] for f in ("lora_dropout", "target_modules", "bias", "task_type", "use_rslora") if f in fields}
+    chosen = {
+        f: fields[f] for f in ("lora_dropout", "target_modules", "bias", "task_type", "use_rslora") if f in fields
+    }
     for field in ("r", "lora_alpha"):
         if field not in fields:
             raise FormatError("is missing", file=path, field=field)
@@ -168,7 +171,9 @@ def _read_config(path: Path) -> LoraConfig:
 def _read_weights(path: Path, r: int) -> dict[tuple[str, str], Tensor]:
     """float32 tensors by (path of the layer, "lora_A" or "lora_B"), complete and with the rank of the config."""
     if not path.exists() and path.with_name("adapter_model.bin").exists():
-        raise FormatError("is a pickle, which can run code; have PEFT save it as safetensors", file=path.with_suffix(".bin"))
+        raise FormatError(
+            "is a pickle, which can run code; have PEFT save it as safetensors", file=path.with_suffix(".bin")
+        )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     tensors: dict[tuple[str, str], Tensor] = {}
@@ -183,7 +188,7 @@ def _read_weights(path: Path, r: int) -> dict[tuple[str, str], Tensor]:
         raise FormatError(f"is not a safetensors file: {error}", file=path) from None
     if not tensors:
         raise FormatError("holds no adapter", file=path)
-    for name, which in list(tensors):
+    for name in {name for name, _ in tensors}:
         for other, dim in (("lora_A", 0), ("lora_B", 1)):
             key = f"{_PREFIX}{name}.{other}.weight"
             if (name, other) not in tensors:
@@ -211,7 +216,9 @@ def _check_fit(model: nn.Module, names: list[str], tensors: dict[tuple[str, str]
 def _check_same(model: nn.Module, names: list[str], config: LoraConfig, directory: Path) -> None:
     present = adapters(model)
     if set(names) != set(present):
-        raise ValueError(f"{directory} adapts {len(names)} layers, the model {len(present)} or others; load it into the bare model")
+        raise ValueError(
+            f"{directory} adapts {len(names)} layers, the model {len(present)} or others; load it into the bare model"
+        )
     for name, layer in present.items():
         if (layer.config.r, layer.config.scaling) != (config.r, config.scaling):
             raise ValueError(f"{directory} has r = {config.r}, scaling = {config.scaling:g}; {name} has other ones")

@@ -1,6 +1,7 @@
 """From a model to a QLoRA model: find its linear layers, hold their weights in 4 bits, put an adapter beside each.
 
-Both steps change the model in place and return it. The order is ``quantize_``, then ``inject_``; ``inject_`` alone gives LoRA.
+Both steps change the model in place and return it. The order is ``quantize_``, then ``inject_``; ``inject_`` alone
+gives LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .quantized_linear import QuantizedLinear
 def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
     """Full paths of the linear layers that QLoRA quantizes and adapts.
 
-    Those are the modules of the very type ``nn.Linear`` (a subclass may be used in other ways than by calling it) or ``QuantizedLinear``, except
+    Those are the modules of the very type ``nn.Linear`` (a subclass may be used in other ways than by calling it) or
+    ``QuantizedLinear``, except
 
     * the output head, where the model can tell it by ``get_output_embeddings()``, as Hugging Face models can;
     * layers that share their weight with a module that is left out, such as an embedding;
@@ -38,7 +40,9 @@ def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[st
     chosen = {
         name: layer
         for name, module in outer_modules(model)
-        if type(layer := unwrapped(module)) in (nn.Linear, QuantizedLinear) and module is not head and name not in skipped
+        if type(layer := unwrapped(module)) in (nn.Linear, QuantizedLinear)
+        and module is not head
+        and name not in skipped
     }
     inside = {id(layer) for layer in chosen.values()}
     elsewhere = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
@@ -54,7 +58,8 @@ def quantize_(
     skip: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
-    """Hold the weights of a model's linear layers in 4 bits, in place. One weight is freed before the next is quantized.
+    """Hold the weights of a model's linear layers in 4 bits, in place. One weight is freed before the next is
+    quantized.
 
     Args:
         model: its layers as ``linear_names(model, skip)`` gives them; those already quantized stay as they are.
@@ -67,7 +72,8 @@ def quantize_(
         the model. Layers that shared a weight share the packed one.
 
     Raises:
-        ValueError: the model has no linear layer, or has adapters; or a weight holds NaN or infinity (the message has its full name).
+        ValueError: the model has no linear layer, or has adapters; or a weight holds NaN or infinity (the message has
+            its full name).
         TypeError: a weight is float64 or an integer.
     """
     if has_adapters(model):

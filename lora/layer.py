@@ -2,11 +2,12 @@
 
     y = base(x) + scaling * B A dropout(x)          A [r, in], B [out, r]
 
-A starts Kaiming-uniform and B at zero, so that training starts from the base model. A and B are float32, because their updates
-are small against their values; the products are taken in the dtype of the layer's output, usually bfloat16. PEFT takes
-them in float32 instead and so copies each input to float32.
+A starts Kaiming-uniform and B at zero, so that training starts from the base model. A and B are float32, because
+their updates are small against their values; the products are taken in the dtype of the layer's output, usually
+bfloat16. PEFT takes them in float32 instead and so copies each input to float32.
 
-The gradients are written out, so that backward keeps the input itself, which others keep too, and not a second, dropped-out one::
+The gradients are written out, so that backward keeps the input itself, which others keep too, and not a second,
+dropped-out one::
 
     h  = dropout(x) A'                              [tokens, r]       kept
     dB = scaling * dy' h
@@ -98,13 +99,16 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float) -> Tensor:
         positions = draw_positions(x.numel(), p, x.device) if p else None
         h = _rows(_dropped(x, positions, p)) @ A.T  # [tokens, r]
-        ctx.save_for_backward(x, A, B, h, None if positions is None else positions.int())
+        if positions is not None and x.numel() < 2**31:
+            positions = positions.int()  # half the memory until backward
+        ctx.save_for_backward(x, A, B, h, positions)
         ctx.scaling, ctx.p = scaling, p
-        return torch.addmm(_rows(y), h, B.T.to(y.dtype), alpha=scaling).view(y.shape)
+        return torch.addmm(_rows(y), h.to(y.dtype), B.T.to(y.dtype), alpha=scaling).view(y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (dy,) = grads
         x, A, B, h, positions = ctx.saved_tensors
         positions = None if positions is None else positions.long()
         grad = _rows(dy).to(x.dtype)

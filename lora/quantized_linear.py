@@ -15,8 +15,8 @@ from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 class QuantizedLinear(nn.Module):
     """``nn.Linear`` with a ``QuantizedTensor`` as its weight. The weight does not train; gradients flow to the input.
 
-    Its state dict holds the weight as bitsandbytes' ``Linear4bit`` does (see ``nf4/bitsandbytes.py``). Moves between devices carry the
-    weight along; conversions of the dtype (``module.half()``) leave it as it is.
+    Its state dict holds the weight as bitsandbytes' ``Linear4bit`` does (see ``nf4/bitsandbytes.py``). Moves between
+    devices carry the weight along; conversions of the dtype (``module.half()``) leave it as it is.
 
     Attributes:
         weight: [out_features, in_features].
@@ -24,7 +24,9 @@ class QuantizedLinear(nn.Module):
         compute_dtype: the dtype of the product. The input is converted to it, the output back.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16
+    ):
         super().__init__()
         self.weight = weight
         self.compute_dtype = compute_dtype
@@ -84,6 +86,8 @@ class QuantizedLinear(nn.Module):
             error_msgs.append(str(error))
             return
         if weight.shape != self.weight.shape:
-            error_msgs.append(f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}")
+            error_msgs.append(
+                f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}"
+            )
             return
         self.weight = weight.to(self.weight.device)

@@ -1,7 +1,8 @@
 """Blockwise quantization: the definition, in plain PyTorch, float32.
 
-The weights are flattened in row-major order and cut into blocks of ``block_size`` consecutive elements; a block may cross rows, and the last one may be
-short. Each block keeps one float32 scale, the largest magnitude in it, and each weight becomes the index of the codebook value nearest to ``weight / scale``::
+The weights are flattened in row-major order and cut into blocks of ``block_size`` consecutive elements; a block may
+cross rows, and the last one may be short. Each block keeps one float32 scale, the largest magnitude in it, and each
+weight becomes the index of the codebook value nearest to ``weight / scale``::
 
     absmax[b] = max |w[b, :]|                                    float32 [blocks]
     code[b, i] = nearest(w[b, i] * (1 / absmax[b]))              4 bits
@@ -84,7 +85,7 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, values: Tensor) -> Tensor:
-    """Pack 4-bit codes, uint8 [n], into bytes, uint8 [(n + 1) // 2, 1]; the first of two codes goes into the high nibble."""
+    """Pack 4-bit codes, uint8 [n], into bytes, uint8 [(n + 1) // 2, 1]; the first of two goes into the high nibble."""
     if len(codes) % 2:
         codes = torch.cat([codes, nearest(values.new_zeros(1), values)])
     high, low = codes.view(-1, 2).unbind(1)
@@ -98,7 +99,7 @@ def unpack(packed: Tensor, numel: int) -> Tensor:
 
 
 def in_blocks(x: Tensor, block_size: int) -> Tensor:
-    """[n] -> [blocks, block_size], the last block completed with zeros, which change neither its scale nor its codes."""
+    """[n] -> [blocks, block_size]; zeros complete the last block, and change neither its scale nor its codes."""
     return pad(x, (0, -len(x) % block_size)).view(-(-len(x) // block_size), block_size)
 
 

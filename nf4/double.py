@@ -1,7 +1,7 @@
 """Double quantization: the scales are quantized too (QLoRA, arXiv 2305.14314, section 3).
 
-At one float32 scale per 64 weights, the scales cost 0.5 bits per weight. They are quantized in turn, to 8 bits in blocks of 256. Scales are positive
-and alike, so their mean is subtracted first and the signed 8-bit map serves::
+At one float32 scale per 64 weights, the scales cost 0.5 bits per weight. They are quantized in turn, to 8 bits in
+blocks of 256. Scales are positive and alike, so their mean is subtracted first and the signed 8-bit map serves::
 
     offset     = mean(absmax)                                     float32, over the whole tensor
     absmax2[c] = max |absmax[c, :] - offset|                      float32 [ceil(blocks / 256)]
@@ -10,9 +10,10 @@ and alike, so their mean is subtracted first and the signed 8-bit map serves::
 
 The cost falls to 8/64 + 32/(64 * 256) = 0.127 bits per weight, 4.127 with the code itself.
 
-The steps are those of bitsandbytes. The mean is summed in float64, so that no order of summation shows in it, and the nearest code is exact, where
-bitsandbytes uses a look-up table on CPUs. The weakness is shared: the offset is one for the whole tensor, so a
-block whose weights are far smaller than those around it can get a scale that is wrong by a large factor, even negative.
+The steps are those of bitsandbytes. The mean is summed in float64, so that no order of summation shows in it, and the
+nearest code is exact, where bitsandbytes uses a look-up table on CPUs. The weakness is shared: the offset is one for
+the whole tensor, so a block whose weights are far smaller than those around it can get a scale that is wrong by a
+large factor, even negative.
 """
 
 from __future__ import annotations

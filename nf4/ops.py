@@ -1,8 +1,8 @@
 """The operators, and their reference implementation.
 
-Each is a ``torch.library`` custom operator of the namespace ``qloralab``: a schema, a shape-only "fake" for ``torch.compile``, a derivative, and the
-reference as its implementation on every device. Faster implementations register themselves for a device and change nothing else; callers never ask
-which one serves them.
+Each is a ``torch.library`` custom operator of the namespace ``qloralab``: a schema, a shape-only "fake" for
+``torch.compile``, a derivative, and the reference as its implementation on every device. Faster implementations
+register themselves for a device and change nothing else; callers never ask which one serves them.
 
 ========================  ==================================================================
 quantize_blockwise        weight -> packed codes, scales
@@ -12,11 +12,14 @@ linear                    x, packed weight, bias -> x @ W.T + bias
 linear_grad_input         gradient of y, packed weight -> gradient of x = grad @ W
 ========================  ==================================================================
 
-A packed weight travels as the same arguments everywhere: ``packed``, ``scales`` (float32, or uint8 when they are quantized too),
-``absmax2`` and ``offset`` (None, or the second level), ``values`` (the codebook), ``shape`` and ``block_size``; see ``QuantizedTensor``.
+A packed weight travels as the same arguments everywhere: ``packed``, ``scales`` (float32, or uint8 when they are
+quantized too), ``absmax2`` and ``offset`` (None, or the second level), ``values`` (the codebook), ``shape`` and
+``block_size``; see ``QuantizedTensor``.
 
-``linear`` keeps the packed weight for its backward, never the dequantized one, and both directions dequantize to the dtype of their input by the
-same operator: the gradient is that of the forward that ran, bit for bit. (bitsandbytes goes through the weight's original dtype in backward only.)
+``linear`` keeps the packed weight for its backward, never the dequantized one, and both directions dequantize to the
+dtype of their input by the
+same operator: the gradient is that of the forward that ran, bit for bit. (bitsandbytes goes through the weight's
+original dtype in backward only.)
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import blockwise, double
+
 
 @torch.library.custom_op("qloralab::quantize_blockwise", mutates_args=())
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,8 @@ class QuantizedTensor:
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         """The same weight with a function (a move to a device, say) applied to each tensor it holds.
 
-        The function sees float32 tensors as int32, so that one that converts floating-point tensors, as ``module.bfloat16()`` does, changes no bit.
+        The function sees float32 tensors as int32, so that one that converts floating-point tensors, as
+        ``module.bfloat16()`` does, changes no bit.
         """
 
         def carry(part: Tensor) -> Tensor:
@@ -143,7 +144,8 @@ def quantize(
 
     Raises:
         TypeError: weight is float64, complex, an integer or no tensor.
-        ValueError: weight holds a NaN or an infinity (the message gives the first index), or an option has no such value.
+        ValueError: weight holds a NaN or an infinity (the message gives the first index), or an option has no such
+            value.
     """
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -171,7 +173,8 @@ def _raise_not_finite(weight: Tensor, name: str) -> None:
 
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias with a weight in 4 bits, dequantized to the dtype of x for the product (QLoRA, equation 5, without the adapter).
+    """x @ W.T + bias with a weight in 4 bits, dequantized to the dtype of x for the product (QLoRA, equation 5,
+    without the adapter).
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -185,7 +188,9 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
         ValueError: the shapes do not fit.
     """
     if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"linear: x {list(x.shape)} does not fit a weight {list(weight.shape)}; x is [..., K] and W is [N, K]")
+        raise ValueError(
+            f"linear: x {list(x.shape)} does not fit a weight {list(weight.shape)}; x is [..., K] and W is [N, K]"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
     return ops.linear(x, *weight.operands(), bias)

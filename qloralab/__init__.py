@@ -1,6 +1,7 @@
 """QLoRA (arXiv 2305.14314) from scratch: NF4 weights, double quantization, adapters beside every linear layer.
 
-The folders ``nf4/`` and ``lora/`` at the root of the repository are the packages ``qloralab.nf4`` and ``qloralab.lora``.
+The folders ``nf4/`` and ``lora/`` at the root of the repository are the packages ``qloralab.nf4`` and
+``qloralab.lora``.
 """
 
 from pathlib import Path as _Path
@@ -10,12 +11,12 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))
 
-from .lora.config import LoraConfig  # noqa: E402
-from .lora.files import load_adapter_, save_adapter  # noqa: E402
-from .lora.inject import inject_, linear_names, quantize_, trainable  # noqa: E402
-from .nf4.codebook import normal_float  # noqa: E402
-from .nf4.errors import FormatError  # noqa: E402
-from .nf4.tensor import QuantizedTensor, linear, quantize  # noqa: E402
+from qloralab.lora.config import LoraConfig  # noqa: E402
+from qloralab.lora.files import load_adapter_, save_adapter  # noqa: E402
+from qloralab.lora.inject import inject_, linear_names, quantize_, trainable  # noqa: E402
+from qloralab.nf4.codebook import normal_float  # noqa: E402
+from qloralab.nf4.errors import FormatError  # noqa: E402
+from qloralab.nf4.tensor import QuantizedTensor, linear, quantize  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,9 @@
 """Cross-entropy of the answer, straight from the hidden states.
 
-A language model's head turns each hidden state into one logit per word: 49,152 floats a token for SmolLM2, times three for the softmax and its
-gradient. Instruction data has a label at few positions (a docstring's words, not the function's). So the head is applied only where a
-label is, a chunk of positions at a time, and each chunk leaves nothing behind but its loss and its gradient::
+A language model's head turns each hidden state into one logit per word: 49,152 floats a token for SmolLM2, times
+three for the softmax and its gradient. Instruction data has a label at few positions (a docstring's words, not the
+function's). So the head is applied only where a label is, a chunk of positions at a time, and each chunk leaves
+nothing behind but its loss and its gradient::
 
     logits  = h W'                    [chunk, vocabulary], float32
     loss   += logsumexp(logits) - logits[label]
@@ -25,8 +26,9 @@ class AnswerLoss:
     """The loss of a causal language model where labels are, without the logits of other positions.
 
     Args:
-        model: a Hugging Face causal language model. Some architectures scale or cap their logits after the head; whether this one does is
-            tried out once, on a few tokens. If so, its own forward gives the logits, of all positions.
+        model: a Hugging Face causal language model. Some architectures scale or cap their logits after the head;
+            whether this one does is tried out once, on a few tokens. If so, its own forward gives the logits, of all
+            positions.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,8 +53,10 @@ class AnswerLoss:
         """The summed loss of a batch and how many labels it has.
 
         Args:
-            input_ids: int64 [batch, length], padded at the right. There is no attention mask: under causal attention no token sees the padding behind it.
-            labels: int64 [batch, length], the token at each position, or -100 where there is no loss. Position i is predicted from those before it.
+            input_ids: int64 [batch, length], padded at the right. There is no attention mask: under causal attention
+                no token sees the padding behind it.
+            labels: int64 [batch, length], the token at each position, or -100 where there is no loss. Position i is
+                predicted from those before it.
 
         Returns:
             loss: float32 [], the sum over the labels. Divide it by a count of labels.
@@ -116,7 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (grad,) = grads
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (

@@ -1,0 +1,5 @@
+"""``python -m qloralab`` is the ``qloralab`` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,45 @@
+"""One prompt, one answer: what ``qloralab generate`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .encoding import prompt_text
+from .errors import UserError
+from .examples import Example, Message
+from .generate import generate
+from .models import load_model, load_tokenizer
+
+
+def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, quantized: bool) -> str:
+    """Load a model and an adapter and answer a prompt, in the model's chat format.
+
+    Args:
+        model: a Hugging Face directory or a GGUF file.
+        adapter: directory of an adapter, or None.
+        prompt: what the user says.
+        max_new_tokens: where the answer is cut.
+        quantized: hold the weights in 4 bits, as they were when a QLoRA adapter was trained; otherwise in bfloat16.
+
+    Raises:
+        UserError, FormatError: the model or the adapter cannot be used.
+    """
+    from qloralab.lora.files import load_adapter_
+    from qloralab.lora.inject import quantize_
+
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model)
+    if quantized:
+        quantize_(loaded)
+    if adapter is not None:
+        try:
+            load_adapter_(loaded, adapter)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from error
+    if torch.cuda.is_available():
+        loaded.to("cuda")
+    example = Example(messages=(Message("user", prompt), Message("assistant", "…")), source="prompt")
+    ids = tokenizer(prompt_text(example, tokenizer), add_special_tokens=False).input_ids
+    return generate(loaded, tokenizer, [ids], max_new_tokens)[0].strip()

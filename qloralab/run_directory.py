@@ -1,0 +1,98 @@
+"""What a run leaves behind.
+
+=================  =================================================================================================
+config.json        the settings, and the versions and the machine that ran them
+metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_norm, tokens_per_s, rss_mb
+loss.png           the curves
+samples.md         held-out prompts, answered before and after
+adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
+=================  =================================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        step: optimizer steps done; 0 is the model before training.
+        tokens: trained on so far, padding not counted.
+        loss: mean over the answer tokens of the batch, in nats; None at step 0.
+        val_loss: mean over the answer tokens of the held-out examples, or None where there was no validation.
+        lr: learning rate of the step.
+        grad_norm: before clipping.
+        tokens_per_s: of this step, padding not counted.
+        rss_mb: resident memory after the step, in 10**6 bytes.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    val_loss: float | None
+    lr: float | None
+    grad_norm: float | None
+    tokens_per_s: float | None
+    rss_mb: float
+
+
+class RunDirectory:
+    """Creates the directory and writes into it as the run goes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, settings: Settings):
+        self.path = settings.out
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.metrics: list[Metrics] = []
+        self._config = {**_plain(settings), "lr": settings.learning_rate, "versions": versions()}
+        self.update_config()
+        self._lines: TextIO = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def update_config(self, **fields: Any) -> None:
+        """Add fields to config.json."""
+        self._config.update(fields)
+        (self.path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
+
+    def log(self, metrics: Metrics) -> None:
+        """Append a line to metrics.jsonl; it is on disk when this returns."""
+        self.metrics.append(metrics)
+        self._lines.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        self._lines.flush()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    import transformers
+
+    from . import __version__
+
+    threads, features = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return {
+        "qloralab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, {threads} threads, {features}",
+    }
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    fields = dataclasses.asdict(settings)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

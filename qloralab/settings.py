@@ -1,0 +1,89 @@
+"""Everything that a fine-tuning run depends on. ``config.json`` of a run is this, and the versions that ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from .errors import UserError
+
+Method = Literal["qlora", "lora", "full"]
+METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
+STDLIB = "stdlib"
+
+# Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
+_LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a run.
+
+    Attributes:
+        out: the run directory; it must not exist, or be empty.
+        model: a Hugging Face directory or a GGUF file.
+        data: a JSONL file, or "stdlib": the docstrings of the running interpreter's standard library.
+        format: of the JSONL file, "alpaca", "chat" or "text"; None detects it.
+        method: "qlora" (4-bit weights and adapters), "lora" (bfloat16 weights and adapters) or "full" (all weights,
+            float32, train).
+        adapter: directory of an adapter to start from; it sets r, lora_alpha and lora_dropout.
+        steps: optimizer steps.
+        batch_size: examples per step.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        max_length: tokens per example, at most.
+        too_long: what happens to a longer example: "error", "skip" or "cut".
+        lr: the largest learning rate; by default 1e-3, and 1e-4 for "full".
+        r, lora_alpha, lora_dropout: see ``LoraConfig``.
+        max_grad_norm: gradients are scaled down to this norm.
+        held_out: examples kept from training, for the validation loss and the samples.
+        eval_every: steps between validations; there is one before the first step and one after the last in any case.
+        checkpointing: keep no activations inside a transformer block, compute them again in backward.
+        seed: of the split, the order, the adapters and the dropout.
+    """
+
+    out: Path
+    model: Path
+    data: str = STDLIB
+    format: str | None = None
+    method: Method = "qlora"
+    adapter: Path | None = None
+    steps: int = 120
+    batch_size: int = 4
+    accumulate: int = 1
+    max_length: int = 256
+    too_long: str = "error"
+    lr: float | None = None
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.05
+    max_grad_norm: float = 0.3
+    held_out: int = 64
+    eval_every: int = 40
+    checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be at least 1")
+        if self.accumulate > self.batch_size:
+            raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive")
+        if self.method == "full" and self.adapter:
+            raise UserError("--adapter goes with --method qlora or lora; full fine-tuning has no adapter")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(
+                f"{self.out} exists and is not empty; a run never writes over another, give --out a new name"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """lr, or the default of the method."""
+        return self.lr if self.lr is not None else _LEARNING_RATES[self.method]
+
+
+def _option(name: str) -> str:
+    return "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
