@@ -1,9 +1,9 @@
 """Which examples go into which batch, and how a batch becomes tensors.
 
-As in the QLoRA paper (appendix B.2, "group examples of similar lengths in the same batch"), a batch holds examples of similar
-length, because every row is padded to the longest of its batch and padding costs as much as text. The order of an epoch:
+As in the QLoRA paper (appendix B.2), a batch holds examples of similar length, because every row is padded to the
+longest of its batch and padding costs as much as text. The order of an epoch:
 
-    shuffle all indices -> cut into megabatches of 50 batches -> sort each by length -> cut into batches -> shuffle those
+    shuffle all indices -> cut into megabatches of 50 batches -> sort each by length -> cut into batches -> shuffle them
 
 It is a pure function of the seed and the epoch, so a run that is resumed sees what it would have seen.
 """
@@ -60,7 +60,7 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, e
     order = _shuffled(range(len(lengths)), rng)
     batches = []
     for first in range(0, len(order), _MEGABATCH * batch_size):
-        mega = sorted(order[first : first + _MEGABATCH * batch_size], key=lambda index: lengths[index], reverse=True)
+        mega = sorted(order[first : first + _MEGABATCH * batch_size], key=lambda index: lengths[index])
         batches += [mega[start : start + batch_size] for start in range(0, len(mega), batch_size)]
     return _shuffled(batches, rng)
 
@@ -73,7 +73,8 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
         pad_id: the token to pad with. It may be a token that texts use: what is padding is told by its position.
 
     Returns:
-        input_ids, labels and attention_mask, each int64 [examples, tokens of the longest]. Padding has label -100 and mask 0.
+        input_ids, labels and attention_mask, each int64 [examples, tokens of the longest]. Padding has label -100 and
+        mask 0.
     """
     width = max(len(one.input_ids) for one in encoded)
     masks = [[1] * len(one.input_ids) for one in encoded]

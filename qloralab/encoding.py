@@ -10,18 +10,18 @@ The string is tokenized once, as a whole, and a token has a label when it holds 
 end of the turn is part of the answer, or the model would never learn to stop; the line break after it is not.
 
 Where an answer begins and ends is what the chat template itself says: the template rendered on the messages before the
-answer, with the prompt for an answer, and on the messages including it, are both beginnings of the whole. A template for
-which they are not has no such spans, and is refused.
+answer, with the prompt for an answer, and on the messages including it, are both beginnings of the whole. A template
+for which they are not has no such spans, and is refused.
 
 Without a chat template an instruction is written in Alpaca's prompt. Its answer, like a plain text, ends with the
-tokenizer's eos token. Where the tokenizer starts texts with a bos token, so do these. A chat template writes its own bos.
+tokenizer's eos token. Where the tokenizer starts texts with a bos token, so do these; a chat template writes its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from jinja2 import TemplateError
@@ -58,9 +58,9 @@ def encode(example: Example, tokenizer: Any) -> Encoded:
         tokenizer: a fast tokenizer of transformers, which knows the characters of each token.
 
     Raises:
-        UserError: the example needs a chat template that is missing, or that does not work for it; no token has a label.
+        UserError: the example needs a chat template that is missing or does not work for it; no token has a label.
     """
-    return next(iter(_encode([example], tokenizer)))
+    return next(_encode([example], tokenizer))
 
 
 def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too_long: str = "error") -> list[Encoded]:
@@ -70,8 +70,8 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too
         examples: of any format.
         tokenizer: see ``encode``.
         max_length: tokens.
-        too_long: what happens to a longer example. "error" refuses all of them. "skip" leaves the example out. "cut" keeps its
-            first max_length tokens, and leaves the example out when none of those has a label.
+        too_long: what happens to a longer example. "error" refuses all of them. "skip" leaves the example out. "cut"
+            keeps its first max_length tokens, and leaves the example out when none of those has a label.
 
     Returns:
         One per example that was not left out; ``len(examples) - len(result)`` were.
@@ -94,7 +94,7 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too
 
 
 def prompt_text(example: Example, tokenizer: Any) -> str:
-    """What a model is given to answer: all before the last assistant turn; of a plain text, the first half of its words.
+    """What a model is given to answer: all before the last assistant turn, or the first half of the words of a text.
 
     Special tokens are part of the text: tokenize it with ``add_special_tokens=False``.
 
@@ -142,8 +142,8 @@ def _write_chat(example: Example, tokenizer: Any) -> _Written:
         after = whole if index == answers[-1] else _apply_template(example, messages[: index + 1], tokenizer)
         if not (whole.startswith(after) and after.startswith(before)):
             raise UserError(
-                f"{example.source}: the tokenizer's chat template writes a message differently once others follow it, "
-                "so the answers cannot be told from the rest"
+                f"{example.source}: the tokenizer's chat template writes an answer without the prompt for it, "
+                "or a turn differently once others follow, so the answers cannot be told from the rest"
             )
         spans.append((len(before), len(after.rstrip())))
     return _Written(whole, spans, example.source)
@@ -157,7 +157,7 @@ def _apply_template(example: Example, messages: Sequence[Message], tokenizer: An
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:  # templates raise it for roles or orders that the model was not trained on
+    except (TemplateError, ValueError) as error:  # often: a role or an order that the model was not trained on
         why = " ".join(str(error).split())
         raise UserError(f"{example.source}: the tokenizer's chat template refuses the messages: {why}") from error
 
@@ -182,7 +182,7 @@ def _eos(tokenizer: Any, text: str) -> str:
     return "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterable[Encoded]:
+def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the tokenizer does not tell which characters a token holds; give the model a tokenizer.json")
     for first in range(0, len(examples), _CHUNK):
@@ -198,15 +198,12 @@ def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterable[Encoded]:
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
-    """The tokens that hold a character of an answer, and -100 for the others. Answers are in order, as tokens are."""
+    """The tokens that hold a character of an answer, and -100 for the others. Both ends of the tokens ascend."""
     labels = [NO_LABEL] * len(ids)
-    position = 0
     for start, end in answers:
-        for position in count(position):
-            if position == len(ids) or offsets[position][0] >= end:
-                break
-            if offsets[position][1] > start:
-                labels[position] = ids[position]
+        first = bisect_right(offsets, start, key=lambda token: token[1])  # the first token that ends after the start
+        last = bisect_left(offsets, end, key=lambda token: token[0])  # behind the last one that begins before the end
+        labels[first:last] = ids[first:last]
     return labels
 
 
@@ -221,6 +218,6 @@ def _cut(encoded: Encoded, length: int) -> Encoded:
 def _too_long_error(longer: list[Encoded], total: int, max_length: int) -> UserError:
     first, longest = len(longer[0].input_ids), max(len(one.input_ids) for one in longer)
     return UserError(
-        f"{longer[0].source}: {first} tokens, more than the limit of {max_length}; so are {len(longer)} of {total} examples. "
-        f"Give --max-length {longest} to keep them all, or --too-long skip|cut"
+        f"{longer[0].source}: {first} tokens, and the limit is {max_length}; {len(longer)} of {total} examples are "
+        f"too long. Give --max-length {longest} to keep them all, or --too-long skip|cut"
     )

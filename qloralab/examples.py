@@ -1,14 +1,14 @@
 """What a model is fine-tuned on: examples, and the JSON Lines files that hold them.
 
-A file holds one JSON object per line, all in one of three formats:
+A file holds one JSON object per line. All of them have one of three formats:
 
     alpaca  {"instruction": "Add the numbers.", "input": "2 3", "output": "5"}      input is optional
     chat    {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
     text    {"text": "Two and three make five."}
 
 Other fields are ignored. The first record decides which format the file has; every line must fit it. A file with a
-mistake is refused, because a line that is skipped in silence is a line that nobody learns from: the error names the file,
-the line and the field.
+mistake is refused, because nobody misses a line that is skipped in silence: the error names the file, the line and the
+field.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import UserError
 
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
 
-# Stanford Alpaca's prompt, with and without an input; the QLoRA paper's experiments on Alpaca use it.
+# Stanford Alpaca's prompt, with and without an input. A line break ends it: the answer starts a new token.
 _TASK = "Below is an instruction that describes a task"
 _ALPACA = (
     _TASK + ". Write a response that appropriately completes the request.\n\n"
@@ -73,8 +74,9 @@ class Example:
     @classmethod
     def from_instruction(cls, instruction: str, answer: str, source: str, input: str = "") -> Example:  # noqa: A002
         """An instruction, with the input it applies to if there is one, and its answer."""
-        template = _ALPACA_INPUT if input else _ALPACA
-        request = f"{instruction}\n\n{input}" if input else instruction
+        has_input = bool(input.strip())
+        template = _ALPACA_INPUT if has_input else _ALPACA
+        request = f"{instruction}\n\n{input}" if has_input else instruction
         return cls(
             source=source,
             messages=(Message("user", request), Message("assistant", answer)),
@@ -99,8 +101,8 @@ def read_jsonl(path: str | PathLike[str], format: str | None = None) -> list[Exa
         raise UserError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
     examples = []
     for source, line in _lines(path):
-        record = _Record(source, line)
-        format = format or _detect(record)  # noqa: A001
+        record = _parse(source, line)
+        record.format = format = format or _detect(record)  # noqa: A001
         examples.append(FORMATS[format](record))
     if not examples:
         raise UserError(f"{path} holds no record")
@@ -108,48 +110,59 @@ def read_jsonl(path: str | PathLike[str], format: str | None = None) -> list[Exa
 
 
 class _Record:
-    """One line as a JSON object, whose fields are checked as they are taken."""
+    """A JSON object that is a line, or part of one. Its fields are checked as they are taken."""
 
-    def __init__(self, source: str, line: str) -> None:
+    def __init__(self, source: str, value: Any, name: str = "") -> None:
         self.source = source
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            if line.lstrip().startswith("["):
-                raise self.error("a JSON array; give one JSON object per line") from error
-            raise self.error(f"not JSON: {error.msg} (column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of open brackets
-            raise self.error("not JSON that can be read: a number or a nesting is too long") from error
-        self.fields = self.object(fields, "the line")
+        self.name = name
+        self.format: str | None = None
+        if not isinstance(value, dict):
+            raise self.error(f"{name or 'the line'} is {_kind(value)}, not a JSON object")
+        self.fields: dict[str, Any] = value
 
     def error(self, what: str) -> UserError:
         return UserError(f"{self.source}: {what}")
 
-    def object(self, value: Any, name: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self.error(f"{name} is {_kind(value)}, not a JSON object")
+    def path(self, field: str) -> str:
+        return f"{self.name}.{field}" if self.name else field
+
+    def field(self, field: str, kind: type[T]) -> T:
+        name = self.path(field)
+        if field not in self.fields:
+            raise self.error(f"no field {name!r}" + (f"; the format is {self.format}" if self.format else ""))
+        value = self.fields[field]
+        if not isinstance(value, kind):
+            raise self.error(f"field {name!r} is {_kind(value)}, not {_KINDS[kind]}")
         return value
 
-    def string(self, field: str, fields: dict[str, Any] | None = None, prefix: str = "") -> str:
-        """The field, which must be a string that can be written as UTF-8."""
-        fields, name = self.fields if fields is None else fields, prefix + field
-        if field not in fields:
-            raise self.error(f"no field {name!r}")
-        value = fields[field]
-        if not isinstance(value, str):
-            raise self.error(f"field {name!r} is {_kind(value)}, not a string")
+    def string(self, field: str) -> str:
+        """A field that is a string, and can be written as UTF-8."""
+        value = self.field(field, str)
         try:
             value.encode()
         except UnicodeEncodeError as error:  # JSON can escape it, but no tokenizer takes it
-            raise self.error(f"field {name!r} holds half a surrogate pair (character {error.start + 1})") from error
+            where = f"field {self.path(field)!r}, character {error.start + 1}"
+            raise self.error(f"half a surrogate pair, which is no character ({where})") from error
         return value
 
-    def filled(self, field: str, fields: dict[str, Any] | None = None, prefix: str = "") -> str:
-        """The field, which must be a string with more than white space in it."""
-        value = self.string(field, fields, prefix)
+    def filled(self, field: str) -> str:
+        """A field that is a string with more than white space in it."""
+        value = self.string(field)
         if not value.strip():
-            raise self.error(f"field {prefix + field!r} is empty")
+            raise self.error(f"field {self.path(field)!r} is empty")
         return value
+
+
+def _parse(source: str, line: str) -> _Record:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        if line.lstrip().startswith("["):
+            raise UserError(f"{source}: a JSON array; give one JSON object per line") from error
+        raise UserError(f"{source}: not JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        raise UserError(f"{source}: not JSON that can be read: a number is too long, or a nesting too deep") from error
+    return _Record(source, value)
 
 
 def _alpaca(record: _Record) -> Example:
@@ -158,10 +171,8 @@ def _alpaca(record: _Record) -> Example:
 
 
 def _chat(record: _Record) -> Example:
-    turns = record.fields.get("messages")
-    if not isinstance(turns, list):
-        raise record.error(f"field 'messages' is {_kind(turns)}, not a list" if turns else "no field 'messages'")
-    messages = tuple(_message(record, turn, f"messages[{index}]") for index, turn in enumerate(turns))
+    turns = record.field("messages", list)
+    messages = tuple(_message(_Record(record.source, turn, f"messages[{i}]")) for i, turn in enumerate(turns))
     roles = [message.role for message in messages]
     if "assistant" not in roles:
         raise record.error("no message of the assistant, so there is nothing to learn")
@@ -170,13 +181,11 @@ def _chat(record: _Record) -> Example:
     return Example(record.source, messages=messages)
 
 
-def _message(record: _Record, turn: Any, name: str) -> Message:
-    fields = record.object(turn, name)
-    role = record.string("role", fields, f"{name}.")
+def _message(record: _Record) -> Message:
+    role = record.string("role")
     if role not in ROLES:
-        raise record.error(f"{name} has the unknown role {role[:40]!r}; the roles are {', '.join(ROLES)}")
-    take = record.filled if role == "assistant" else record.string
-    return Message(role, take("content", fields, f"{name}."))
+        raise record.error(f"{record.name} has the unknown role {role[:40]!r}; the roles are {', '.join(ROLES)}")
+    return Message(role, record.filled("content") if role == "assistant" else record.string("content"))
 
 
 def _text(record: _Record) -> Example:
@@ -184,19 +193,25 @@ def _text(record: _Record) -> Example:
 
 
 FORMATS: dict[str, Callable[[_Record], Example]] = {"alpaca": _alpaca, "chat": _chat, "text": _text}
+# The first of these that a record has tells its format. Alpaca's own file has a field "text" too, so the order matters.
 _TELLTALE = {"messages": "chat", "instruction": "alpaca", "output": "alpaca", "text": "text"}
+_KINDS = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", type(None): "null"}
 
 
 def _detect(record: _Record) -> str:
-    """The format of a record. Alpaca's own file has a field "text" too, so the order matters."""
     for field, name in _TELLTALE.items():
         if field in record.fields:
             return name
-    raise record.error("no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text), so the format is unknown")
+    raise record.error("the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text)")
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    return _KINDS.get(type(value), "a number")
 
 
 def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, str]]:
-    """The lines that are not blank, each after its source. Only a line feed ends a line: JSON strings may hold others."""
+    """The lines that are not blank, each after its source. Only a line feed ends one: JSON strings may hold others."""
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
@@ -209,11 +224,3 @@ def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, str]]:
                     yield source, line
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls a value."""
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")

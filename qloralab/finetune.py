@@ -22,12 +22,12 @@ from qloralab.lora.quantized_linear import QuantizedLinear
 
 from .batches import collate, length_grouped_batches, split
 from .display import Display
-from .encoding import Encoded, encode_all
+from .encoding import NO_LABEL, Encoded, encode_all
 from .errors import UserError
 from .examples import Example, read_jsonl
 from .generate import generate
 from .interrupt import StopRequest
-from .loss import IGNORED, AnswerLoss
+from .loss import AnswerLoss
 from .memory import peak_mb, resident_mb
 from .models import load_model, load_tokenizer, pad_id
 from .report import plot_loss, write_samples
@@ -132,7 +132,7 @@ class Trainer:
         start = time.perf_counter()
         self.model.train()
         examples = next(self._order)
-        answers = sum(label != IGNORED for example in examples for label in example.labels[1:])
+        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
         lr = self._set_lr()
         total = 0.0
         for part in range(self.settings.accumulate):
@@ -200,9 +200,9 @@ def schedule(step: int, steps: int) -> float:
 def prompt_and_answer(example: Encoded) -> tuple[list[int], list[int]]:
     """The tokens before the last answer, and that answer. A text without a question is cut after 16 tokens."""
     labels = example.labels
-    end = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
+    end = max(i for i, label in enumerate(labels) if label != NO_LABEL) + 1
     start = end
-    while start > 0 and labels[start - 1] != IGNORED:
+    while start > 0 and labels[start - 1] != NO_LABEL:
         start -= 1
     start = start or min(16, end - 1)
     return example.input_ids[:start], example.input_ids[start:end]

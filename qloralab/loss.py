@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORED = -100
+from .encoding import NO_LABEL
+
 _CHUNK_BYTES = 32 * 2**20  # of float32 logits
 
 
@@ -63,7 +64,7 @@ class AnswerLoss:
             count: the number of labels.
         """
         targets = labels[:, 1:]
-        chosen = targets != IGNORED
+        chosen = targets != NO_LABEL
         if self.fused:
             hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
             loss = linear_cross_entropy(hidden[:, :-1][chosen], self.head.weight, targets[chosen], self.head.bias)

@@ -17,11 +17,13 @@ the same order: files sorted by path, functions in the order of the source.
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import decode_source
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from .examples import Example
 
 REQUEST = "Write a docstring for this Python function:\n```python\n{code}\n```"
 _SKIPPED = {"test", "tests", "idle_test", "lib2to3", "__pycache__"}
-_SHORTEST = 3  # words: "Initialize." and "Return self." say nothing that the name does not
+_SHORTEST = 4  # words: "Initialize." and "Return an iterator." say little that the name does not
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -38,8 +40,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 def stdlib_examples(root: Path | None = None) -> list[Example]:
     """The functions of the standard library, each with the docstring to write.
 
-    Left out are test folders, functions that are nothing but a docstring, answers of fewer than three words, and every
-    request that an earlier function makes already.
+    Left out are test folders, functions that are nothing but a docstring, answers that are no sentence of four words or
+    more, and every request that an earlier function makes already.
 
     Args:
         root: the folder with the sources; by default the standard library of the running interpreter.
@@ -48,13 +50,14 @@ def stdlib_examples(root: Path | None = None) -> list[Example]:
         The examples; ``source`` is "json/decoder.py:332 JSONDecoder.decode": file, line of the ``def`` and name.
 
     Raises:
-        UserError: the folder holds no function with a docstring, as with an interpreter that ships bytecode or an archive.
+        UserError: the folder holds no function with a docstring: the interpreter ships bytecode only, or an archive.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     found: dict[str, Example] = {}
-    for path in _files(root):
-        for example in _examples(path, path.relative_to(root).as_posix()):
-            found.setdefault(example.messages[0].content, example)
+    with _no_collection():
+        for path in _files(root):
+            for example in _examples(path, path.relative_to(root).as_posix()):
+                found.setdefault(example.messages[0].content, example)
     if not found:
         raise UserError(
             f"{root} holds no Python sources with docstrings: this interpreter ships none; give --data a file"
@@ -63,7 +66,7 @@ def stdlib_examples(root: Path | None = None) -> list[Example]:
 
 
 def _files(root: Path) -> list[Path]:
-    """The modules below a folder, sorted by path. A folder whose name is no identifier (site-packages) is no package."""
+    """The modules below a folder, sorted by path. A folder whose name is no identifier is no package: site-packages."""
     paths = []
     for path in root.rglob("*.py"):
         folders = path.relative_to(root).parts[:-1]
@@ -73,16 +76,31 @@ def _files(root: Path) -> list[Path]:
 
 
 def _examples(path: Path, name: str) -> Iterator[Example]:
-    source = decode_source(path.read_bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's own invalid escapes
-        tree = ast.parse(source)
+    try:
+        source = decode_source(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's own invalid escapes
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):  # a dangling link, a template: not a module of this interpreter
+        return
     lines = source.split("\n")
     for function, qualified in _functions(tree):
         answer, code = _answer(function), _without_docstring(function, lines)
-        if code and len(answer.split()) >= _SHORTEST:
+        if code and _is_sentence(answer):
             place = f"{name}:{function.lineno} {qualified}"
             yield Example.from_instruction(REQUEST.format(code=code), answer, place)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for cycles: a tree has a million nodes and no cycle, and the search takes as long as the parsing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[_Function, str]]:
@@ -102,6 +120,11 @@ def _answer(function: _Function) -> str:
     docstring = ast.get_docstring(function, clean=False) or ""
     paragraph = re.split(r"\n[ \t]*\n|^[ \t]*>>> ", inspect.cleandoc(docstring), maxsplit=1, flags=re.MULTILINE)[0]
     return " ".join(paragraph.split())
+
+
+def _is_sentence(answer: str) -> bool:
+    """Whether an answer describes: not a word or two, not a signature such as ``get(key) -> value``, not a fragment."""
+    return len(answer.split()) >= _SHORTEST and "->" not in answer and answer[0].isupper()
 
 
 def _without_docstring(function: _Function, lines: list[str]) -> str:
