@@ -51,7 +51,7 @@ def to_state_dict(weight: QuantizedTensor, prefix: str) -> dict[str, Tensor]:
         }
         tensors[f"{prefix}.nested_absmax"] = weight.absmax2
         tensors[f"{prefix}.nested_quant_map"] = dynamic_map().to(weight.device)
-    payload = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    payload = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     tensors[f"{prefix}.quant_state.bitsandbytes__{weight.codebook}"] = payload.to(weight.device)
     return tensors
 
@@ -66,6 +66,10 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any
     state = _read_payload(tensors[key], key)
     codebook = _field(state, key, "quant_type", str, lambda v: v in CODEBOOKS, f"one of {', '.join(CODEBOOKS)}")
     block_size = _field(state, key, "blocksize", int, lambda v: v in BLOCK_SIZES, "a power of two from 32 to 4096")
+    if not key.endswith(f"bitsandbytes__{codebook}"):
+        raise FormatError(
+            f"is {codebook!r}, which is not what the name of its tensor says", tensor=key, field="quant_type"
+        )
     dtype = _field(state, key, "dtype", str, lambda v: v in _DTYPES, f"one of {', '.join(_DTYPES)}")
     dims = _field(state, key, "shape", list, _is_shape, "a list of sizes")
     numel = math.prod(dims)
@@ -85,6 +89,12 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any
         absmax2 = _tensor(tensors, f"{prefix}.nested_absmax", torch.float32, (-(-blocks // double.BLOCK_SIZE),))
         quant_map = _tensor(tensors, f"{prefix}.nested_quant_map", torch.float32, (256,))
         _same(quant_map, dynamic_map(), f"{prefix}.nested_quant_map", "the 8-bit dynamic map")
+    expected = {prefix, key, f"{prefix}.absmax", f"{prefix}.quant_map"}
+    if nested:
+        expected |= {f"{prefix}.nested_absmax", f"{prefix}.nested_quant_map"}
+    for name in names(tensors, prefix):
+        if name not in expected:
+            raise FormatError("does not belong to a weight with this payload", tensor=name)
     return {
         "packed": packed,
         "scales": scales,
@@ -116,7 +126,7 @@ def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
         raise FormatError(f"is {payload.dtype} {list(payload.shape)}; the JSON text is uint8 [bytes]", tensor=name)
     try:
         state = json.loads(bytes(payload.tolist()))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise FormatError(f"is not JSON: {error}", tensor=name) from None
     if not isinstance(state, dict):
         raise FormatError(f"holds a JSON {type(state).__name__}, not an object", tensor=name)
@@ -137,7 +147,7 @@ def _is_shape(value: list) -> bool:
 
 
 def _is_float32(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max
+    return abs(value) <= torch.finfo(torch.float32).max  # false for NaN
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

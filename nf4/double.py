@@ -18,9 +18,6 @@ large factor, even negative.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,6 +25,8 @@ from .blockwise import divide, in_blocks, nearest
 from .codebook import dynamic_map
 
 BLOCK_SIZE = 256
+
+_MAP = dynamic_map()
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +43,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.double().mean().float() if len(absmax) else absmax.new_zeros(())
     residual = in_blocks(absmax - offset, BLOCK_SIZE)
     absmax2 = residual.abs().amax(dim=1)
-    codes = nearest(divide(residual, absmax2[:, None]), _map(absmax.device))
+    codes = nearest(divide(residual, absmax2[:, None]), _MAP.to(absmax.device))
     return codes.flatten()[: len(absmax)], absmax2, offset
 
 
@@ -59,11 +58,6 @@ def dequantize_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     Returns:
         float32 [blocks].
     """
-    values = _map(codes.device).index_select(0, codes.int())
+    values = _MAP.to(codes.device).index_select(0, codes.int())
     blocks = pad(values, (0, -len(codes) % BLOCK_SIZE)).view(len(absmax2), BLOCK_SIZE)
     return ((blocks * absmax2[:, None]).flatten() + offset)[: len(codes)]
-
-
-@functools.cache
-def _map(device: torch.device) -> Tensor:
-    return dynamic_map().to(device)

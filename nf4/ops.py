@@ -165,7 +165,7 @@ def _linear_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = linear_grad_input(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size)
     if ctx.needs_input_grad[8]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
     return grad_x, *[None] * 7, grad_bias
 
 

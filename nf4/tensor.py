@@ -150,7 +150,7 @@ def quantize(
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     values = codebook_values(codebook).to(weight.device)
     weight = weight.detach()
@@ -167,7 +167,7 @@ def quantize(
 
 def _raise_not_finite(weight: Tensor, name: str) -> None:
     first = int(weight.isfinite().logical_not().flatten().int().argmax())
-    index = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(first), weight.shape))
+    index = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(first, device="cpu"), weight.shape))
     value = weight.flatten()[first].item()
     raise ValueError(f"{name}[{index}] is {value}; a weight with NaN or infinity cannot be quantized")
 
@@ -185,8 +185,11 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
         the dtype of x, [..., N]. Differentiable in x and bias; backward uses the bits of the forward.
 
     Raises:
+        TypeError: x is no floating-point tensor.
         ValueError: the shapes do not fit.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"linear: x is {x.dtype}; a floating-point tensor is needed")
     if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"linear: x {list(x.shape)} does not fit a weight {list(weight.shape)}; x is [..., K] and W is [N, K]"

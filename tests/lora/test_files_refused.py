@@ -1,0 +1,213 @@
+"""The adapter files that are refused: with the file's name, and the model as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qloralab.lora.config import LoraConfig
+from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, save_adapter
+from qloralab.lora.inject import adapters, inject_
+from qloralab.nf4.errors import FormatError
+
+
+class Model(nn.Module):
+    """wte [10, 16], up [12, 16], down [16, 12], norm [16]."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte, self.norm = nn.Embedding(10, 16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16)
+
+    def forward(self, ids):
+        return self.norm(self.down(self.up(self.wte(ids)).relu()))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_adapter(inject_(Model(), LoraConfig(4, 8)), tmp_path)
+    return tmp_path
+
+
+def edit(directory: Path, **fields: Any) -> None:
+    path = directory / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(directory: Path, kind: type[Exception], file: str, message: str) -> Exception:
+    """Loading raises, the message has the file, and the model is as before."""
+    model = Model()
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        load_adapter_(model, directory)
+    assert str(directory / file) in str(caught.value)
+    assert not adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    return caught.value
+
+
+def test_the_file_that_is_edited_here_is_taken(saved):
+    edit(saved, rank_pattern={}, use_dora=False, modules_to_save=None, init_lora_weights="gaussian", unknown=1)
+    assert set(adapters(load_adapter_(Model(), saved))) == {"up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"up": 2}),
+        ("alpha_pattern", {"up": 2}),
+        ("modules_to_save", ["wte"]),
+        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 1]]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["up.weight"]),
+        ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": ["up"]}),
+        ("arrow_config", {"top_k": 3}),
+        ("alora_invocation_tokens", [1]),
+        ("peft_type", "IA3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_this_library_does_not_do(saved, field, value):
+    edit(saved, **{field: value})
+    error = refused(saved, FormatError, CONFIG_FILE, field)
+    assert isinstance(error, FormatError)
+    assert (error.file, error.field) == (str(saved / CONFIG_FILE), field)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_initialization_that_changes_the_base_weights(saved, init):
+    """PEFT subtracts the first A and B from the weight beside them when it loads such a file."""
+    edit(saved, init_lora_weights=init)
+    refused(saved, FormatError, CONFIG_FILE, "init_lora_weights")
+
+
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"rank_pattern": {"up": 2}}, {"modules_to_save": ["wte"]}])
+def test_files_of_peft_with_more_in_them(tmp_path, fields):
+    config = peft.LoraConfig(r=4, target_modules=["up", "down"], **fields)
+    peft.get_peft_model(Model(), config).save_pretrained(str(tmp_path))  # pyright: ignore[reportArgumentType]
+    refused(tmp_path, FormatError, CONFIG_FILE, next(iter(fields)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": "4"}, "r is '4'"),
+        ({"r": None}, "r is None"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": "8"}, ""),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+        ({"lora_dropout": None}, ""),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+    ],
+    ids=str,
+)
+def test_a_config_with_impossible_values(saved, fields, message):
+    edit(saved, **fields)
+    refused(saved, FormatError, CONFIG_FILE, message)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_a_config_without_a_field(saved, field):
+    fields = json.loads((saved / CONFIG_FILE).read_text())
+    del fields[field]
+    (saved / CONFIG_FILE).write_text(json.dumps(fields))
+    error = refused(saved, FormatError, CONFIG_FILE, "is missing")
+    assert isinstance(error, FormatError)
+    assert error.field == field
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"", "is not JSON"), (b'{"r": 4', "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "holds a JSON list")],
+    ids=["empty", "cut", "no-text", "list"],
+)
+def test_a_config_that_is_no_json_object(saved, text, message):
+    (saved / CONFIG_FILE).write_bytes(text)
+    refused(saved, FormatError, CONFIG_FILE, message)
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_file(saved, file):
+    (saved / file).unlink()
+    refused(saved, FileNotFoundError, file, "")
+
+
+def test_a_missing_directory(tmp_path):
+    refused(tmp_path / "nope", FileNotFoundError, CONFIG_FILE, "")
+
+
+def test_a_pickle_is_not_opened(saved):
+    (saved / WEIGHTS_FILE).unlink()
+    (saved / "adapter_model.bin").write_bytes(b"\x80")
+    refused(saved, FormatError, "adapter_model.bin", "is a pickle, which can run code")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_weights_that_end_early(saved, keep):
+    path = saved / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(saved, FormatError, WEIGHTS_FILE, "is not a safetensors file")
+
+
+A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
+
+
+def pop(tensors, key):
+    del tensors[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda t: t.clear(), FormatError, "holds no adapter"),
+        (lambda t: pop(t, A), FormatError, f"tensor {A!r}: is missing"),
+        (lambda t: pop(t, B), FormatError, f"tensor {B!r}: is missing"),
+        (lambda t: t.update({A: torch.ones(3, 16)}), FormatError, f"tensor {A!r}: is [3, 16]; the config says r = 4"),
+        (lambda t: t.update({B: torch.ones(12, 3)}), FormatError, f"tensor {B!r}: is [12, 3]; the config says r = 4"),
+        (lambda t: t.update({A: torch.ones(4)}), FormatError, f"tensor {A!r}: is [4]"),
+        (lambda t: t.update({A: torch.ones(4, 17)}), ValueError, "the adapter of up is for 12 x 17, the layer is 12 x 16"),
+        (lambda t: t.update({B: torch.ones(13, 4)}), ValueError, "the adapter of up is for 13 x 16, the layer is 12 x 16"),
+        (lambda t: t.update({"up.lora_A.weight": t.pop(A)}), FormatError, "is not the A or B of a LoRA layer"),
+        (lambda t: t.update({A[:-7]: t.pop(A)}), FormatError, "is not the A or B of a LoRA layer"),
+        (lambda t: t.update({A.replace("up", "x"): t[A], B.replace("up", "x"): t[B]}), ValueError, "has an adapter for x"),
+        (lambda t: t.update({A.replace("up", "norm"): t[A], B.replace("up", "norm"): t[B]}), ValueError, "LayerNorm"),
+        (
+            lambda t: t.update({"base_model.model.wte.lora_embedding_A": torch.ones(4, 10)}),
+            FormatError,
+            "tensor 'base_model.model.wte.lora_embedding_A': is not the A or B",
+        ),
+    ],
+    ids=[
+        *("empty", "no-A", "no-B", "A-rank", "B-rank", "A-1d", "A-width", "B-height"),
+        *("no-prefix", "no-suffix", "unknown-layer", "no-linear-layer", "embedding"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(saved, change, kind, message):
+    tensors = load_file(saved / WEIGHTS_FILE)
+    change(tensors)
+    save_file({key: value.clone() for key, value in tensors.items()}, saved / WEIGHTS_FILE)
+    refused(saved, kind, WEIGHTS_FILE, message)
+
+
+def test_a_rank_larger_than_the_layer(saved):
+    """What inject_ refuses, a file may not bring in."""
+    edit(saved, r=14)
+    tensors = {
+        **{A: torch.ones(14, 16), B: torch.ones(12, 14)},
+        **{A.replace("up", "down"): torch.ones(14, 12), B.replace("up", "down"): torch.ones(16, 14)},
+    }
+    save_file(tensors, saved / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="r is 14, larger than"):
+        load_adapter_(Model(), saved)

@@ -1,0 +1,250 @@
+"""Which layers are found, that quantizing them frees them, and that only adapters train."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qloralab.lora.config import LoraConfig
+from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, trainable
+from qloralab.lora.layer import LoRALinear
+from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4.tensor import quantize
+
+CONFIG = LoraConfig(4, 8)
+IDS = torch.arange(24).view(2, 12)
+LLAMA_LINEAR = [
+    f"model.layers.{i}.{name}"
+    for i in range(2)
+    for name in (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+]
+
+
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+class MLP(nn.Module):
+    """up [32, 16], down [16, 32], head [10, 16]."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(self.up(x).relu()))
+
+
+tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+@tied_or_not
+def test_a_language_model_without_its_head(tied):
+    assert linear_names(llama(tied)) == LLAMA_LINEAR
+
+
+def test_the_names_do_not_change_as_the_layers_do():
+    model = llama()
+    assert linear_names(quantize_(model)) == LLAMA_LINEAR
+    assert linear_names(inject_(model, CONFIG)) == LLAMA_LINEAR
+
+
+@pytest.mark.parametrize(
+    ("skip", "names"),
+    [
+        (None, ["blocks.0.up", "blocks.0.down", "blocks.0.head", "blocks.1.up", "blocks.1.down", "blocks.1.head"]),
+        (["head"], ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+        ("head", ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]),
+        (["blocks.1"], ["blocks.0.up", "blocks.0.down", "blocks.0.head"]),
+        (["1", "0.head"], ["blocks.0.up", "blocks.0.down"]),
+        (["blocks"], []),
+    ],
+    ids=str,
+)
+def test_skip(skip, names):
+    assert linear_names(nn.ModuleDict({"blocks": nn.ModuleList([MLP(), MLP()])}), skip) == names
+
+
+@pytest.mark.parametrize("skip", [["lm_head"], ["ead"], ["head", "nope"], ["up.head"]], ids=str)
+def test_skip_that_matches_nothing(skip):
+    with pytest.raises(ValueError, match=f"^skip: no module is called {skip[-1]!r}"):
+        linear_names(MLP(), skip)
+
+
+def test_a_linear_layer_tied_to_an_embedding_is_left_out():
+    model = nn.ModuleDict({"wte": nn.Embedding(10, 16), "mlp": MLP()})
+    model["mlp"].head.weight = model["wte"].weight
+    assert linear_names(model) == ["mlp.up", "mlp.down"]
+    quantize_(model)
+    assert model["mlp"].head.weight is model["wte"].weight
+
+
+def test_layers_that_share_a_weight_share_the_packed_one():
+    model = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)])
+    model[2].weight = model[0].weight
+    biases = [layer.bias.detach().bfloat16() for layer in model]
+    assert linear_names(model) == ["0", "1", "2"]
+    assert linear_names(model, skip=["2"]) == ["1"], "quantized on one side only"
+    quantize_(model)
+    assert model[0].weight is model[2].weight
+    assert model[0].weight is not model[1].weight
+    assert all(torch.equal(layer.bias, bias) for layer, bias in zip(model, biases, strict=True))
+
+
+def test_a_module_at_two_paths_stays_one():
+    model = nn.ModuleDict({"a": MLP(), "b": MLP()})
+    model["b"].up = model["a"].up
+    assert linear_names(model) == ["a.up", "a.down", "a.head", "b.down", "b.head"]
+    quantize_(model)
+    assert isinstance(model["a"].up, QuantizedLinear)
+    assert model["b"].up is model["a"].up
+    inject_(model, CONFIG)
+    assert isinstance(model["a"].up, LoRALinear)
+    assert model["b"].up is model["a"].up
+    assert len(trainable(model)) == 10
+
+
+def test_a_subclass_is_left_out():
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    assert linear_names(model) == ["linear1", "linear2"]
+    quantize_(model, compute_dtype=torch.float32)
+    assert inject_(model, CONFIG)(torch.randn(2, 5, 16)).isfinite().all()
+
+
+def test_each_weight_is_that_of_quantize():
+    model = llama()
+    before = copy.deepcopy(model)
+    assert quantize_(model, block_size=32, double_quant=False, compute_dtype=torch.float16) is model
+    for name in LLAMA_LINEAR:
+        layer = model.get_submodule(name)
+        assert type(layer) is QuantizedLinear
+        expected = quantize(before.get_submodule(name).weight, block_size=32, double_quant=False)
+        assert torch.equal(layer.weight.packed, expected.packed), name
+        assert torch.equal(layer.weight.scales, expected.scales), name
+        assert layer.compute_dtype == torch.float16
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_weight_is_freed_before_the_next_is_quantized():
+    model = llama()
+    weights = [StorageWeakRef(model.get_submodule(name).weight.untyped_storage()) for name in LLAMA_LINEAR]
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        assert [weight.expired() for weight in weights] == [True] * done + [False] * (total - done)
+
+    quantize_(model, progress=progress)
+    assert seen == [(i + 1, 14) for i in range(14)]
+
+
+def test_quantizing_twice_keeps_the_weights():
+    model = quantize_(llama())
+    before = {name: model.get_submodule(name).weight for name in LLAMA_LINEAR}
+    quantize_(model, block_size=128)
+    assert all(model.get_submodule(name).weight is weight for name, weight in before.items())
+
+
+def test_a_bad_weight_is_named_in_full():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is inf"):
+        quantize_(model)
+
+
+def test_adapters_come_after_quantization():
+    with pytest.raises(ValueError, match="has adapters; quantize it before"):
+        quantize_(inject_(llama(), CONFIG))
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Conv1d(1, 1, 1))], ids=["relu", "conv"])
+def test_nothing_to_quantize_or_adapt(model):
+    with pytest.raises(ValueError, match="no linear layer to quantize"):
+        quantize_(model)
+    with pytest.raises(ValueError, match="linear layers here: none"):
+        inject_(model, CONFIG)
+
+
+@pytest.mark.parametrize("change", [quantize_, lambda model: inject_(model, CONFIG)], ids=["quantize_", "inject_"])
+def test_a_model_that_is_itself_a_linear_layer(change):
+    """It cannot be replaced in place. That is the caller's error, and nothing has changed."""
+    model = nn.Linear(16, 16)
+    with pytest.raises(ValueError, match="linear"):
+        change(model)
+    assert model.weight.requires_grad
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+def test_only_adapters_train(quantized):
+    model = llama()
+    if quantized:
+        quantize_(model)
+    assert inject_(model, CONFIG) is model
+    names = [name for name, q in model.named_parameters() if q.requires_grad]
+    assert names == [f"{name}.{which}" for name in LLAMA_LINEAR for which in ("lora_A", "lora_B")]
+    assert [id(q) for q in trainable(model)] == [id(q) for q in model.parameters() if q.requires_grad]
+    frozen = {name: q.clone() for name, q in model.named_parameters() if not q.requires_grad}
+    optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+    for _ in range(2):  # A moves when B is no longer zero
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    assert all(layer.lora_B.any() and layer.lora_A.grad.any() for layer in adapters(model).values())
+    assert all(torch.equal(q, frozen[name]) for name, q in model.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+def test_injection_does_not_change_the_output(quantized):
+    model = quantize_(llama()) if quantized else llama()
+    before = model(input_ids=IDS).logits
+    assert torch.equal(inject_(model, LoraConfig(4, 8, lora_dropout=0.5))(input_ids=IDS).logits, before)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_mode_of_the_model_is_kept(training, quantized):
+    model = llama().train(training)
+    inject_(quantize_(model) if quantized else model, LoraConfig(4, 8, lora_dropout=0.5))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_targets_choose():
+    model = inject_(llama(), LoraConfig(4, 8, target_modules=["q_proj", "1.mlp.up_proj"]))
+    assert list(adapters(model)) == [n for n in LLAMA_LINEAR if n.endswith(("q_proj", "1.mlp.up_proj"))]
+
+
+@tied_or_not
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], ["embed_tokens"], "nope"], ids=str)
+def test_a_target_that_is_no_linear_layer(targets, tied):
+    with pytest.raises(ValueError, match="no linear layer matches"):
+        inject_(llama(tied), LoraConfig(4, 8, target_modules=targets))
+
+
+def test_injecting_twice():
+    model = inject_(llama(), CONFIG)
+    before = {name: id(q) for name, q in model.named_parameters()}
+    with pytest.raises(ValueError, match="has adapters already"):
+        inject_(model, CONFIG)
+    assert {name: id(q) for name, q in model.named_parameters()} == before
+
+
+def test_a_rank_too_large_leaves_the_model_unchanged():
+    model = llama()
+    with pytest.raises(ValueError, match=r"r is 17, larger than model\.layers\.0\.self_attn\.k_proj \(16 x 32\)"):
+        inject_(model, LoraConfig(17, 8))
+    assert not adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,208 @@
+"""The bitsandbytes layout: written as bitsandbytes writes it, read by it and from it; anything else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from qloralab.nf4 import bitsandbytes as layout
+from qloralab.nf4.errors import FormatError
+from qloralab.nf4.tensor import QuantizedTensor, quantize
+
+KEY = "h.0.w.quant_state.bitsandbytes__nf4"
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+# Rows of whole blocks, and of no multiple of 16: elsewhere bitsandbytes misreads scales on some CPUs.
+shapes = pytest.mark.parametrize(("shape", "block_size"), [((65, 128), 64), ((32, 256), 32), ((9, 65), 64)], ids=str)
+
+
+def theirs(dtype: torch.dtype, double_quant: bool, shape=(65, 128), block_size=64) -> tuple[Tensor, bnb.QuantState]:
+    weight = torch.randn(shape).to(dtype)
+    return bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant)
+
+
+def with_prefix(packed: Tensor, state: bnb.QuantState, prefix: str) -> dict[str, Tensor]:
+    return {prefix: packed} | {f"{prefix}.{name}": part for name, part in state.as_dict(packed=True).items()}
+
+
+@dtypes
+@double_quants
+@shapes
+def test_their_tensors_come_back_byte_for_byte(dtype, double_quant, shape, block_size):
+    tensors = with_prefix(*theirs(dtype, double_quant, shape, block_size), prefix="h.0.w")
+    written = QuantizedTensor.from_bitsandbytes(tensors, "h.0.w").to_bitsandbytes("h.0.w")
+    assert written.keys() == tensors.keys()
+    for name, part in tensors.items():
+        assert (written[name].dtype, written[name].shape) == (part.dtype, part.shape), name
+        assert written[name].numpy().tobytes() == part.numpy().tobytes(), name
+
+
+def test_the_text_is_the_documented_one():
+    q = quantize(torch.randn(128, 128, dtype=torch.bfloat16))
+    assert q.offset is not None
+    assert bytes(q.to_bitsandbytes("h.0.w")[KEY].tolist()).decode() == (
+        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 128], '
+        f'"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": {q.offset.item()!r}}}'
+    )
+    q = quantize(torch.randn(3, 5), double_quant=False, block_size=4096)
+    assert bytes(q.to_bitsandbytes("h.0.w")[KEY].tolist()).decode() == (
+        '{"quant_type": "nf4", "blocksize": 4096, "dtype": "float32", "shape": [3, 5]}'
+    )
+
+
+@dtypes
+@double_quants
+@shapes
+def test_bitsandbytes_opens_ours(dtype, double_quant, shape, block_size):
+    q = quantize(torch.randn(shape).to(dtype), double_quant=double_quant, block_size=block_size)
+    tensors = q.to_bitsandbytes("h.0.w")
+    packed = tensors.pop("h.0.w")
+    suffixed = {name.removeprefix("h.0.w."): part for name, part in tensors.items()}
+    state = bnb.QuantState.from_dict(suffixed, torch.device("cpu"))
+    back = bnb.dequantize_4bit(packed, state)
+    assert back.dtype == dtype
+    assert torch.equal(back, q.dequantize())
+
+
+@dtypes
+@double_quants
+@shapes
+def test_we_open_bitsandbytes(dtype, double_quant, shape, block_size):
+    packed, state = theirs(dtype, double_quant, shape, block_size)
+    q = QuantizedTensor.from_bitsandbytes(with_prefix(packed, state, "h.0.w"), "h.0.w")
+    assert (q.shape, q.dtype, q.block_size, q.double_quant) == (shape, dtype, block_size, double_quant)
+    assert torch.equal(q.dequantize(), bnb.dequantize_4bit(packed, state))
+
+
+@double_quants
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (63,), (3, 0, 5), (3, 5, 7)], ids=str)
+def test_any_shape_round_trips(shape, double_quant):
+    q = quantize(torch.randn(shape), double_quant=double_quant)
+    again = QuantizedTensor.from_bitsandbytes(q.to_bitsandbytes())
+    assert again.shape == q.shape
+    assert again.double_quant == double_quant
+    assert torch.equal(again.absmax(), q.absmax())
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+def test_other_tensors_of_the_checkpoint_are_left_alone():
+    one, two = quantize(torch.randn(2, 64)), quantize(torch.randn(3, 64))
+    tensors = one.to_bitsandbytes("a.w") | two.to_bitsandbytes("a.w2") | {"a.bias": torch.ones(2)}
+    assert torch.equal(QuantizedTensor.from_bitsandbytes(tensors, "a.w").dequantize(), one.dequantize())
+    assert set(layout.names(tensors, "a.w")) == set(one.to_bitsandbytes("a.w"))
+
+
+def field(**fields: Any) -> Callable[[dict[str, Tensor]], None]:
+    """Sets fields of the JSON text; deletes those that are None."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        state = json.loads(bytes(tensors[KEY].tolist())) | fields
+        text(json.dumps({name: value for name, value in state.items() if value is not None}))(tensors)
+
+    return change
+
+
+def text(content: str | bytes) -> Callable[[dict[str, Tensor]], None]:
+    content = content.encode() if isinstance(content, str) else content
+    return lambda tensors: tensors.update({KEY: torch.tensor(list(content), dtype=torch.uint8)})
+
+
+def tensor(suffix: str, change: Callable[[Tensor], Tensor] | None) -> Callable[[dict[str, Tensor]], None]:
+    """Changes a tensor; deletes it when there is no change given."""
+
+    def apply(tensors: dict[str, Tensor]) -> None:
+        old = tensors.pop("h.0.w" + suffix)
+        if change is not None:
+            tensors["h.0.w" + suffix] = change(old)
+
+    return apply
+
+
+def bumped(part: Tensor) -> Tensor:
+    part = part.clone()
+    part[3] += 2.0**-20
+    return part
+
+
+# How a checkpoint is spoiled -> the tensor, the field that the error names.
+MALFORMED = {
+    "no-weight": (tensor("", None), "", None),
+    "no-absmax": (tensor(".absmax", None), ".absmax", None),
+    "no-quant_map": (tensor(".quant_map", None), ".quant_map", None),
+    "no-nested_absmax": (tensor(".nested_absmax", None), ".nested_absmax", None),
+    "no-nested_quant_map": (tensor(".nested_quant_map", None), ".nested_quant_map", None),
+    "no-quant_state": (tensor(".quant_state.bitsandbytes__nf4", None), "", None),
+    "two-quant_states": (lambda t: t.update({KEY.replace("nf4", "fp4"): t[KEY]}), "", None),
+    "weight-too-short": (tensor("", lambda part: part[:-1]), "", None),
+    "weight-flat": (tensor("", lambda part: part.flatten()), "", None),
+    "weight-int8": (tensor("", lambda part: part.view(torch.int8)), "", None),
+    "weight-bf16-storage": (tensor("", lambda part: part.flatten().view(torch.bfloat16)[:, None]), "", None),
+    "absmax-too-long": (tensor(".absmax", lambda part: torch.cat([part, part[:1]])), ".absmax", None),
+    "absmax-float": (tensor(".absmax", lambda part: part.float()), ".absmax", None),
+    "absmax-not-nested": (field(nested_offset=None), ".absmax", None),
+    "quant_map-fp16": (tensor(".quant_map", lambda part: part.half()), ".quant_map", None),
+    "quant_map-short": (tensor(".quant_map", lambda part: part[:15]), ".quant_map", None),
+    "quant_map-other": (tensor(".quant_map", bumped), ".quant_map", None),
+    "nested_absmax-long": (tensor(".nested_absmax", lambda part: part.repeat(2)), ".nested_absmax", None),
+    "nested_quant_map-other": (tensor(".nested_quant_map", bumped), ".nested_quant_map", None),
+    "text-float": (tensor(KEY.removeprefix("h.0.w"), lambda part: part.float()), KEY, None),
+    "text-2d": (tensor(KEY.removeprefix("h.0.w"), lambda part: part[:, None]), KEY, None),
+    "text-empty": (text(""), KEY, None),
+    "text-cut": (text('{"quant_type": "nf'), KEY, None),
+    "text-not-utf8": (text(b'{"quant_type": "\xff\xfe"}'), KEY, None),
+    "text-list": (text("[1, 2]"), KEY, None),
+    "text-deep": (text("[" * 100_000), KEY, None),
+    "quant_type-missing": (field(quant_type=None), KEY, "quant_type"),
+    "quant_type-fp4": (field(quant_type="fp4"), KEY, "quant_type"),
+    "quant_type-list": (field(quant_type=["nf4"]), KEY, "quant_type"),
+    "blocksize-missing": (field(blocksize=None), KEY, "blocksize"),
+    "blocksize-63": (field(blocksize=63), KEY, "blocksize"),
+    "blocksize-0": (field(blocksize=0), KEY, "blocksize"),
+    "blocksize-text": (field(blocksize="64"), KEY, "blocksize"),
+    "blocksize-float": (field(blocksize=64.0), KEY, "blocksize"),
+    "blocksize-other": (field(blocksize=128), ".absmax", None),
+    "dtype-missing": (field(dtype=None), KEY, "dtype"),
+    "dtype-float64": (field(dtype="float64"), KEY, "dtype"),
+    "dtype-qualified": (field(dtype="torch.float32"), KEY, "dtype"),
+    "shape-missing": (field(shape=None), KEY, "shape"),
+    "shape-number": (field(shape=4096), KEY, "shape"),
+    "shape-negative": (field(shape=[-64, -64]), KEY, "shape"),
+    "shape-float": (field(shape=[64.0, 64]), KEY, "shape"),
+    "shape-bool": (field(shape=[True, 64]), KEY, "shape"),
+    "shape-huge": (field(shape=[2**62, 2**62]), KEY, "shape"),
+    "shape-other": (field(shape=[64, 65]), "", None),
+    "nested_blocksize-missing": (field(nested_blocksize=None), KEY, "nested_blocksize"),
+    "nested_blocksize-128": (field(nested_blocksize=128), KEY, "nested_blocksize"),
+    "nested_dtype-float16": (field(nested_dtype="float16"), KEY, "nested_dtype"),
+    "nested_offset-text": (field(nested_offset="1"), KEY, "nested_offset"),
+    "nested_offset-bool": (field(nested_offset=True), KEY, "nested_offset"),
+    "nested_offset-nan": (field(nested_offset=float("nan")), KEY, "nested_offset"),
+    "nested_offset-inf": (field(nested_offset=float("inf")), KEY, "nested_offset"),
+    "nested_offset-float64": (field(nested_offset=1e39), KEY, "nested_offset"),
+    "nested_offset-400-digits": (field(nested_offset=10**400), KEY, "nested_offset"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "name", "field_name"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_what_does_not_fit_is_refused_by_name(spoil, name, field_name):
+    tensors = quantize(torch.randn(64, 64)).to_bitsandbytes("h.0.w")
+    QuantizedTensor.from_bitsandbytes(tensors, "h.0.w")  # good before it is spoiled
+    spoil(tensors)
+    full_name = name if name.startswith("h.") else f"h.0.w{name}"
+    with pytest.raises(FormatError) as caught:
+        QuantizedTensor.from_bitsandbytes(tensors, "h.0.w")
+    assert (caught.value.tensor, caught.value.field) == (full_name, field_name)
+    assert repr(full_name) in str(caught.value)
+
+
+def test_float_scales_are_expected_without_double_quantization():
+    tensors = quantize(torch.randn(64, 64), double_quant=False).to_bitsandbytes("h.0.w")
+    tensors["h.0.w.absmax"] = tensors["h.0.w.absmax"].byte()
+    with pytest.raises(FormatError, match=r"'h\.0\.w\.absmax': is torch.uint8 \[64\]; expected torch.float32 \[64\]"):
+        QuantizedTensor.from_bitsandbytes(tensors, "h.0.w")

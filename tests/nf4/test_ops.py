@@ -1,0 +1,237 @@
+"""The operators: their registration, their gradients, what they keep, and that forward and backward agree."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qloralab.nf4 import ops
+from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+biases = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (63,), (2, 3), (2, 0), (2, 3, 5)], ids=str)
+
+N, K = 33, 65  # odd, and blocks cross rows
+# Root-mean-square error of the product relative to that of the float64 one. float32: 65 terms, a rounding of 6e-8
+# each. bfloat16: one rounding of the result, 2**-9 / sqrt(3) = 1.1e-3 rms at most; the sum is in float32.
+TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2e-3}
+
+
+def weight_of(shape=(N, K), double_quant: bool = True) -> QuantizedTensor:
+    return quantize(torch.randn(shape), double_quant=double_quant)
+
+
+def assert_near(found: Tensor, exact: Tensor, tolerance: float) -> None:
+    assert found.shape == exact.shape
+    assert found.isfinite().all()
+    assert (found.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("n", [0, 1, 65, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+def test_opcheck_quantize(n, dtype):
+    weight = torch.randn(n).to(dtype)
+    torch.library.opcheck(ops.quantize_blockwise, (weight, normal_float(4), 64))
+    torch.library.opcheck(ops.quantize_scales, (weight.float().abs(),))
+
+
+def test_opcheck_quantize_of_a_view():
+    torch.library.opcheck(ops.quantize_blockwise, (torch.randn(9, 7).t(), normal_float(4), 32))
+
+
+@dtypes
+@double_quants
+def test_opcheck_dequantize(dtype, double_quant):
+    for shape in [(N, K), (0, K), (1,), (3, 5, 7)]:
+        torch.library.opcheck(ops.dequantize, (*weight_of(shape, double_quant).operands(), dtype))
+
+
+@dtypes
+@double_quants
+@biases
+def test_opcheck_linear(dtype, double_quant, bias):
+    weight = weight_of(double_quant=double_quant)
+    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
+    for rows in [(3,), (), (2, 3)]:
+        x = torch.randn(*rows, K, dtype=dtype, requires_grad=True)
+        torch.library.opcheck(ops.linear, (x, *weight.operands(), b))
+
+
+@dtypes
+@double_quants
+def test_opcheck_linear_grad_input(dtype, double_quant):
+    weight = weight_of(double_quant=double_quant)
+    for rows in [(3,), (2, 3)]:
+        grad = torch.randn(*rows, N, dtype=dtype, requires_grad=True)
+        torch.library.opcheck(ops.linear_grad_input, (grad, *weight.operands()))
+
+
+def test_opcheck_linear_of_views():
+    for x in (torch.randn(2, K, 3).transpose(1, 2), torch.randn(1, 3, K).expand(2, 3, K), torch.randn(K, 4).t()):
+        torch.library.opcheck(ops.linear, (x.requires_grad_(), *weight_of().operands(), None))
+        torch.library.opcheck(ops.linear_grad_input, (x.detach()[..., :N].requires_grad_(), *weight_of().operands()))
+
+
+@dtypes
+@double_quants
+@biases
+@x_shapes
+def test_forward_and_gradients_against_float64(dtype, double_quant, bias, rows):
+    weight = weight_of(double_quant=double_quant)
+    x = torch.randn(*rows, K).to(dtype).requires_grad_()
+    b = torch.randn(N).to(dtype).requires_grad_() if bias else None
+    grad = torch.randn(*rows, N).to(dtype)
+    y = linear(x, weight, b)
+    y.backward(grad)
+
+    x64, b64 = (None if t is None else t.detach().double().requires_grad_() for t in (x, b))
+    y64 = F.linear(x64, weight.dequantize(dtype).double(), b64)  # pyright: ignore[reportArgumentType]
+    y64.backward(grad.double())
+
+    assert y.dtype == dtype
+    assert_near(y.detach(), y64.detach(), TOLERANCE[dtype])
+    for found, exact in [(x, x64), (b, b64)]:
+        if found is not None and exact is not None:
+            assert found.grad is not None
+            assert exact.grad is not None
+            assert found.grad.dtype == dtype
+            assert_near(found.grad, exact.grad, TOLERANCE[dtype])
+
+
+@double_quants
+@biases
+def test_first_and_second_derivatives_numerically(double_quant, bias):
+    weight = weight_of((5, 7), double_quant)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True) if bias else None
+    inputs = (x,) if b is None else (x, b)
+    assert torch.autograd.gradcheck(lambda x, b=None: linear(x, weight, b), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, b=None: linear(x, weight, b), inputs)
+    g = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: ops.linear_grad_input(g, *weight.operands()), (g,))
+
+
+@dtypes
+def test_double_backward_equals_the_dense_layer(dtype):
+    weight = weight_of()
+
+    def second(layer, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    x = torch.randn(3, K).to(dtype)
+    found = second(lambda x: linear(x, weight), x)
+    dense = weight.dequantize(dtype).double()
+    # Six roundings of intermediate results, each of the size that TOLERANCE allows one.
+    assert_near(found, second(lambda x: F.linear(x, dense), x.double()), 6 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("origin", [torch.float32, torch.bfloat16, torch.float16], ids=["of-f32", "of-bf16", "of-f16"])
+@dtypes
+@double_quants
+def test_forward_and_backward_see_the_same_bits(origin, dtype, double_quant):
+    # The identity reads the weight out of each direction: a sum of one number and zeros is exact.
+    weight = quantize(torch.randn(N, K).to(origin), double_quant=double_quant)
+    forward = linear(torch.eye(K, dtype=dtype), weight).t()
+    x = torch.zeros(N, K, dtype=dtype, requires_grad=True)
+    linear(x, weight).backward(torch.eye(N, dtype=dtype))
+    assert x.grad is not None
+    assert torch.equal(forward, weight.dequantize(dtype))
+    assert torch.equal(x.grad, forward)
+
+
+@dtypes
+@double_quants
+def test_backward_keeps_the_packed_weight_only(dtype, double_quant):
+    weight = weight_of((256, 512), double_quant)
+    saved: dict[int, int] = {}
+
+    def note(part: Tensor) -> Tensor:
+        saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return part
+
+    x = torch.randn(3, 512, dtype=dtype, requires_grad=True)
+    b = torch.randn(256, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda part: part):
+        y = linear(x, weight, b)
+    assert sum(saved.values()) == weight.nbytes + weight.values.nbytes
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_gradients_only_where_asked_for():
+    weight, x, b = weight_of(), torch.randn(3, K), torch.randn(N)
+    assert not linear(x, weight, b).requires_grad
+    y = linear(x, weight, b.requires_grad_())
+    y.sum().backward()
+    assert x.grad is None
+    assert b.grad is not None
+    assert b.grad.tolist() == [3.0] * N
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0)], ids=["no-outputs", "no-inputs"])
+def test_an_empty_weight(shape):
+    weight = weight_of(shape)
+    x = torch.randn(3, shape[1], requires_grad=True)
+    b = torch.ones(shape[0], requires_grad=True)
+    y = linear(x, weight, b)
+    assert torch.equal(y, torch.ones(3, shape[0]))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))  # pyright: ignore[reportArgumentType]
+    assert torch.equal(b.grad, torch.full((shape[0],), 3.0))  # pyright: ignore[reportArgumentType]
+
+
+def test_same_input_same_bits():
+    weight, x, g = weight_of((64, 1000)), torch.randn(63, 1000), torch.randn(63, 64)
+    assert torch.equal(linear(x, weight), linear(x, weight))
+    operands = weight.operands()
+    assert torch.equal(ops.linear_grad_input(g, *operands), ops.linear_grad_input(g, *operands))
+
+
+def test_the_error_of_the_product_is_that_of_the_weight():
+    # bitsandbytes' bound: N(0, 1) inputs, weights N(0, 1) / sqrt(K), mean error under 0.115; NF4 has 0.09.
+    weight, x = torch.randn(256, 512) / np.sqrt(512), torch.randn(64, 512)
+    error = (linear(x, quantize(weight)) - x @ weight.t()).abs().mean().item()
+    assert 0.05 < error < 0.115
+
+
+def compiled_and_eager(backend: str, dtype: torch.dtype, double_quant: bool, bias: bool, rows: int) -> list[Any]:
+    weight = weight_of(double_quant=double_quant)
+    b = torch.randn(N, dtype=dtype) if bias else None
+    x = torch.randn(rows, K, dtype=dtype)
+    torch._dynamo.reset()  # it refuses the ninth variant of one function
+    results = []
+    function = lambda x, b: linear(x * 2, weight, b).relu()  # noqa: E731
+    for run in (torch.compile(function, backend=backend, fullgraph=True), function):
+        leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in (x, b)]
+        y = run(*leaves)
+        y.sum().backward()
+        results.append([y.detach()] + [leaf.grad for leaf in leaves if leaf is not None])
+    return results
+
+
+@dtypes
+@double_quants
+@biases
+def test_compiles_to_one_graph_with_its_backward(dtype, double_quant, bias):
+    compiled, eager = compiled_and_eager("aot_eager", dtype, double_quant, bias, rows=3)
+    for found, expected in zip(compiled, eager, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiles_with_inductor():
+    compiled, eager = compiled_and_eager("inductor", torch.float32, double_quant=True, bias=True, rows=4)
+    for found, expected in zip(compiled, eager, strict=True):
+        assert_near(found, expected.double(), TOLERANCE[torch.float32])

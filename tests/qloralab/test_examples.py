@@ -1,0 +1,200 @@
+"""The three formats are read as written, and every mistake in a file is one line that says where it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qloralab.errors import UserError
+from qloralab.examples import Example, Message, read_jsonl
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
+ALPACA = {"instruction": "Add.", "input": "2 3", "output": "5"}
+TEXT = {"text": "Two and three make five."}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a file from bytes, text, or records; returns its path."""
+
+    def write(*parts):
+        path = tmp_path / "data.jsonl"
+        texts = (part if isinstance(part, str | bytes) else json.dumps(part) for part in parts)
+        path.write_bytes(b"\n".join(text.encode() if isinstance(text, str) else text for text in texts))
+        return path
+
+    return write
+
+
+def message(path, forced=None):
+    """The one line that refuses a file, after the file's name."""
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path, forced)
+    line = str(caught.value)
+    assert line.isprintable(), "more than one line"
+    assert line.startswith(str(path))
+    return line.removeprefix(str(path))
+
+
+def test_chat(file):
+    path = file(CHAT)
+    assert read_jsonl(path) == [Example(f"{path}:1", messages=(Message("user", "2 + 3?"), Message("assistant", "5")))]
+
+
+def test_alpaca_with_input(file):
+    (example,) = read_jsonl(file(ALPACA))
+    assert example.messages == (Message("user", "Add.\n\n2 3"), Message("assistant", "5"))
+    assert example.plain_prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"input": ""}, {"input": " "}, {"input": None}], ids=["none", "empty", "blank", "null"]
+)
+def test_alpaca_without_input(file, extra):
+    (example,) = read_jsonl(file({"instruction": "Say {five}.", "output": "5"} | extra))
+    assert example.messages == (Message("user", "Say {five}."), Message("assistant", "5"))
+    assert example.plain_prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay {five}.\n\n### Response:\n"
+    )
+
+
+def test_text(file):
+    path = file(TEXT)
+    assert read_jsonl(path) == [Example(f"{path}:1", text="Two and three make five.")]
+
+
+def test_alpacas_own_file_has_a_text_too(file):
+    (example,) = read_jsonl(file(ALPACA | TEXT))
+    assert example.messages[1].content == "5"
+
+
+def test_a_forced_format_wins(file):
+    (example,) = read_jsonl(file(ALPACA | TEXT), format="text")
+    assert example.text == TEXT["text"]
+
+
+def test_sources_count_blank_lines(file):
+    path = file("\ufeff", TEXT, "", " \t\r", TEXT, "")
+    assert [example.source for example in read_jsonl(path)] == [f"{path}:2", f"{path}:5"]
+
+
+def test_byte_order_mark_before_the_first_record(file):
+    assert read_jsonl(file("\ufeff" + json.dumps(TEXT)))[0].text == TEXT["text"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1))
+def test_any_text_comes_back(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("any") / "data.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8", newline=""
+    )
+    assert [example.text for example in read_jsonl(path)] == texts
+
+
+ASSISTANT = {"role": "assistant", "content": "5"}
+MISTAKES = {
+    "not JSON": ([TEXT, "", '{"text" "a"}'], ":3: not JSON: Expecting ':' delimiter (column 9)"),
+    "pretty-printed": (
+        ["{", '"text": "a"', "}"],
+        ":1: not JSON: Expecting property name enclosed in double quotes (column 1)",
+    ),
+    "array over lines": (["[", json.dumps(TEXT), "]"], ":1: a JSON array; give one JSON object per line"),
+    "array on one line": ([[TEXT]], ":1: the line is a list, not a JSON object"),
+    "number": ([TEXT, 5], ":2: the line is a number, not a JSON object"),
+    "boolean": ([True], ":1: the line is a boolean, not a JSON object"),
+    "deep": (
+        ["[" * 200_000 + "]" * 200_000],
+        ":1: not JSON that can be read: a number is too long, or a nesting too deep",
+    ),
+    "long number": (
+        ['{"text": ' + "1" * 5_000 + "}"],
+        ":1: not JSON that can be read: a number is too long, or a nesting too deep",
+    ),
+    "latin-1": ([TEXT, '{"text": "é"}'.encode("latin-1")], ":2: not UTF-8 (byte 11 of the line)"),
+    "utf-16": ([json.dumps(TEXT).encode("utf-16")], ":1: not UTF-8 (byte 1 of the line)"),
+    "surrogate": (
+        ['{"text": "a\\ud800"}'],
+        ":1: half a surrogate pair, which is no character (field 'text', character 2)",
+    ),
+    "no known field": (
+        [{"prompt": "a"}],
+        ":1: the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text)",
+    ),
+    "two formats": ([ALPACA, TEXT], ":2: no field 'instruction'; the format is alpaca"),
+    "no output": ([{"instruction": "a"}], ":1: no field 'output'; the format is alpaca"),
+    "empty output": ([ALPACA, ALPACA | {"output": " \n"}], ":2: field 'output' is empty"),
+    "output is null": ([ALPACA | {"output": None}], ":1: field 'output' is null, not a string"),
+    "input is a list": ([ALPACA | {"input": []}], ":1: field 'input' is a list, not a string"),
+    "instruction is an object": ([ALPACA | {"instruction": {}}], ":1: field 'instruction' is an object, not a string"),
+    "empty text": ([{"text": ""}], ":1: field 'text' is empty"),
+    "messages is a string": ([{"messages": "5"}], ":1: field 'messages' is a string, not a list"),
+    "no messages": ([{"messages": []}], ":1: no message of the assistant, so there is nothing to learn"),
+    "no assistant": (
+        [{"messages": CHAT["messages"][:1]}],
+        ":1: no message of the assistant, so there is nothing to learn",
+    ),
+    "assistant first": (
+        [{"messages": [ASSISTANT]}],
+        ":1: the first message is the assistant's; there is nothing that it answers",
+    ),
+    "message is a string": ([{"messages": ["5"]}], ":1: messages[0] is a string, not a JSON object"),
+    "no role": ([CHAT, {"messages": [ASSISTANT, {"content": "5"}]}], ":2: no field 'messages[1].role'"),
+    "unknown role": (
+        [{"messages": [{"role": "human", "content": "a"}, ASSISTANT]}],
+        ":1: messages[0] has the unknown role 'human'; the roles are system, user, assistant",
+    ),
+    "content is null": (
+        [{"messages": [{"role": "user", "content": None}, ASSISTANT]}],
+        ":1: field 'messages[0].content' is null, not a string",
+    ),
+    "empty answer": (
+        [{"messages": [*CHAT["messages"], {"role": "assistant", "content": ""}]}],
+        ":1: field 'messages[2].content' is empty",
+    ),
+    "empty file": ([], " holds no record"),
+    "blank file": (["", " ", ""], " holds no record"),
+}
+
+
+@pytest.mark.parametrize(("parts", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_file(file, parts, expected):
+    assert message(file(*parts)) == expected
+
+
+def test_a_line_must_have_the_forced_format(file):
+    assert message(file(TEXT), "chat") == ":1: no field 'messages'; the format is chat"
+
+
+def test_missing_file(tmp_path):
+    assert message(tmp_path / "none.jsonl") == " cannot be read: No such file or directory"
+
+
+def test_directory(tmp_path):
+    assert message(tmp_path) == " cannot be read: Is a directory"
+
+
+def test_unreadable_file(file, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # permissions do not stop root
+    assert message(file(TEXT)) == " cannot be read: Permission denied"
+
+
+def test_unknown_format(file):
+    with pytest.raises(UserError, match=r"^unknown format 'sharegpt'; the formats are alpaca, chat, text$"):
+        read_jsonl(file(TEXT), "sharegpt")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"messages": (Message("user", "a"),), "text": "b"}], ids=["neither", "both"])
+def test_an_example_is_a_conversation_or_a_text(arguments):
+    with pytest.raises(ValueError, match="either messages or a text"):
+        Example("here", **arguments)
