@@ -65,18 +65,19 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, e
     return _shuffled(batches, rng)
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+def collate(encoded: Sequence[Encoded], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
     """The tensors of a batch, padded on the right to its longest example.
 
     Args:
         encoded: the examples of the batch, at least one.
         pad_id: the token to pad with. It may be a token that texts use: what is padding is told by its position.
+        multiple: the length is rounded up to a multiple of it.
 
     Returns:
         input_ids, labels and attention_mask, each int64 [examples, tokens of the longest]. Padding has label -100 and
         mask 0.
     """
-    width = max(len(one.input_ids) for one in encoded)
+    width = -(-max(len(one.input_ids) for one in encoded) // multiple) * multiple
     masks = [[1] * len(one.input_ids) for one in encoded]
     return {
         "input_ids": torch.tensor([_pad(one.input_ids, width, pad_id) for one in encoded]),

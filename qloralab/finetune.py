@@ -36,6 +36,7 @@ from .settings import STDLIB, Settings
 from .stdlib_corpus import stdlib_examples
 
 _SAMPLES = 4
+LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a thousand of them
 _SAMPLE_TOKENS = 48
 
 
@@ -116,7 +117,7 @@ class Trainer:
             epoch += 1
 
     def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(examples, pad_id(self.tokenizer))
+        batch = collate(examples, pad_id(self.tokenizer), LENGTH_MULTIPLE)
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
 
     def _autocast(self) -> torch.autocast:

@@ -34,7 +34,7 @@ def test_defaults_are_those_of_peft(field):
 
 @pytest.mark.parametrize(
     ("r", "alpha", "rslora", "scaling"),
-    [(8, 16, False, 2.0), (64, 16, False, 0.25), (16, 8, True, 2.0), (3, 1, False, 1 / 3), (2, 1, True, math.sqrt(0.5))],
+    [(8, 16, False, 2), (64, 16, False, 0.25), (16, 8, True, 2), (3, 1, False, 1 / 3), (2, 1, True, math.sqrt(0.5))],
 )
 def test_scaling(r, alpha, rslora, scaling):
     assert LoraConfig(r, alpha, use_rslora=rslora).scaling == pytest.approx(scaling, rel=1e-15)

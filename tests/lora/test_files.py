@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +17,6 @@ from qloralab.lora import files
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, save_adapter
 from qloralab.lora.inject import adapters, inject_, linear_names, quantize_
-from qloralab.nf4.errors import FormatError
 
 IDS = torch.arange(24).view(2, 12)
 # Largest difference of two logits of about 1: float32 sums, in another order, through two layers.
@@ -25,7 +24,7 @@ SAME_LOGITS = 2e-6
 UP = "base_model.model.model.layers.1.mlp.up_proj"
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -34,7 +33,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def adapted(model: nn.Module | None = None, **fields: Any) -> nn.Module:
+def adapted(model: nn.Module | None = None, **fields: Any) -> Any:
     """A model whose adapters do something."""
     model = inject_(model or llama(), LoraConfig(**{"r": 4, "lora_alpha": 8, **fields}))
     with torch.no_grad():
@@ -58,17 +57,6 @@ def saved(tmp_path) -> Path:
     return tmp_path
 
 
-def edit(directory: Path, **fields: Any) -> None:
-    path = directory / CONFIG_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(directory: Path, change) -> None:
-    tensors = load_file(directory / WEIGHTS_FILE)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS_FILE)
-
-
 CONFIGS = [
     {},
     {"use_rslora": True},
@@ -82,7 +70,7 @@ CONFIGS = [
 def test_peft_opens_ours(fields, tmp_path):
     model = adapted(**fields)
     save_adapter(model, tmp_path / "new" / "adapter")
-    theirs = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "new" / "adapter"))
+    theirs: Any = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "new" / "adapter"))
     assert_same(theirs, model)
     assert (logits(theirs) - logits(llama())).abs().max() > 0.1
     assert theirs.peft_config["default"].lora_dropout == fields.get("lora_dropout", 0)
@@ -105,7 +93,7 @@ def test_we_open_those_of_peft(fields, tmp_path):
 
 
 def test_an_adapter_of_a_quantized_model_opens_on_its_dequantized_weights(tmp_path):
-    model = quantize_(llama(), compute_dtype=torch.float32)
+    model: Any = quantize_(llama(), compute_dtype=torch.float32)
     dense = llama()
     with torch.no_grad():
         for name in linear_names(dense):

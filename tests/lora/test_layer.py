@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import peft
 import pytest
@@ -27,12 +28,12 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=["f32", "bf16"])
 dropouts = pytest.mark.parametrize("p", [0.0, P], ids=["plain", "dropout"])
 
 
-def base_layer(base: str, dtype: torch.dtype, bias: bool = True) -> nn.Linear | QuantizedLinear:
+def base_layer(base: str, dtype: torch.dtype, bias: bool = True) -> Any:
     dense = nn.Linear(K, N, bias=bias, dtype=dtype)
     return dense if base == "dense" else QuantizedLinear.from_linear(dense, compute_dtype=dtype)
 
 
-def adapted(base: str, dtype: torch.dtype, p: float = 0.0, bias: bool = True) -> LoRALinear:
+def adapted(base: str, dtype: torch.dtype, p: float = 0.0, bias: bool = True) -> Any:
     """A layer whose A and B are exact in bfloat16 and add about as much as the base."""
     layer = LoRALinear.from_base(base_layer(base, dtype, bias), LoraConfig(R, 2 * R, lora_dropout=p))
     with torch.no_grad():
@@ -43,16 +44,17 @@ def adapted(base: str, dtype: torch.dtype, p: float = 0.0, bias: bool = True) ->
 
 def dropout_mask(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
     """What an adapter of an identity does to ones: float64 `shape`, 0 where dropped, 1 where kept."""
-    layer = LoRALinear(nn.Linear(K, K, bias=False), LoraConfig(K, K, lora_dropout=p))
+    base = nn.Linear(K, K, bias=False)
+    layer = LoRALinear(base, LoraConfig(K, K, lora_dropout=p))
     with torch.no_grad():
-        layer.base_layer.weight.zero_()
+        base.weight.zero_()
         layer.lora_A.copy_(torch.eye(K))
         layer.lora_B.copy_(torch.eye(K))
         torch.manual_seed(seed)
         return (layer(torch.ones(shape)) > 0).double()
 
 
-def weight_of(layer: LoRALinear, dtype: torch.dtype) -> Tensor:
+def weight_of(layer: Any, dtype: torch.dtype) -> Tensor:
     weight = layer.base_layer.weight
     return weight.detach() if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
@@ -61,7 +63,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
-def gradients(layer: LoRALinear, x: Tensor, run) -> list[Tensor]:
+def gradients(layer: Any, x: Tensor, run) -> list[Tensor]:
     torch.manual_seed(3)
     inputs = [x.clone().requires_grad_(), layer.lora_A, layer.lora_B]
     return list(torch.autograd.grad(run(inputs[0]).float().square().sum(), inputs))
@@ -73,12 +75,13 @@ def gradients(layer: LoRALinear, x: Tensor, run) -> list[Tensor]:
 @dropouts
 def test_output_and_gradients_are_those_of_the_formula(base, dtype, p, shape):
     layer = adapted(base, dtype, p)
-    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    x: Any = torch.randn(shape, dtype=dtype, requires_grad=True)
     dy = torch.randn(*shape[:-1], N, dtype=dtype)
     mask = dropout_mask(shape, p, seed=3)
     assert not p or 0 < mask.mean() < 1
 
-    x64, A, B = (t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
+    exact: list[Any] = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    x64, A, B = exact
     W, b = weight_of(layer, dtype).double(), layer.bias.detach().double()
     y64 = x64 @ W.T + b + 2 * (x64 * mask / (1 - p)) @ A.T @ B.T
     y64.backward(dy.double())
@@ -158,8 +161,8 @@ def test_a_starts_kaiming_uniform(width):
 def test_it_equals_peft(rslora, bias):
     config = LoraConfig(R, 3, use_rslora=rslora)
     dense = nn.Linear(K, N, bias=bias)
-    ours = LoRALinear.from_base(copy.deepcopy(dense), config)
-    theirs = peft.get_peft_model(  # pyright: ignore[reportCallIssue]
+    ours: Any = LoRALinear.from_base(copy.deepcopy(dense), config)
+    theirs: Any = peft.get_peft_model(  # pyright: ignore[reportCallIssue]
         nn.Sequential(dense),  # pyright: ignore[reportArgumentType]
         peft.LoraConfig(r=R, lora_alpha=3, use_rslora=rslora, target_modules=["0"]),
     )
@@ -260,7 +263,7 @@ def test_a_quantized_base_takes_any_floating_point_input():
 
 def test_rank_may_be_as_large_as_the_layer_and_no_larger():
     LoRALinear.from_base(nn.Linear(K, N), LoraConfig(N, 1))
-    with pytest.raises(ValueError, match=rf"r is 64, larger than h\.up \(63 x 65\); .* at most r = 63"):
+    with pytest.raises(ValueError, match=r"r is 64, larger than h\.up \(63 x 65\); .* at most r = 63"):
         LoRALinear.from_base(nn.Linear(K, N), LoraConfig(64, 1), name="h.up")
 
 

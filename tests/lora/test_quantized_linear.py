@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
-import bitsandbytes as bnb
+from bitsandbytes.nn.modules import Linear4bit
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def test_state_dict_of_another_kind_of_scales_is_taken():
 
 
 def test_state_dict_inside_a_model():
-    saved, loaded = (nn.Sequential(layer(), nn.ReLU(), nn.ModuleDict({"up": nn.Linear(N, 3)})) for _ in range(2))
+    models: list[Any] = [nn.Sequential(layer(), nn.ReLU(), nn.ModuleDict({"up": nn.Linear(N, 3)})) for _ in "ab"]
+    saved, loaded = models
     loaded.load_state_dict(saved.state_dict(prefix="m."), strict=False)
     assert not torch.equal(loaded[0].weight.packed, saved[0].weight.packed)
     loaded.load_state_dict(saved.state_dict())
@@ -108,7 +110,7 @@ def test_state_dict_inside_a_model():
 @double_quants
 @biases
 def test_keys_dtypes_and_shapes_are_those_of_bitsandbytes(double_quant, bias):
-    theirs = bnb.nn.Linear4bit(
+    theirs = Linear4bit(
         K, N, bias=bias, quant_type="nf4", compress_statistics=double_quant, compute_dtype=torch.bfloat16
     ).to("cpu")
     expected = {key: (value.dtype, value.shape) for key, value in theirs.state_dict().items()}
@@ -121,7 +123,7 @@ def test_keys_dtypes_and_shapes_are_those_of_bitsandbytes(double_quant, bias):
 @double_quants
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_a_cast_keeps_the_bits(cast, double_quant):
-    model = nn.Sequential(layer(double_quant), nn.LayerNorm(N))
+    model: Any = nn.Sequential(layer(double_quant), nn.LayerNorm(N))
     before = model[0].weight
     getattr(model, cast)()
     assert_same_bits(model[0].weight, before)
@@ -169,7 +171,7 @@ def test_a_missing_weight_is_missing():
     state = layer().state_dict()
     rest = {"bias": state["bias"]}
     assert layer().load_state_dict(rest, strict=False).missing_keys == ["weight"]
-    with pytest.raises(RuntimeError, match='Missing key.*"up.weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"up\.weight"'):
         nn.ModuleDict({"up": layer()}).load_state_dict({"up.bias": state["bias"]})
 
 

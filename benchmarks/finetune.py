@@ -1,0 +1,237 @@
+"""QLoRA here, beside bitsandbytes + PEFT: the same job, one after the other, each in a process of its own.
+
+    python -m benchmarks.finetune --steps 60
+
+Both start from the same bfloat16 weights and see the same batches in the same order, with the same rank, scaling,
+dropout, learning rates and clipping. What differs is the library. The peer is used as its documentation has it:
+``BitsAndBytesConfig`` (NF4, double quantization, bfloat16), ``get_peft_model`` on all linear layers, ``model(...,
+labels=...).loss``; without ``prepare_model_for_kbit_training``, whose float32 copies and activation checkpointing
+would make it slower.
+
+Speed is in tokens of the examples, padding not counted, from the median step; memory is the peak of the process.
+One JSON record per library goes to ``benchmarks/records/``; the table is a view of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qloralab.batches import collate, length_grouped_batches, split
+from qloralab.encoding import NO_LABEL, Encoded, encode_all
+from qloralab.finetune import LENGTH_MULTIPLE, schedule
+from qloralab.memory import peak_mb, resident_mb
+from qloralab.models import default_model, load_model, load_tokenizer, pad_id
+from qloralab.run_directory import versions
+from qloralab.stdlib_corpus import stdlib_examples
+
+RECORDS = Path(__file__).parent / "records"
+LIBRARIES = ("qloralab", "bitsandbytes+peft")
+R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
+BATCH, MAX_LENGTH, HELD_OUT, SEED = 4, 256, 64, 0
+
+Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # a batch -> mean loss of its labels
+
+
+def qloralab_job(directory: Path) -> tuple[Any, Loss]:
+    """The model and its loss, as ``qloralab finetune`` sets them up."""
+    import qloralab as ql
+    from qloralab.loss import AnswerLoss
+
+    model = load_model(directory)
+    ql.quantize_(model)
+    ql.inject_(model, ql.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT))
+    answer_loss = AnswerLoss(model)
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        total, count = answer_loss(batch["input_ids"], batch["labels"])
+        return total / count
+
+    return model, loss
+
+
+def peft_job(directory: Path) -> tuple[Any, Loss]:
+    """The model and its loss, as the documentation of transformers and PEFT sets them up."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.bfloat16)
+    adapters = LoraConfig(
+        r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, adapters)
+    return model, lambda batch: model(**batch).loss
+
+
+JOBS = {"qloralab": qloralab_job, "bitsandbytes+peft": peft_job}
+
+
+def run(library: str, directory: Path, steps: int) -> dict[str, Any]:
+    """Train with one library and measure it, in this process."""
+    tokenizer = load_tokenizer(default_model())
+    encoded = encode_all(stdlib_examples(), tokenizer, MAX_LENGTH, "skip")
+    train, held_out = split(encoded, HELD_OUT, SEED)
+    pad = pad_id(tokenizer)
+    order = length_grouped_batches([len(example.input_ids) for example in train], BATCH, SEED, epoch=0)
+
+    torch.manual_seed(SEED)
+    model, loss = JOBS[library](directory)
+    multiple = LENGTH_MULTIPLE if library == "qloralab" else 1  # each pads as it does outside this file
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    loaded = resident_mb()
+    before = validate(model, loss, held_out, pad)
+    losses, seconds, tokens = [], [], []
+    model.train()
+    for step in range(steps):
+        examples = [train[i] for i in order[step]]
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = LR * schedule(step, steps)
+        value = loss(collate(examples, pad, multiple))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+        seconds.append(time.perf_counter() - start)
+        tokens.append(sum(len(example.input_ids) for example in examples))
+    peak = peak_mb()
+    after = validate(model, loss, held_out, pad)
+    rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
+    p20, p50, p80 = (statistics.quantiles(rates, n=10)[i] for i in (1, 4, 7))
+    return {
+        "benchmark": "finetune",
+        "library": library,
+        "steps": steps,
+        "tokens": sum(tokens),
+        "tokens_per_s": {"p20": p20, "p50": p50, "p80": p80, "all": sum(tokens) / sum(seconds)},
+        "loaded_mb": loaded,
+        "peak_mb": peak,
+        "val_before": before,
+        "val_after": after,
+        "losses": losses,
+        "trainable": sum(p.numel() for p in parameters),
+        "versions": library_versions(),
+        "device": device(),
+        "commit": commit(),
+    }
+
+
+@torch.no_grad()
+def validate(model: Any, loss: Loss, held_out: Sequence[Encoded], pad: int) -> float:
+    """Mean loss of the held-out answers. Only the dropouts are put in evaluation mode: an evaluation-mode forward of
+    bitsandbytes on an AVX512 CPU rearranges its weights in place."""
+    for module in model.modules():
+        module.training = type(module).__name__ not in ("Dropout", "LoRALinear")
+    total, count = 0.0, 0
+    rows = sorted(held_out, key=lambda example: len(example.input_ids))
+    for start in range(0, len(rows), 2 * BATCH):
+        batch = collate(rows[start : start + 2 * BATCH], pad)
+        labels = int((batch["labels"][:, 1:] != NO_LABEL).sum())
+        total += loss(batch).item() * labels
+        count += labels
+    model.train()
+    return total / count
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of both libraries and of what is under them."""
+    from importlib.metadata import version
+
+    return {**versions(), "bitsandbytes": version("bitsandbytes"), "peft": version("peft")}
+
+
+def device() -> str:
+    """The processor's name and the number of threads."""
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """The commit of the checkout, "+" behind it when files differ from it."""
+    root = Path(__file__).parent.parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """The records side by side; the last column is ours over theirs."""
+    ours, theirs = (next(r for r in records if r["library"] == name) for name in LIBRARIES)
+    view = Table(title=f"{ours['steps']} steps, {ours['tokens']:,} tokens, {ours['device']}")
+    for heading in ("", *LIBRARIES, "ratio"):
+        view.add_column(heading, justify="left" if not heading else "right")
+    rows = [
+        ("tokens/s, median step", lambda r: r["tokens_per_s"]["p50"], "{:,.0f}"),
+        ("tokens/s, whole training", lambda r: r["tokens_per_s"]["all"], "{:,.0f}"),
+        ("peak memory, MB", lambda r: r["peak_mb"], "{:,.0f}"),
+        ("validation loss before", lambda r: r["val_before"], "{:.3f}"),
+        ("validation loss after", lambda r: r["val_after"], "{:.3f}"),
+    ]
+    for name, value, form in rows:
+        a, b = value(ours), value(theirs)
+        view.add_row(name, form.format(a), form.format(b), f"{a / b:.2f}")
+    return view
+
+
+def main() -> None:
+    """Run both libraries, write the records, print the table."""
+    parser = argparse.ArgumentParser(description="QLoRA here beside bitsandbytes + PEFT.")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        library, directory = args.worker
+        print(json.dumps(run(library, Path(directory), args.steps)))
+        return
+    records = []
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(
+            [sys.executable, "-c", _CONVERT, directory], check=True
+        )  # in a process of its own: what loading costs is not the job's memory
+        for library in LIBRARIES:
+            print(f"{library} …", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(args.steps)]
+            result = subprocess.run([*command, "--worker", library, directory], stdout=subprocess.PIPE, check=True)
+            records.append(json.loads(result.stdout.splitlines()[-1]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        (args.out / f"finetune-{record['library']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    Console().print(table(records))
+
+
+_CONVERT = """
+import sys
+from qloralab.models import default_model, load_model
+load_model(default_model()).save_pretrained(sys.argv[1])
+"""
+
+if __name__ == "__main__":
+    main()
