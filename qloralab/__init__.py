@@ -4,7 +4,12 @@ The folders ``nf4/`` and ``lora/`` at the root of the repository are the package
 ``qloralab.lora``.
 """
 
+import os as _os
 from pathlib import Path as _Path
+
+# Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
+# on one machine then slow each other more than tenfold.
+_os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout, the folders beside this one are subpackages; installed, they already are below it.
 _root = _Path(__file__).resolve().parent.parent

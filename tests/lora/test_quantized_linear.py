@@ -6,9 +6,9 @@ import copy
 import io
 from typing import Any
 
-from bitsandbytes.nn.modules import Linear4bit
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
