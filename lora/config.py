@@ -65,7 +65,11 @@ class LoraConfig:
             chosen = list(names)
             missing = [] if chosen else [ALL_LINEAR]
         elif isinstance(targets, str):
-            chosen = [name for name in names if re.fullmatch(targets, name)]
+            try:
+                pattern = re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from None
+            chosen = [name for name in names if pattern.fullmatch(name)]
             missing = [] if chosen else [targets]
         else:
             chosen = [name for name in names if any(ends_with(name, target) for target in targets)]

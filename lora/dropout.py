@@ -26,8 +26,8 @@ def draw_positions(numel: int, p: float, device: torch.device) -> Tensor:
     """
     # The sum of k distances falls short of numel with a probability below 1e-14.
     k = math.ceil(numel * p + 8 * math.sqrt(numel * p) + 32)
-    u = torch.rand(k, device=device)
-    distance = torch.log1p(u.neg_()).div_(math.log1p(-p)).floor_()
+    u = torch.rand(k, dtype=torch.float32, device=device)
+    distance = torch.log1p(u.neg_()).div_(math.log1p(-p)).floor_().clamp_(max=float(numel))
     return distance.long().add_(1).cumsum(0).sub_(1).clamp_(max=numel)
 
 

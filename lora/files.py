@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "fan_in_fan_out": (None, False),
+    # the others (PiSSA, OLoRA, CorDA, LoftQ) change the weights beside the adapter
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
     "kasa_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (None, False),
@@ -137,11 +140,14 @@ def _peft_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, A
     }
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The last components of the paths where they mean the same modules to PEFT, else the paths."""
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The shortest list (last components, or paths), else an expression, that means just these modules to PEFT."""
+    modules = [name for name, _ in model.named_modules()]
     suffixes = sorted({name.rpartition(".")[2] for name in names})
-    meant = {name for name, _ in model.named_modules() if any(ends_with(name, suffix) for suffix in suffixes)}
-    return suffixes if meant == set(names) else sorted(names)
+    for targets in (suffixes, sorted(names)):
+        if {name for name in modules if any(ends_with(name, target) for target in targets)} == set(names):
+            return targets
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _read_config(path: Path) -> LoraConfig:
@@ -159,6 +165,8 @@ def _read_config(path: Path) -> LoraConfig:
     chosen = {
         f: fields[f] for f in ("lora_dropout", "target_modules", "bias", "task_type", "use_rslora") if f in fields
     }
+    if not isinstance(chosen.get("use_rslora", False), bool):
+        raise FormatError(f"is {chosen['use_rslora']!r:.60}, not true or false", file=path, field="use_rslora")
     for field in ("r", "lora_alpha"):
         if field not in fields:
             raise FormatError("is missing", file=path, field=field)

@@ -21,8 +21,8 @@ from .quantized_linear import QuantizedLinear
 def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[str]:
     """Full paths of the linear layers that QLoRA quantizes and adapts.
 
-    Those are the modules of the very type ``nn.Linear`` (a subclass may be used in other ways than by calling it) or
-    ``QuantizedLinear``, except
+    Those are the modules, below the model itself, of the very type ``nn.Linear`` (a subclass may be used in other
+    ways than by calling it) or ``QuantizedLinear``, except
 
     * the output head, where the model can tell it by ``get_output_embeddings()``, as Hugging Face models can;
     * layers that share their weight with a module that is left out, such as an embedding;
@@ -40,7 +40,8 @@ def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[st
     chosen = {
         name: layer
         for name, module in outer_modules(model)
-        if type(layer := unwrapped(module)) in (nn.Linear, QuantizedLinear)
+        if name
+        and type(layer := unwrapped(module)) in (nn.Linear, QuantizedLinear)
         and module is not head
         and name not in skipped
     }
@@ -91,7 +92,7 @@ def quantize_(
         layers = [model.get_submodule(name) for name in sharing]
         weight = quantize(layers[0].weight, codebook, block_size, double_quant, name=f"{sharing[0]}.weight")
         for layer in layers:
-            _replace(places[layer], QuantizedLinear(weight, layer.bias, compute_dtype))
+            _replace(places[layer], QuantizedLinear(weight, layer.bias, compute_dtype).train(layer.training))
             del places[layer], layer
         del layers
         if progress:

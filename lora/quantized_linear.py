@@ -54,7 +54,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""
-        return linear(x.to(self.compute_dtype), self.weight, self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)  # the model may have been cast since
+        return linear(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

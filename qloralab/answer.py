@@ -8,7 +8,7 @@ import torch
 
 from .encoding import prompt_text
 from .errors import UserError
-from .examples import Example, Message
+from .examples import Example
 from .generate import generate
 from .models import load_model, load_tokenizer
 
@@ -40,6 +40,6 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, 
             raise UserError(str(error)) from error
     if torch.cuda.is_available():
         loaded.to("cuda")
-    example = Example(messages=(Message("user", prompt), Message("assistant", "…")), source="prompt")
+    example = Example.from_instruction(prompt, "…", source="prompt")  # also has a form for no chat template
     ids = tokenizer(prompt_text(example, tokenizer), add_special_tokens=False).input_ids
     return generate(loaded, tokenizer, [ids], max_new_tokens)[0].strip()

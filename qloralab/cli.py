@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -19,7 +19,6 @@ from .settings import STDLIB, Method, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -30,9 +29,14 @@ ModelOption = Annotated[
 ]
 
 
-@app.callback()
-def _commands() -> None:
-    pass
+# What typer raises for a wrong option: a class of click, or of the copy of click that newer versions of typer carry.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+@app.callback(invoke_without_command=True)
+def _commands(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -70,7 +74,10 @@ def finetune(
     ] = False,
     seed: Annotated[int, typer.Option(help="Of split, order, adapters and dropout.")] = Settings.seed,
 ) -> None:
-    """Fine-tune a language model; with the defaults, on this machine's CPU in minutes."""
+    """Fine-tune a language model.
+
+    With the defaults, on this machine's CPU in minutes.
+    """
     from .models import default_model
 
     settings = Settings(
@@ -126,16 +133,18 @@ def generate(
 def main() -> None:
     """The ``qloralab`` command."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        status = app(standalone_mode=False)  # that of a typer.Exit; typer also makes one of Ctrl-C
+    except _UsageError as error:
+        _fail(error.format_message())
     except (UserError, FormatError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
+        status = 130
+    if status == 130:
         print("\nqloralab: stopped", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"qloralab: error: {message}", file=sys.stderr)
     sys.exit(2)

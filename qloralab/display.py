@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .run_directory import Metrics
@@ -21,7 +22,7 @@ class Display:
 
     def fact(self, name: str, value: str) -> None:
         """One line of what is known now."""
-        self.console.print(f"[bold]{name:>9}[/]  {value}", highlight=False)
+        self.console.print(f"[bold]{name:>9}[/]  {escape(value)}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:

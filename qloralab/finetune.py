@@ -78,7 +78,10 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     model = _prepare_model(settings, config, display)
     trainer = Trainer(model, tokenizer, train, held_out, settings)
 
-    run = RunDirectory(settings)
+    try:
+        run = RunDirectory(settings)
+    except OSError as error:
+        raise UserError(f"{settings.out} cannot be written: {error.strerror}") from error
     display.fact("run", str(run.path))
     try:
         return _train(trainer, run, settings, display)
@@ -228,8 +231,8 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
         encoded = encode_all(examples, tokenizer, settings.max_length, too_long)
         train, held_out = split(encoded, settings.held_out, settings.seed)
     source = "docstrings of the Python standard library" if stdlib else settings.data
-    left_out = f", {len(examples) - len(encoded):,} too long" if len(encoded) < len(examples) else ""
-    display.fact("data", f"{len(train):,} examples + {len(held_out)} held out: {source}{left_out}")
+    left_out = f"; {len(examples) - len(encoded):,} left out as too long" if len(encoded) < len(examples) else ""
+    display.fact("data", f"{source}: {len(train):,} examples + {len(held_out)} held out{left_out}")
     return tokenizer, train, held_out
 
 
@@ -281,7 +284,7 @@ def _train(trainer: Trainer, run: RunDirectory, settings: Settings, display: Dis
         while trainer.step < settings.steps and not stop.requested:
             metrics = trainer.train_step()
             last = metrics.step == settings.steps
-            if (last or metrics.step % settings.eval_every == 0) and not stop.requested:
+            if last or (metrics.step % settings.eval_every == 0 and not stop.requested):
                 val_after = trainer.validate()
                 metrics = dataclasses.replace(metrics, val_loss=val_after)
                 trainer.save(run.path)

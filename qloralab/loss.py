@@ -42,12 +42,13 @@ class AnswerLoss:
     def _head_is_plain(self) -> bool:
         if self.decoder is self.model or type(self.head) is not nn.Linear:
             return False
-        was_training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        ids = torch.arange(8, device=self.head.weight.device)[None]
+        ids = torch.arange(min(8, len(self.head.weight)), device=self.head.weight.device)[None]
         logits = self.model(input_ids=ids, use_cache=False).logits
         hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        self.model.train(was_training)
+        for module in training:
+            module.training = True
         return torch.equal(self.head(hidden), logits)
 
     def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -126,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_hidden is None else grad_hidden * grad,
             None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
             None,
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),

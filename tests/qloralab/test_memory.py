@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,16 @@ SLACK = 0.2
 
 def touched(megabytes: int) -> np.ndarray:
     return np.ones(megabytes * MB, dtype=np.uint8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="compared with Linux's /proc")
+def test_the_unit_is_a_million_bytes():
+    taken = touched(int(peak_mb() - resident_mb()) + 200)  # at its peak, the process holds that much
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    expected = pages * os.sysconf("SC_PAGE_SIZE") / MB
+    assert resident_mb() == pytest.approx(expected, rel=0.01)
+    assert peak_mb() == pytest.approx(expected, rel=0.01)
+    del taken
 
 
 def test_resident_grows_by_what_is_touched_and_shrinks_by_what_is_freed():
