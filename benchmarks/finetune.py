@@ -32,11 +32,11 @@ from rich.table import Table
 
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
-from qloralab.finetune import LENGTH_MULTIPLE, schedule
 from qloralab.memory import peak_mb, resident_mb
 from qloralab.models import default_model, load_model, load_tokenizer, pad_id
 from qloralab.run_directory import versions
 from qloralab.stdlib_corpus import stdlib_examples
+from qloralab.trainer import LENGTH_MULTIPLE, schedule
 
 RECORDS = Path(__file__).parent / "records"
 LIBRARIES = ("qloralab", "bitsandbytes+peft")

@@ -14,7 +14,7 @@ from torch import nn
 from qloralab.nf4.tensor import quantize
 
 from .config import LoraConfig, ends_with
-from .layer import LoRALinear, check_rank
+from .layer import Linear, LoRALinear, check_rank
 from .quantized_linear import QuantizedLinear
 
 
@@ -84,13 +84,15 @@ def quantize_(
         raise ValueError("the model has no linear layer to quantize")
     by_weight: dict[int, list[str]] = {}
     for name in names:
-        layer = model.get_submodule(name)
-        if type(layer) is nn.Linear:
+        layer = _linear(model, name)
+        if isinstance(layer, nn.Linear):
             by_weight.setdefault(id(layer.weight), []).append(name)
     places = _places(model)
     for done, sharing in enumerate(by_weight.values(), 1):
-        layers = [model.get_submodule(name) for name in sharing]
-        weight = quantize(layers[0].weight, codebook, block_size, double_quant, name=f"{sharing[0]}.weight")
+        layers = [_linear(model, name) for name in sharing]
+        weight = quantize(
+            model.get_parameter(f"{sharing[0]}.weight"), codebook, block_size, double_quant, name=f"{sharing[0]}.weight"
+        )
         for layer in layers:
             _replace(places[layer], QuantizedLinear(weight, layer.bias, compute_dtype).train(layer.training))
             del places[layer], layer
@@ -120,7 +122,7 @@ def wrap_(model: nn.Module, names: Iterable[str], config: LoraConfig) -> nn.Modu
     """``inject_`` with the layers given by their full paths. The model is unchanged when it raises ValueError."""
     if has_adapters(model):
         raise ValueError("the model has adapters already; inject them once")
-    layers = {name: model.get_submodule(name) for name in names}
+    layers = {name: _linear(model, name) for name in names}
     for name, layer in layers.items():
         check_rank(layer, config, name)
     model.requires_grad_(False)
@@ -154,6 +156,12 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without what is inside a layer with an adapter."""
     inner = tuple(f"{name}." for name in adapters(model))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(inner or ("\0",)))
+
+
+def _linear(model: nn.Module, name: str) -> Linear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, Linear)
+    return layer
 
 
 def _skipped(model: nn.Module, skip: Sequence[str]) -> set[str]:

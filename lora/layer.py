@@ -107,7 +107,7 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         x, A, B, h, positions = ctx.saved_tensors
         positions = None if positions is None else positions.long()

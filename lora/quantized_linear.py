@@ -24,6 +24,8 @@ class QuantizedLinear(nn.Module):
         compute_dtype: the dtype of the product. The input is converted to it, the output back.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16
     ):

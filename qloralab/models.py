@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -106,9 +107,11 @@ def _reading(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} cannot be read as a model: {first[0]}") from error
+    except (
+        OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error
+    ) as error:  # fmt: skip
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read as a model: {why}") from error
     finally:
         logging.set_verbosity(level)
         if bars:

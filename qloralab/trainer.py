@@ -1,0 +1,148 @@
+"""The training loop's one step, and the validation: a model, the order of the examples, an optimizer.
+
+AdamW without weight decay, gradients clipped to a norm of 0.3, examples grouped by length and a loss on the answers
+only are the recipe of the paper (QLoRA, appendix B). Its learning rate is constant; here it falls, which a short run
+gains from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qloralab.lora.files import save_adapter
+from qloralab.lora.inject import trainable
+
+from .batches import collate, length_grouped_batches
+from .encoding import NO_LABEL, Encoded
+from .errors import UserError
+from .loss import AnswerLoss
+from .memory import resident_mb
+from .models import pad_id
+from .run_directory import Metrics
+from .settings import Settings
+
+LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a thousand of them
+
+
+class Trainer:
+    """The state of a run: the model, the order of the examples, the optimizer."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train = train
+        self.held_out = held_out
+        self.settings = settings
+        self.device = next(model.parameters()).device
+        self.loss = AnswerLoss(model)
+        self.parameters = trainable(model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        )
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._order = self._batches()
+
+    def _batches(self) -> Iterator[list[Encoded]]:
+        lengths = [len(example.input_ids) for example in self.train]
+        epoch = 0
+        while True:
+            for batch in length_grouped_batches(lengths, self.settings.batch_size, self.settings.seed, epoch):
+                yield [self.train[i] for i in batch]
+            epoch += 1
+
+    def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate(examples, pad_id(self.tokenizer), LENGTH_MULTIPLE)
+        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        # Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.method == "full")
+
+    def train_step(self) -> Metrics:
+        """One optimizer step.
+
+        Raises:
+            UserError: the loss is NaN or infinite; the parameters are as before the step.
+        """
+        start = time.perf_counter()
+        self.model.train()
+        examples = next(self._order)
+        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
+        lr = self._set_lr()
+        total = 0.0
+        for part in range(self.settings.accumulate):
+            micro_batch = examples[part :: self.settings.accumulate]
+            if not micro_batch:
+                continue
+            with self._autocast():
+                loss, _ = self.loss(*self._tensors(micro_batch))
+            loss = loss / answers
+            loss.backward()
+            total += loss.item()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        if not (total < float("inf") and norm < float("inf")):
+            raise UserError(
+                f"the loss is {total:.4g} and the gradient {norm:.4g} at step {self.step + 1}; try a smaller --lr"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - start
+        tokens = sum(len(example.input_ids) for example in examples)
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        return Metrics(self.step, self.tokens, total, None, lr, norm, tokens / seconds, resident_mb())
+
+    def _set_lr(self) -> float:
+        lr = self.settings.learning_rate * schedule(self.step, self.settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """The mean loss of the held-out answers, in nats per token.
+
+        Raises:
+            UserError: it is NaN or infinite.
+        """
+        self.model.eval()
+        order = sorted(self.held_out, key=lambda example: len(example.input_ids))
+        size = 2 * self.settings.batch_size
+        total, count = 0.0, 0
+        for start in range(0, len(order), size):
+            with self._autocast():
+                loss, answers = self.loss(*self._tensors(order[start : start + size]))
+            total += loss.item()
+            count += answers
+        if not total < float("inf"):
+            raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}; try a smaller --lr")
+        return total / count
+
+    def save(self, path: Path) -> Path:
+        """Write what was trained below the run directory: the adapter, or the whole model."""
+        if self.settings.method == "full":
+            self.model.save_pretrained(path / "model")
+            self.tokenizer.save_pretrained(path / "model")
+            return path / "model"
+        save_adapter(self.model, path / "adapter")
+        return path / "adapter"
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of a step (from 0) as a part of the largest: a warm-up of 3 %, then linearly towards 0."""
+    warmup = max(1, round(0.03 * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / max(1, steps - warmup)
