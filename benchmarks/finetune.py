@@ -33,7 +33,7 @@ from rich.table import Table
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.memory import peak_mb, resident_mb
-from qloralab.models import default_model, load_model, load_tokenizer, pad_id
+from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quiet
 from qloralab.run_directory import versions
 from qloralab.stdlib_corpus import stdlib_examples
 from qloralab.trainer import LENGTH_MULTIPLE, schedule
@@ -74,7 +74,8 @@ def peft_job(directory: Path) -> tuple[Any, Loss]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.bfloat16)
+    with quiet():
+        base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.bfloat16)
     adapters = LoraConfig(
         r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -229,8 +230,10 @@ def main() -> None:
 
 _CONVERT = """
 import sys
-from qloralab.models import default_model, load_model
-load_model(default_model()).save_pretrained(sys.argv[1])
+from qloralab.models import default_model, load_model, quiet
+model = load_model(default_model())
+with quiet():
+    model.save_pretrained(sys.argv[1])
 """
 
 if __name__ == "__main__":

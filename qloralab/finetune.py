@@ -22,7 +22,7 @@ from .examples import Example, read_jsonl
 from .generate import generate
 from .interrupt import StopRequest
 from .memory import peak_mb, resident_mb
-from .models import load_model, load_tokenizer
+from .models import is_default, load_model, load_tokenizer
 from .report import plot_loss, write_samples
 from .run_directory import Metrics, RunDirectory
 from .settings import STDLIB, Settings
@@ -145,7 +145,9 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
             f"r = {chosen.r}, alpha = {chosen.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters{start}",
         )
     if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renames it; the old name goes in version 6
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if torch.cuda.is_available():
         model.to("cuda")
     return model
@@ -221,5 +223,7 @@ def _summarize(result: Result, saved: Path, settings: Settings, display: Display
     memory = f"{result.peak_mb / 1000:.2f} GB of memory"
     display.fact("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.seconds:.0f} s of training, {memory}")
     display.fact("saved", f"{saved}, {result.path / 'loss.png'}, {result.path / 'samples.md'}")
-    what = f"--model {saved}" if settings.method == "full" else f"--adapter {saved}"
+    model = f"--model {settings.model} " if not is_default(settings.model) else ""
+    what = f"--model {saved} --dense" if settings.method == "full" else f"{model}--adapter {saved}"
+    what += " --dense" if settings.method == "lora" else ""
     display.fact("try it", f'qloralab generate {what} --prompt "…"')

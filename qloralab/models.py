@@ -41,6 +41,11 @@ def default_model() -> Path:
     )
 
 
+def is_default(path: Path) -> bool:
+    """Whether path is what ``default_model`` gives."""
+    return path.parent.name == _PACKAGE
+
+
 def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal language model, in evaluation mode, on the CPU.
 
@@ -95,8 +100,8 @@ def _check(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Quiet reading, whose errors become one line."""
+def quiet() -> Iterator[None]:
+    """No warnings and no progress bars of transformers."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -106,13 +111,21 @@ def _reading(path: Path) -> Iterator[None]:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # one of its bars is tqdm's own
             warnings.simplefilter("ignore")
             yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Quiet reading, whose errors become one line."""
+    try:
+        with quiet():
+            yield
     # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
     except (
         OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error
     ) as error:  # fmt: skip
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as a model: {why}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -23,7 +23,7 @@ from .encoding import NO_LABEL, Encoded
 from .errors import UserError
 from .loss import AnswerLoss
 from .memory import resident_mb
-from .models import pad_id
+from .models import pad_id, quiet
 from .run_directory import Metrics
 from .settings import Settings
 
@@ -133,7 +133,8 @@ class Trainer:
     def save(self, path: Path) -> Path:
         """Write what was trained below the run directory: the adapter, or the whole model."""
         if self.settings.method == "full":
-            self.model.save_pretrained(path / "model")
+            with quiet():
+                self.model.save_pretrained(path / "model")
             self.tokenizer.save_pretrained(path / "model")
             return path / "model"
         save_adapter(self.model, path / "adapter")

@@ -130,6 +130,10 @@ def bumped(part: Tensor) -> Tensor:
     return part
 
 
+def renamed(tensors: dict[str, Tensor]) -> None:
+    tensors[KEY.replace("nf4", "fp4")] = tensors.pop(KEY)
+
+
 # How a checkpoint is spoiled -> the tensor, the field that the error names.
 MALFORMED = {
     "no-weight": (tensor("", None), "", None),
@@ -158,6 +162,8 @@ MALFORMED = {
     "text-not-utf8": (text(b'{"quant_type": "\xff\xfe"}'), KEY, None),
     "text-list": (text("[1, 2]"), KEY, None),
     "text-deep": (text("[" * 100_000), KEY, None),
+    "text-under-another-name": (renamed, KEY.replace("nf4", "fp4"), "quant_type"),
+    "one-tensor-too-many": (lambda t: t.update({"h.0.w.nested_offset": torch.zeros(1)}), ".nested_offset", None),
     "quant_type-missing": (field(quant_type=None), KEY, "quant_type"),
     "quant_type-fp4": (field(quant_type="fp4"), KEY, "quant_type"),
     "quant_type-list": (field(quant_type=["nf4"]), KEY, "quant_type"),

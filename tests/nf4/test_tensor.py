@@ -181,7 +181,7 @@ def test_what_is_no_tensor_is_refused():
         quantize([1.0, 2.0])  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("block_size", [0, 1, 16, 48, 63, 8192, -64, "64", None])
+@pytest.mark.parametrize("block_size", [0, 1, 16, 48, 63, 64.0, 8192, -64, "64", None])
 def test_other_block_sizes_are_refused(block_size):
     with pytest.raises(ValueError, match=rf"block_size is {block_size!r}; it must be one of 32, 64,.* 4096"):
         quantize(torch.ones(64), block_size=block_size)
@@ -257,3 +257,8 @@ def test_it_cannot_be_changed():
 def test_linear_refuses_shapes_that_do_not_fit(x, weight, bias, message):
     with pytest.raises(ValueError, match=f"^linear: .*{message}"):
         linear(torch.ones(x), quantize(torch.ones(weight)), None if bias is None else torch.ones(bias))
+
+
+def test_an_integer_input_is_refused():
+    with pytest.raises(TypeError, match=r"linear: x is torch\.int64"):
+        linear(torch.ones(2, 64, dtype=torch.int64), quantize(torch.randn(3, 64)))

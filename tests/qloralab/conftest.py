@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -13,8 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qloralab.cli import main
+from qloralab.display import Display
+from qloralab.settings import Settings
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role + '\n' + message.content }}<|end|>\n{% endfor %}"
@@ -46,6 +52,7 @@ def tiny_model(**changes: Any) -> LlamaForCausalLM:
         num_key_value_heads=2,
         eos_token_id=257,
         bos_token_id=None,
+        initializer_range=0.1,  # at the usual 0.02, a frozen random head cannot tell words apart
         **changes,
     )
     with torch.random.fork_rng():
@@ -93,6 +100,43 @@ def default_gguf() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the default model: make install brings it")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path, model_dir: Path, colours: Path) -> Callable[..., Settings]:
+    """Settings of a short run of the tiny model: ``settings(steps=2)``."""
+
+    def make(**changes: Any) -> Settings:
+        small = {"out": tmp_path / "run", "model": model_dir, "data": str(colours), "steps": 6, "held_out": 4}
+        return Settings(**{**small, "eval_every": 3, "lora_dropout": 0.0, **changes})
+
+    return make
+
+
+@pytest.fixture
+def silent() -> Display:
+    """A display that nobody sees."""
+    return Display(Console(file=io.StringIO()))
+
+
+Program = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Program:
+    """The command in this process and an empty directory: ``program("generate", ...)`` -> status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qloralab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        status = ended.value.code
+        assert status is None or isinstance(status, int)
+        shown = capsys.readouterr()
+        return status or 0, shown.out, shown.err
+
+    return run
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

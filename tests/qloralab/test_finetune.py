@@ -1,0 +1,188 @@
+"""A run from its settings to its directory, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qloralab import finetune as module
+from qloralab.display import Display
+from qloralab.encoding import NO_LABEL, Encoded, encode
+from qloralab.errors import UserError
+from qloralab.examples import Example, Message
+from qloralab.finetune import finetune, prompt_and_answer
+from qloralab.lora.layer import LoRALinear
+from qloralab.models import load_tokenizer
+from qloralab.settings import METHODS
+from qloralab.trainer import Trainer
+
+MEASURED = {"tokens_per_s", "rss_mb"}  # what differs between two runs of the same settings
+
+
+def metrics(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(path)]
+
+
+def result_of(path) -> dict:
+    return json.loads((path / "config.json").read_text())["result"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns(settings, silent, method):
+    result = finetune(settings(method=method, steps=30, eval_every=20, lr=1e-2), silent)
+    lines = metrics(result.path)
+    assert [line["step"] for line in lines] == list(range(31))
+    assert lines[-1]["loss"] < 0.5 * lines[1]["loss"]
+    validated = {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
+    assert list(validated) == [0, 20, 30]
+    assert (result.val_before, result.val_after) == (validated[0], validated[30])
+    assert validated[30] < 0.7 * validated[0]
+    assert lines[0]["loss"] is lines[0]["lr"] is lines[0]["grad_norm"] is None
+    assert (result.steps, result.interrupted) == (30, False)
+    saved = {"full": "model"}.get(method, "adapter")
+    assert {file.name for file in result.path.iterdir()} == {
+        "config.json", "metrics.jsonl", "loss.png", "samples.md", saved
+    }  # fmt: skip
+    assert result_of(result.path) == {**dataclasses.asdict(result), "path": str(result.path)}
+
+
+def test_the_same_seed_gives_the_same_run(settings, silent, tmp_path):
+    paths = [tmp_path / name for name in ("first", "second", "other")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        torch.rand(seed)  # whatever happened before in the process
+        finetune(settings(out=path, seed=seed, lora_dropout=0.1), silent)
+    first, second, other = map(results, paths)
+    assert first == second
+    assert all(one["loss"] != two["loss"] for one, two in zip(first[1:], other[1:], strict=True))
+    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in paths]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_checkpointing_computes_the_same_twice(settings, silent, tmp_path, monkeypatch):
+    forward, calls = LoRALinear.forward, []
+    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
+    plain = finetune(settings(out=tmp_path / "plain", lora_dropout=0.1), silent)
+    usual = sum(calls)
+    calls.clear()
+    checkpointed = finetune(settings(out=tmp_path / "less", lora_dropout=0.1, checkpointing=True), silent)
+    assert sum(calls) == 2 * usual
+    assert results(checkpointed.path) == results(plain.path)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_a_run_goes_on_from_an_adapter(settings, silent, tmp_path, method):
+    first = finetune(settings(out=tmp_path / "first", method=method, r=4, steps=20, lr=1e-2), silent)
+    again = settings(out=tmp_path / "second", method=method, adapter=first.path / "adapter", steps=2)
+    second = finetune(again, silent)
+    assert second.val_before == first.val_after
+    assert metrics(second.path)[1]["loss"] < 0.7 * first.val_before
+    assert json.loads((second.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError) as caught:
+            finetune(settings(adapter=path), silent)
+        assert str(path / "adapter_config.json") in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_full_fine_tuning_leaves_a_model_that_can_be_tuned_on(settings, silent, tmp_path):
+    first = finetune(settings(method="full", steps=10, lr=1e-2), silent)
+    model = AutoModelForCausalLM.from_pretrained(first.path / "model")
+    start = load_file(settings(out=tmp_path / "x").model / "model.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+    second = finetune(settings(out=tmp_path / "on", method="full", model=first.path / "model", steps=1), silent)
+    assert second.val_before == first.val_after
+
+
+def press_ctrl_c(monkeypatch, at_step: int) -> None:
+    """Once, while a step is computed."""
+    train_step = Trainer.train_step
+
+    def step(self):
+        if self.step + 1 == at_step:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def test_ctrl_c_ends_the_run_after_the_step(settings, silent, monkeypatch):
+    press_ctrl_c(monkeypatch, at_step=3)  # where a validation is due
+    result = finetune(settings(steps=50), silent)
+    assert (result.steps, result.interrupted, result.val_after) == (3, True, None)
+    assert [line["step"] for line in metrics(result.path)] == [0, 1, 2, 3]
+    assert result_of(result.path)["interrupted"] is True
+    samples = (result.path / "samples.md").read_text()
+    assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [4, 0, 4]
+    assert (result.path / "loss.png").stat().st_size > 1000
+    weights = load_file(result.path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.count_nonzero() for tensor in weights.values())
+
+
+def test_ctrl_c_in_the_last_step_changes_nothing(settings, silent, tmp_path, monkeypatch):
+    expected = finetune(settings(out=tmp_path / "expected"), silent)
+    press_ctrl_c(monkeypatch, at_step=6)
+    result = finetune(settings(), silent)
+    assert not result.interrupted
+    assert results(result.path) == results(expected.path)
+    assert result.val_after == expected.val_after
+
+
+def test_what_is_known_is_shown(settings):
+    file = io.StringIO()
+    path = finetune(settings(steps=2), Display(Console(file=file))).path
+    facts = dict(line.strip().split("  ", 1) for line in file.getvalue().splitlines() if " step " not in line)
+    assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
+    assert facts["4 bits"].startswith("14 linear layers, 0.1 M weights at 4.1")
+    assert facts["adapters"].startswith("r = 16, alpha = 32: 0.03 M trainable parameters")
+    model = json.loads((path / "config.json").read_text())["model"]
+    assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
+
+
+def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch):
+    long = [Example.from_instruction("a" * (90 * i), "An answer.", f"module.py:{i}") for i in range(8)]
+    monkeypatch.setattr(module, "stdlib_examples", lambda: long)
+    file = io.StringIO()
+    finetune(settings(data="stdlib", steps=1, held_out=1), Display(Console(file=file)))
+    assert "standard library: 2 examples + 1 held out; 5 left out as too long" in file.getvalue()
+
+
+def test_a_directory_that_cannot_be_written(settings, silent, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory$"):
+        finetune(settings(out=tmp_path / "file" / "run"), silent)
+
+
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    example = encode(Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns)), tokenizer)
+    prompt, answer = prompt_and_answer(example)
+    before = "<|start|>user\na<|end|>\n<|start|>assistant\nb<|end|>\n<|start|>user\nc<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(prompt) == before
+    assert tokenizer.decode(answer) == "d<|end|>"
+
+
+@pytest.mark.parametrize(("length", "cut"), [(2, 1), (3, 2), (16, 15), (17, 16), (40, 16)])
+def test_a_text_is_cut_after_16_tokens(length, cut):
+    ids = list(range(100, 100 + length))
+    assert prompt_and_answer(Encoded(ids, ids, "text.jsonl:1")) == (ids[:cut], ids[cut:])
+
+
+def test_an_answer_that_begins_right_after_the_first_token():
+    assert prompt_and_answer(Encoded([7, 8, 9], [NO_LABEL, 8, NO_LABEL], "x")) == ([7], [8])

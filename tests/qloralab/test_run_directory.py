@@ -1,0 +1,72 @@
+"""What is written can be read: by a program, at any moment of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from qloralab.run_directory import Metrics, RunDirectory, versions
+from qloralab.settings import Settings
+
+FIRST = Metrics(0, 0, None, 3.5, None, None, None, 100.0)
+SECOND = Metrics(1, 64, 3.25, None, 1e-3, 0.5, 120.0, 101.5)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDirectory(Settings(out=tmp_path / "deep" / "run", model=Path("model"), lora_alpha=8.0))
+    yield run
+    run.close()
+
+
+def lines(run):
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_config_says_the_settings_again(run):
+    config = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").rename(run.path.parent / "config.json")
+    (run.path / "metrics.jsonl").unlink()  # settings ask for an empty directory
+    fields = {name: config[name] for name in Settings.__dataclass_fields__}
+    again = Settings(**{**fields, "out": Path(fields["out"]), "model": Path(fields["model"])})
+    assert again == Settings(out=run.path, model=Path("model"), lora_alpha=8.0, lr=1e-3)  # lr: the one that was used
+
+
+def test_the_config_has_the_versions(run):
+    found = json.loads((run.path / "config.json").read_text())["versions"]
+    assert found == versions()
+    assert found["python"] == platform.python_version()
+    for package in ("qloralab", "torch", "transformers"):
+        assert found[package] == importlib.metadata.version(package)
+    assert platform.machine() in found["machine"]
+
+
+def test_fields_are_added_to_the_config(run):
+    before = json.loads((run.path / "config.json").read_text())
+    run.update_config(result={"steps": 3})
+    run.update_config(more=1)
+    assert json.loads((run.path / "config.json").read_text()) == {**before, "result": {"steps": 3}, "more": 1}
+
+
+def test_a_line_is_on_disk_when_it_is_logged(run):
+    assert lines(run) == []
+    run.log(FIRST)
+    assert len(lines(run)) == 1
+    run.log(SECOND)
+    assert lines(run) == [
+        {"step": 0, "tokens": 0, "loss": None, "val_loss": 3.5, "lr": None, "grad_norm": None, "tokens_per_s": None,
+         "rss_mb": 100.0},
+        {"step": 1, "tokens": 64, "loss": 3.25, "val_loss": None, "lr": 0.001, "grad_norm": 0.5, "tokens_per_s": 120.0,
+         "rss_mb": 101.5},
+    ]  # fmt: skip
+    assert run.metrics == [FIRST, SECOND]
+
+
+def test_a_path_below_a_file_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        RunDirectory(Settings(out=tmp_path / "file" / "run", model=Path("model")))

@@ -1,0 +1,117 @@
+"""The installed command, as a process of its own: the default job, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+from matplotlib import pyplot as plt
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+KEYS = ["step", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "rss_mb"]
+
+
+@pytest.mark.slow
+def test_the_default_job(default_gguf, command, tmp_path):
+    done = command(
+        "finetune", "--steps", 3, "--held-out", 8, "--eval-every", 3, "--out", "run", cwd=tmp_path, timeout=400
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    run = tmp_path / "run"
+    files = {"config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter"}
+    assert {file.name for file in run.iterdir()} == files
+    assert {file.name for file in tmp_path.iterdir()} == {"run"}
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [KEYS] * 4
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    # The model's own loss, far below log(49152) = 10.8 of a model that was read wrongly; then it falls.
+    assert 3.5 < lines[0]["val_loss"] < 5.0
+    assert lines[3]["val_loss"] < lines[0]["val_loss"] - 0.5
+    assert all(0 < line["loss"] < 6 and 0 < line["grad_norm"] < 100 for line in lines[1:])
+    assert 500 < lines[3]["rss_mb"] < 3000
+
+    config = json.loads((run / "config.json").read_text())
+    assert (config["method"], config["steps"], config["result"]["interrupted"]) == ("qlora", 3, False)
+    assert plt.imread(run / "loss.png")[..., :3].std() > 0.05
+    samples = (run / "samples.md").read_text()
+    assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [4, 4, 4]
+    assert samples.count("Write a docstring for this Python function") == 4
+    assert len(re.findall(r"^## .+\.py:\d+", samples, re.MULTILINE)) == 4
+
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == 2 * 30 * 7
+    assert all(tensor.isfinite().all() and tensor.count_nonzero() for tensor in weights.values())
+    config = AutoConfig.from_pretrained(default_gguf.parent, gguf_file=default_gguf.name)
+    opened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), run / "adapter")
+    found = peft.get_peft_model_state_dict(opened, save_embedding_layers=False)
+    assert found.keys() == weights.keys()
+    assert all(found[name].float().equal(tensor) for name, tensor in weights.items())
+
+    asked = command(
+        "generate", "--adapter", run / "adapter", "--prompt", "Say hello.", "--max-new-tokens", 6, timeout=200
+    )
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert re.search(r"[A-Za-z]{2}", asked.stdout)
+
+
+def start(model_dir: Path, colours: Path, out: Path) -> subprocess.Popen[str]:
+    command = Path(sys.executable).with_name("qloralab")
+    words = [command, "finetune", "--model", model_dir, "--data", colours, "--out", out, "--held-out", "4"]
+    return subprocess.Popen(
+        [*map(str, words), "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def interrupt(process: subprocess.Popen[str], when: Callable[[], object]) -> tuple[int, str, str]:
+    """Send what Ctrl-C sends, as soon as it is time."""
+    try:
+        end = time.monotonic() + 90
+        while not when():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def test_ctrl_c_keeps_what_was_trained(model_dir, colours, tmp_path):
+    out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
+    status, shown, err = interrupt(
+        start(model_dir, colours, out), lambda: metrics.exists() and metrics.read_text().count("\n") >= 2
+    )
+    assert (status, err) == (130, "\nqloralab: stopped\n")
+    assert "stopping" in shown
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    result = json.loads((out / "config.json").read_text())["result"]
+    assert result["interrupted"] is True
+    assert result["steps"] == lines[-1]["step"] < 100000
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "**before**" in (out / "samples.md").read_text()
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    opened = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(base, out / "adapter"))
+    assert all(tensor.count_nonzero() for tensor in opened.values())
+
+
+def test_ctrl_c_while_loading_leaves_nothing(model_dir, colours, tmp_path):
+    process = start(model_dir, colours, tmp_path / "run")
+    assert process.stdout is not None
+    first = process.stdout.readline()  # the data is read, the model is next
+    assert "16 examples + 4 held out" in first
+    status, _, err = interrupt(process, lambda: True)
+    assert (status, err) == (130, "\nqloralab: stopped\n")
+    assert not (tmp_path / "run").exists()
