@@ -138,7 +138,7 @@ def main() -> None:
         _fail(error.format_message())
     except (UserError, FormatError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # what becomes of Ctrl-C depends on the version of typer
         status = 130
     if status == 130:
         print("\nqloralab: stopped", file=sys.stderr)

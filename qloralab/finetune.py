@@ -29,8 +29,8 @@ from .settings import STDLIB, Settings
 from .stdlib_corpus import stdlib_examples
 from .trainer import Trainer
 
-_SAMPLES = 4
-_SAMPLE_TOKENS = 48
+_SAMPLES = 3
+_SAMPLE_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,12 +93,25 @@ def test_validation_is_the_mean_over_all_answer_tokens(make, method):
 
 def test_validation_is_repeatable_and_leaves_no_trace(make):
     trainer = make(lora_dropout=0.5)
+    trainer.train_step()
+    trainer.train_step()
+    trainer.model.train()
     before, random = tensors(trainer), torch.get_rng_state()
     assert trainer.validate() == trainer.validate()
     assert torch.equal(torch.get_rng_state(), random)
     after = tensors(trainer)
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert trainer.step == trainer.tokens == 0
+    assert trainer.step == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_products_are_taken_in_bfloat16(make, method):
+    trainer, seen = make(method), set()
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda layer, x, y: seen.add(y.dtype))
+    trainer.train_step()
+    trainer.validate()
+    assert seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", METHODS)
