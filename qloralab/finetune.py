@@ -32,6 +32,8 @@ from .trainer import Trainer
 _SAMPLES = 3
 _SAMPLE_TOKENS = 32
 
+Sample = tuple[list[int], list[int]]  # the tokens of a prompt and of its answer
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -58,7 +60,7 @@ class Result:
 
 
 def finetune(settings: Settings, display: Display | None = None) -> Result:
-    """Run a fine-tuning. Nothing is written before the data and the model have been read.
+    """Run a fine-tuning. Nothing is written before the data and the model have been read and the model was measured.
 
     Raises:
         UserError: the data, the model or a setting is not usable, or the loss became infinite.
@@ -70,6 +72,10 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, display)
     trainer = Trainer(model, tokenizer, train, held_out, settings)
+    samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
+    with display.busy("answering held-out prompts before training"):
+        before = _answer(trainer, samples)
+        val_before = trainer.validate()
 
     try:
         run = RunDirectory(settings)
@@ -77,12 +83,13 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
         raise UserError(f"{settings.out} cannot be written: {error.strerror}") from error
     display.fact("run", str(run.path))
     try:
-        return _train(trainer, run, settings, display)
+        run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
+        return _train(trainer, run, samples, before, display)
     finally:
         run.close()
 
 
-def prompt_and_answer(example: Encoded) -> tuple[list[int], list[int]]:
+def prompt_and_answer(example: Encoded) -> Sample:
     """The tokens before the last answer, and that answer. A text without a question is cut after 16 tokens."""
     labels = example.labels
     end = max(i for i, label in enumerate(labels) if label != NO_LABEL) + 1
@@ -153,14 +160,16 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
     return model
 
 
-def _train(trainer: Trainer, run: RunDirectory, settings: Settings, display: Display) -> Result:
-    samples = [prompt_and_answer(example) for example in trainer.held_out[:_SAMPLES]]
-    prompts = [prompt for prompt, _ in samples]
-    with display.busy("answering held-out prompts before training"):
-        before = generate(trainer.model, trainer.tokenizer, prompts, _SAMPLE_TOKENS)
-        val_before = val_after = trainer.validate()
-    run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
+def _answer(trainer: Trainer, samples: Sequence[Sample]) -> list[str]:
+    return generate(trainer.model, trainer.tokenizer, [prompt for prompt, _ in samples], _SAMPLE_TOKENS)
 
+
+def _train(
+    trainer: Trainer, run: RunDirectory, samples: Sequence[Sample], before: list[str], display: Display
+) -> Result:
+    settings = trainer.settings
+    val_before = val_after = run.metrics[0].val_loss
+    assert val_before is not None
     stop = StopRequest(lambda: display.fact("stopping", "after this step; Ctrl-C again to stop at once"))
     with stop, display.training(settings.steps):
         display.step(run.metrics[-1], settings.steps)
@@ -178,7 +187,7 @@ def _train(trainer: Trainer, run: RunDirectory, settings: Settings, display: Dis
     answers = {"before": before}
     if not interrupted:
         with display.busy("answering the same prompts after training"):
-            answers["after"] = generate(trainer.model, trainer.tokenizer, prompts, _SAMPLE_TOKENS)
+            answers["after"] = _answer(trainer, samples)
     _write_reports(trainer, run, samples, answers)
     result = Result(
         path=run.path,
@@ -198,7 +207,7 @@ def _train(trainer: Trainer, run: RunDirectory, settings: Settings, display: Dis
 def _write_reports(
     trainer: Trainer,
     run: RunDirectory,
-    samples: Sequence[tuple[list[int], list[int]]],
+    samples: Sequence[Sample],
     answers: dict[str, list[str]],
 ) -> None:
     settings = trainer.settings

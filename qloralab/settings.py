@@ -70,8 +70,8 @@ class Settings:
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
         for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive and finite")
         if self.method == "full" and self.adapter:
             raise UserError("--adapter goes with --method qlora or lora; full fine-tuning has no adapter")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):

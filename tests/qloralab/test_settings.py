@@ -35,10 +35,10 @@ def test_one_is_enough(tmp_path):
     Settings(out=tmp_path / "run", model=Path("model"), **counts)
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
 @pytest.mark.parametrize(("name", "option"), [("lr", "--lr"), ("max_grad_norm", "--max-grad-norm")])
 def test_rates_are_positive(tmp_path, name, option, value):
-    assert refusal(tmp_path, **{name: value}) == f"{option} is {value}; it must be positive"
+    assert refusal(tmp_path, **{name: value}) == f"{option} is {value}; it must be positive and finite"
 
 
 def test_no_more_parts_than_examples(tmp_path):
