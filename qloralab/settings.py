@@ -48,7 +48,7 @@ class Settings:
     format: str | None = None
     method: Method = "qlora"
     adapter: Path | None = None
-    steps: int = 120
+    steps: int = 100
     batch_size: int = 4
     accumulate: int = 1
     max_length: int = 256
@@ -59,7 +59,7 @@ class Settings:
     lora_dropout: float = 0.05
     max_grad_norm: float = 0.3
     held_out: int = 64
-    eval_every: int = 40
+    eval_every: int = 50
     checkpointing: bool = False
     seed: int = 0
 
