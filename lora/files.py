@@ -152,7 +152,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 
 def _read_config(path: Path) -> LoraConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not the directory of an adapter")
+        raise FileNotFoundError(f"{path} does not exist: {path.parent} is not the directory of an adapter")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -55,7 +55,7 @@ def test_the_default_job(default_gguf, command, tmp_path):
     assert (config["method"], config["steps"], config["result"]["interrupted"]) == ("qlora", 3, False)
     assert plt.imread(run / "loss.png")[..., :3].std() > 0.05
     samples = (run / "samples.md").read_text()
-    assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [4, 4, 4]
+    assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [3, 3, 3]
     assert samples.count("Write a docstring for this Python function") == 4
     assert len(re.findall(r"^## .+\.py:\d+", samples, re.MULTILINE)) == 4
 
