@@ -56,8 +56,8 @@ def test_the_default_job(default_gguf, command, tmp_path):
     assert plt.imread(run / "loss.png")[..., :3].std() > 0.05
     samples = (run / "samples.md").read_text()
     assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [3, 3, 3]
-    assert samples.count("Write a docstring for this Python function") == 4
-    assert len(re.findall(r"^## .+\.py:\d+", samples, re.MULTILINE)) == 4
+    assert samples.count("Write a docstring for this Python function") == 3
+    assert len(re.findall(r"^## .+\.py:\d+", samples, re.MULTILINE)) == 3
 
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 2 * 30 * 7
