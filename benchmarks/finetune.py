@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,15 +29,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.provenance import RECORDS, commit, device, library_versions
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.memory import peak_mb, resident_mb
 from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quiet
-from qloralab.run_directory import versions
 from qloralab.stdlib_corpus import stdlib_examples
 from qloralab.trainer import LENGTH_MULTIPLE, schedule
 
-RECORDS = Path(__file__).parent / "records"
 LIBRARIES = ("qloralab", "bitsandbytes+peft")
 R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
 BATCH, MAX_LENGTH, HELD_OUT, SEED = 4, 256, 64, 0
@@ -153,33 +151,6 @@ def validate(model: Any, loss: Loss, held_out: Sequence[Encoded], pad: int) -> f
         count += labels
     model.train()
     return total / count
-
-
-def library_versions() -> dict[str, str]:
-    """The versions of both libraries and of what is under them."""
-    from importlib.metadata import version
-
-    return {**versions(), "bitsandbytes": version("bitsandbytes"), "peft": version("peft")}
-
-
-def device() -> str:
-    """The processor's name and the number of threads."""
-    name = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit of the checkout, "+" behind it when files differ from it."""
-    root = Path(__file__).parent.parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:

@@ -62,7 +62,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: with adapters, from ``inject_``.
-        directory: made if missing. Each of the two files is written beside its place and renamed into it.
+        directory: made if missing. Each of the two files is written beside its place and renamed into it; a failure
+            leaves nothing beside it.
 
     Raises:
         ValueError: the model has no adapters.
@@ -79,10 +80,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     config = json.dumps(_peft_config(model, layers), indent=2, sort_keys=True) + "\n"
 
     weights_file, config_file = directory / WEIGHTS_FILE, directory / CONFIG_FILE
-    save_file(tensors, _beside(weights_file), metadata={"format": "pt"})
-    _beside(config_file).write_text(config, encoding="utf-8")
-    os.replace(_beside(weights_file), weights_file)
-    os.replace(_beside(config_file), config_file)
+    try:
+        save_file(tensors, _beside(weights_file), metadata={"format": "pt"})
+        _beside(config_file).write_text(config, encoding="utf-8")
+        os.replace(_beside(weights_file), weights_file)
+        os.replace(_beside(config_file), config_file)
+    finally:
+        for file in (weights_file, config_file):
+            _beside(file).unlink(missing_ok=True)
 
 
 def load_adapter_(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:

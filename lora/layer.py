@@ -6,14 +6,12 @@ A starts Kaiming-uniform and B at zero, so that training starts from the base mo
 their updates are small against their values; the products are taken in the dtype of the layer's output, usually
 bfloat16. PEFT takes them in float32 instead and so copies each input to float32.
 
-The gradients are written out, so that backward keeps the input itself, which others keep too, and not a second,
-dropped-out one::
+On a quantized base, all of it is one operator, ``adapted_linear`` of ``nf4/ops.py``; the base's own ``forward``, and
+hooks on it, do not run. On a dense base the gradients are written out here in the same way: backward keeps the input
+itself, which others keep too, and not a second, dropped-out one.
 
-    h  = dropout(x) A'                              [tokens, r]       kept
-    dB = scaling * dy' h
-    dh = scaling * dy B
-    dA = dh' dropout(x)                             dropped again, at the same positions
-    dx = dropout'(dh A)
+Dropout is a function of a seed (see ``nf4/adapter.py``). The seed is drawn for each call from torch's default
+generator, so that gradient checkpointing draws it again.
 """
 
 from __future__ import annotations
@@ -23,8 +21,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from qloralab.nf4 import ops
+
 from .config import LoraConfig
-from .dropout import draw_positions, drop
 from .quantized_linear import QuantizedLinear
 
 Linear = nn.Linear | QuantizedLinear
@@ -73,12 +72,26 @@ class LoRALinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in the dtype of the base layer's output."""
-        y = self.base_layer(x)
+        """x [..., in_features] -> [..., out_features] in the dtype of the base layer's output.
+
+        Raises:
+            ValueError: x has another width (a quantized base; a dense one raises RuntimeError).
+        """
         p = self.config.lora_dropout if self.training else 0.0
-        dtype = getattr(self.base_layer, "compute_dtype", y.dtype)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        return _AddLowRank.apply(y, x.to(dtype), A, B, self.config.scaling, p)
+        seed = _draw_seed(x.device) if p else torch.zeros((), dtype=torch.int64, device=x.device)
+        if isinstance(self.base_layer, QuantizedLinear):
+            return self._on_quantized(self.base_layer, x, p, seed)
+        y = self.base_layer(x)
+        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
+        return _AddLowRank.apply(y, x.to(y.dtype), A, B, self.config.scaling, p, seed)
+
+    def _on_quantized(self, base: QuantizedLinear, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        if x.shape[-1:] != self.lora_A.shape[1:]:
+            raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
+        bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
+        adapter = self.lora_A, self.lora_B, self.config.scaling
+        y, _ = ops.adapted_linear(x.to(base.compute_dtype), *base.weight.operands(), bias, *adapter, p, seed)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"r={self.config.r}, scaling={self.config.scaling:g}, dropout={self.config.lora_dropout:g}"
@@ -92,36 +105,36 @@ def check_rank(layer: Linear, config: LoraConfig, name: str) -> None:
         raise ValueError(f"r is {config.r}, larger than {name} ({shape}); its adapter can have at most r = {smallest}")
 
 
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 class _AddLowRank(torch.autograd.Function):
-    """y + scaling * dropout(x) A' B'. y [..., N], x [..., K], A [r, K], B [N, r] -> [..., N] in the dtype of y."""
+    """y + scaling * dropout(x) A' B'. y [..., N], x [..., K], A [r, K], B [N, r] -> [..., N]; all of one dtype."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float) -> Tensor:
-        positions = draw_positions(x.numel(), p, x.device) if p else None
-        h = _rows(_dropped(x, positions, p)) @ A.T  # [tokens, r]
-        if positions is not None and x.numel() < 2**31:
-            positions = positions.int()  # half the memory until backward
-        ctx.save_for_backward(x, A, B, h, positions)
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor) -> Tensor:
+        h = _rows(_dropped(x, seed, p)) @ A.T  # [tokens, r]
+        ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
-        return torch.addmm(_rows(y), h.to(y.dtype), B.T.to(y.dtype), alpha=scaling).view(y.shape)
+        return torch.addmm(_rows(y), h, B.T, alpha=scaling).view(y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
-        x, A, B, h, positions = ctx.saved_tensors
-        positions = None if positions is None else positions.long()
-        grad = _rows(dy).to(x.dtype)
-        dh = (grad @ B).mul_(ctx.scaling)
+        x, A, B, h, seed = ctx.saved_tensors
+        grad = _rows(dy)
+        G = (grad @ B).mul_(ctx.scaling)
         dB = (grad.T @ h).mul_(ctx.scaling)
-        dA = dh.T @ _rows(_dropped(x, positions, ctx.p))
-        dx = _dropped((dh @ A).view(x.shape), positions, ctx.p) if ctx.needs_input_grad[1] else None
-        return dy, dx, dA, dB, None, None
+        dA = G.T @ _rows(_dropped(x, seed, ctx.p))
+        dx = _dropped((G @ A).view(x.shape), seed, ctx.p) if ctx.needs_input_grad[1] else None
+        return dy, dx, dA, dB, None, None, None
 
 
-def _dropped(x: Tensor, positions: Tensor | None, p: float) -> Tensor:
-    return x if positions is None else drop(x, positions, p)
+def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    return ops.dropout(x, seed, p) if p else x
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,4 +1,4 @@
-"""The operators, and their reference implementation.
+"""The operators: names, schemas, shapes and derivatives of what ``reference.py`` computes.
 
 Each is a ``torch.library`` custom operator of the namespace ``qloralab``: a schema, a shape-only "fake" for
 ``torch.compile``, a derivative, and the reference as its implementation on every device. Faster implementations
@@ -8,35 +8,38 @@ register themselves for a device and change nothing else; callers never ask whic
 quantize_blockwise        weight -> packed codes, scales
 quantize_scales           scales -> 8-bit codes, second-level scales, offset
 dequantize                packed weight -> weight
-linear                    x, packed weight, bias -> x @ W.T + bias
-linear_grad_input         gradient of y, packed weight -> gradient of x = grad @ W
+linear                    x, packed weight, bias -> x W' + bias
+linear_grad_input         gradient of y, packed weight -> gradient of x = grad W
+dropout                   x, seed -> x with elements dropped
+adapted_linear            x, packed weight, bias, adapter, seed -> x W' + bias + h B', h
+adapted_linear_backward   gradient of y, x, h, … -> gradients of x, A and B
 ========================  ==================================================================
 
 A packed weight travels as the same arguments everywhere: ``packed``, ``scales`` (float32, or uint8 when they are
 quantized too), ``absmax2`` and ``offset`` (None, or the second level), ``values`` (the codebook), ``shape`` and
-``block_size``; see ``QuantizedTensor``.
+``block_size``; see ``QuantizedTensor``. All tensors of a call are on one device.
 
-``linear`` keeps the packed weight for its backward, never the dequantized one, and both directions dequantize to the
-dtype of their input by the
-same operator: the gradient is that of the forward that ran, bit for bit. (bitsandbytes goes through the weight's
-original dtype in backward only.)
+The linear operators keep the packed weight for their backward, never the dequantized one, and both directions
+dequantize to the dtype of their input by the same operator: the gradient is that of the forward that ran, bit for bit.
+(bitsandbytes goes through the weight's original dtype in backward only.) Dropout is a function of a seed, and the seed
+is what is kept of it; see ``adapter.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import blockwise, double
+from . import double, reference
 
 
 @torch.library.custom_op("qloralab::quantize_blockwise", mutates_args=())
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """See ``blockwise.quantize_blockwise``."""
-    return blockwise.quantize_blockwise(weight, values, block_size)
+    return reference.quantize_blockwise(weight, values, block_size)
 
 
 @quantize_blockwise.register_fake
@@ -49,7 +52,7 @@ def _quantize_blockwise_fake(weight, values, block_size):
 @torch.library.custom_op("qloralab::quantize_scales", mutates_args=())
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``double.quantize_scales``."""
-    return double.quantize_scales(absmax)
+    return reference.quantize_scales(absmax)
 
 
 @quantize_scales.register_fake
@@ -70,24 +73,8 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A packed weight in full: the float32 product of value and scale, rounded once to dtype.
-
-    Args:
-        packed: uint8 [(numel + 1) // 2, 1].
-        scales: float32 [blocks], or uint8 [blocks] with absmax2 and offset.
-        absmax2: float32 [ceil(blocks / 256)] or None.
-        offset: float32 [] or None.
-        values: the codebook, float32 [16].
-        shape: of the weight.
-        block_size: weights that share a scale.
-        dtype: float32, bfloat16 or float16.
-
-    Returns:
-        dtype, shape.
-    """
-    absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
-    weight = blockwise.dequantize_blockwise(packed, absmax, values, block_size, torch.Size(shape).numel())
-    return weight.to(dtype).view(shape)
+    """See ``reference.dequantize``."""
+    return reference.dequantize(packed, scales, absmax2, offset, values, shape, block_size, dtype)
 
 
 @dequantize.register_fake
@@ -107,18 +94,8 @@ def linear(
     block_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x @ W.T + bias with a packed weight W (equation 5 of the paper without the adapter).
-
-    Args:
-        x: float32, bfloat16 or float16 [..., K].
-        packed, scales, absmax2, offset, values, block_size: W, see ``dequantize``.
-        shape: (N, K).
-        bias: the dtype of x, [N], or None.
-
-    Returns:
-        the dtype of x, [..., N]. Differentiable in x and bias.
-    """
-    return F.linear(x, dequantize(packed, scales, absmax2, offset, values, shape, block_size, x.dtype), bias)
+    """See ``reference.linear``. Differentiable in x and bias, twice."""
+    return reference.linear(x, packed, scales, absmax2, offset, values, shape, block_size, bias)
 
 
 @linear.register_fake
@@ -137,16 +114,8 @@ def linear_grad_input(
     shape: Sequence[int],
     block_size: int,
 ) -> Tensor:
-    """grad @ W: the gradient of ``linear`` with respect to its input.
-
-    Args:
-        grad: float32, bfloat16 or float16 [..., N].
-        packed, scales, absmax2, offset, values, shape, block_size: W [N, K], as in ``linear``.
-
-    Returns:
-        the dtype of grad, [..., K]. Differentiable in grad.
-    """
-    return grad @ dequantize(packed, scales, absmax2, offset, values, shape, block_size, grad.dtype)
+    """See ``reference.linear_grad_input``. Differentiable in grad."""
+    return reference.linear_grad_input(grad, packed, scales, absmax2, offset, values, shape, block_size)
 
 
 @linear_grad_input.register_fake
@@ -165,14 +134,131 @@ def _linear_backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = linear_grad_input(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size)
     if ctx.needs_input_grad[8]:
-        grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
+        grad_bias = _over_tokens(grad)
     return grad_x, *[None] * 7, grad_bias
 
 
 def _linear_grad_input_backward(ctx, grad: Tensor):
-    # grad @ W is linear in grad: its derivative is the forward product.
+    # grad W is linear in grad: its derivative is the forward product.
     return linear(grad, *ctx.saved_tensors, ctx.shape, ctx.block_size, None), *[None] * 7
+
+
+def _over_tokens(grad: Tensor) -> Tensor:
+    return grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
 
 
 linear.register_autograd(_linear_backward, setup_context=_keep_weight)
 linear_grad_input.register_autograd(_linear_grad_input_backward, setup_context=_keep_weight)
+
+
+@torch.library.custom_op("qloralab::dropout", mutates_args=())
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """See ``adapter.dropout``. Differentiable in x, with the same mask."""
+    return reference.dropout(x, seed, p)
+
+
+@dropout.register_fake
+def _dropout_fake(x, seed, p):
+    return x.new_empty(x.shape)
+
+
+def _keep_seed(ctx, inputs, output) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_backward(ctx, grad: Tensor):
+    return dropout(grad, *ctx.saved_tensors, ctx.p), None, None
+
+
+dropout.register_autograd(_dropout_backward, setup_context=_keep_seed)
+
+
+@torch.library.custom_op("qloralab::adapted_linear", mutates_args=())
+def adapted_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See ``adapter.adapted_linear``. The first result is differentiable in x, bias, A and B; the second is not."""
+    return reference.adapted_linear(
+        x, packed, scales, absmax2, offset, values, shape, block_size, bias, A, B, scaling, p, seed
+    )
+
+
+@adapted_linear.register_fake
+def _adapted_linear_fake(x, packed, scales, absmax2, offset, values, shape, block_size, bias, A, B, scaling, p, seed):
+    tokens = math.prod(x.shape[:-1])
+    return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty((tokens, A.shape[0]))
+
+
+@torch.library.custom_op("qloralab::adapted_linear_backward", mutates_args=())
+def adapted_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``adapter.adapted_linear_backward``. Has no derivative: a second backward raises RuntimeError."""
+    return reference.adapted_linear_backward(
+        grad, x, h, packed, scales, absmax2, offset, values, shape, block_size, A, B, scaling, p, seed, needs_input
+    )
+
+
+@adapted_linear_backward.register_fake
+def _adapted_linear_backward_fake(
+    grad, x, h, packed, scales, absmax2, offset, values, shape, block_size, A, B, scaling, p, seed, needs_input
+):
+    return x.new_empty(x.shape if needs_input else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _keep_adapted(ctx, inputs, output) -> None:
+    x, *weight, ctx.shape, ctx.block_size, _, A, B, ctx.scaling, ctx.p, seed = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, *weight, A, B, seed)
+
+
+def _adapted_linear_backward(ctx, grad: Tensor, _):
+    needs_x, needs_bias, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
+    dx = dA = dB = None
+    if needs_x or needs_A or needs_B:
+        x, h, *weight, A, B, seed = ctx.saved_tensors
+        dx, dA, dB = adapted_linear_backward(
+            grad, x, h, *weight, ctx.shape, ctx.block_size, A, B, ctx.scaling, ctx.p, seed, needs_x
+        )
+    dbias = _over_tokens(grad) if needs_bias else None
+    return dx if needs_x else None, *[None] * 7, dbias, dA, dB, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "qloralab::adapted_linear has a first derivative only; the gradient of its gradient is undefined"
+    )
+
+
+adapted_linear.register_autograd(_adapted_linear_backward, setup_context=_keep_adapted)
+adapted_linear_backward.register_autograd(_no_second_derivative)

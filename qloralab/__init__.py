@@ -2,10 +2,23 @@
 
 The folders ``nf4/`` and ``lora/`` at the root of the repository are the packages ``qloralab.nf4`` and
 ``qloralab.lora``.
+
+The public names are imported when they are first used (PEP 562): ``import qloralab`` alone loads no torch, so that the
+command answers ``--help`` at once.
 """
 
 import os as _os
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from qloralab.lora.config import LoraConfig
+    from qloralab.lora.files import load_adapter_, save_adapter
+    from qloralab.lora.inject import inject_, linear_names, quantize_, trainable
+    from qloralab.nf4.codebook import normal_float
+    from qloralab.nf4.errors import FormatError
+    from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 # Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
 # on one machine then slow each other more than tenfold.
@@ -15,13 +28,6 @@ _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
     __path__.append(str(_root))
-
-from qloralab.lora.config import LoraConfig  # noqa: E402
-from qloralab.lora.files import load_adapter_, save_adapter  # noqa: E402
-from qloralab.lora.inject import inject_, linear_names, quantize_, trainable  # noqa: E402
-from qloralab.nf4.codebook import normal_float  # noqa: E402
-from qloralab.nf4.errors import FormatError  # noqa: E402
-from qloralab.nf4.tensor import QuantizedTensor, linear, quantize  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -39,3 +45,28 @@ __all__ = [
     "save_adapter",
     "trainable",
 ]
+
+_MODULES = {
+    "lora.config": ("LoraConfig",),
+    "lora.files": ("load_adapter_", "save_adapter"),
+    "lora.inject": ("inject_", "linear_names", "quantize_", "trainable"),
+    "nf4.codebook": ("normal_float",),
+    "nf4.errors": ("FormatError",),
+    "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """A public name at its first use; from then on it is an attribute like any other."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_module(f"{__name__}.kernels.cpu.operators")  # from here on, C serves nf4's operators
+    value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, used or not."""
+    return sorted({*globals(), *__all__})

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
+from qloralab.lora.inject import quantize_
+
 from .encoding import prompt_text
-from .errors import UserError
 from .examples import Example
 from .generate import generate
-from .models import load_model, load_tokenizer
+from .models import check_adapter, check_model, load_adapter, load_model, load_tokenizer
 
 
 def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, quantized: bool) -> str:
@@ -26,18 +27,15 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, 
     Raises:
         UserError, FormatError: the model or the adapter cannot be used.
     """
-    from qloralab.lora.files import load_adapter_
-    from qloralab.lora.inject import quantize_
-
+    check_model(model)
+    if adapter is not None:
+        check_adapter(adapter)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model)
     if quantized:
         quantize_(loaded)
     if adapter is not None:
-        try:
-            load_adapter_(loaded, adapter)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(str(error)) from error
+        load_adapter(loaded, adapter)
     if torch.cuda.is_available():
         loaded.to("cuda")
     example = Example.from_instruction(prompt, "…", source="prompt")  # also has a form for no chat template

@@ -1,150 +1,25 @@
-"""The command line.
+"""The process of the ``qloralab`` command: from the first import to the exit status.
 
-An error that the user can mend is one line and exit status 2. A run that Ctrl-C ended has status 130.
+Ctrl-C ends it with status 130 and one line at any moment, also in the seconds in which torch is imported. So this
+module imports nothing but what makes that true, and everything else is imported below ``main``.
 """
 
 from __future__ import annotations
 
-import datetime
 import sys
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
 
-import typer
-
-from qloralab.nf4.errors import FormatError
-
-from .errors import UserError
-from .settings import STDLIB, Method, Settings
-
-app = typer.Typer(
-    help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-ModelOption = Annotated[
-    Path | None, typer.Option(help="Hugging Face directory or GGUF file.", show_default="SmolLM2-135M-Instruct")
-]
-
-
-# What typer raises for a wrong option: a class of click, or of the copy of click that newer versions of typer carry.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
-
-@app.callback(invoke_without_command=True)
-def _commands(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
-@app.command()
-def finetune(
-    model: ModelOption = None,
-    data: Annotated[
-        str, typer.Option(help="JSONL file, or 'stdlib': docstrings of the Python standard library.")
-    ] = STDLIB,
-    format: Annotated[  # noqa: A002  (the option's name)
-        str | None, typer.Option(help="Of the JSONL: alpaca, chat or text.", show_default="detected")
-    ] = None,
-    method: Annotated[
-        Method, typer.Option(help="4-bit weights and adapters; bf16 weights and adapters; all weights.")
-    ] = "qlora",
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter to start from.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = Settings.batch_size,
-    accumulate: Annotated[
-        int, typer.Option(help="Parts a batch is computed in, to save memory.")
-    ] = Settings.accumulate,
-    max_length: Annotated[int, typer.Option(help="Tokens per example, at most.")] = Settings.max_length,
-    too_long: Annotated[str, typer.Option(help="Longer examples: error, skip or cut.")] = Settings.too_long,
-    lr: Annotated[float | None, typer.Option(help="Largest learning rate.", show_default="1e-3; full: 1e-4")] = None,
-    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = Settings.r,
-    lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = Settings.lora_alpha,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = Settings.lora_dropout,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
-    held_out: Annotated[int, typer.Option(help="Examples kept for validation.")] = Settings.held_out,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = Settings.eval_every,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, slower.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of split, order, adapters and dropout.")] = Settings.seed,
-) -> None:
-    """Fine-tune a language model.
-
-    With the defaults, on this machine's CPU in minutes.
-    """
-    from .models import default_model
-
-    settings = Settings(
-        out=out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}",
-        model=model or default_model(),
-        data=data,
-        format=format,
-        method=method,
-        adapter=adapter,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_length=max_length,
-        too_long=too_long,
-        lr=lr,
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        max_grad_norm=max_grad_norm,
-        held_out=held_out,
-        eval_every=eval_every,
-        checkpointing=checkpointing,
-        seed=seed,
-    )
-    from .finetune import finetune as run
-
-    if run(settings).interrupted:
-        raise typer.Exit(130)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to ask; '-' reads it from standard input.")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Directory of the adapter.", show_default="none: the model alone")
-    ] = None,
-    model: ModelOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.", min=1)] = 96,
-    quantized: Annotated[
-        bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or in bf16.")
-    ] = True,
-) -> None:
-    """Answer a prompt with a model and an adapter."""
-    from .answer import answer
-    from .models import default_model
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise UserError("the prompt is empty")
-    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized))
+from .interrupt import LINE, STATUS, no_lost_interrupt, stopping_at_once
 
 
 def main() -> None:
     """The ``qloralab`` command."""
+    with stopping_at_once():
+        from .commands import run
     try:
-        status = app(standalone_mode=False)  # that of a typer.Exit; typer also makes one of Ctrl-C
-    except _UsageError as error:
-        _fail(error.format_message())
-    except (UserError, FormatError) as error:
-        _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):  # what becomes of Ctrl-C depends on the version of typer
-        status = 130
-    if status == 130:
-        print("\nqloralab: stopped", file=sys.stderr)
+        with no_lost_interrupt():
+            status = run()
+    except KeyboardInterrupt:
+        status = STATUS
+    if status == STATUS:
+        print(LINE, file=sys.stderr)
     sys.exit(status)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"qloralab: error: {message}", file=sys.stderr)
-    sys.exit(2)

@@ -17,12 +17,19 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
+from os.path import isfile
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .file_kinds import kind_of
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
+_TAKES = "--data takes a JSONL file on this machine, or 'stdlib'"
+_READS = (
+    '--data reads JSON Lines in UTF-8, one object per line: {"instruction": "…", "output": "…"} or '
+    '{"messages": […]} or {"text": "…"}'
+)
 
 # Stanford Alpaca's prompt, with and without an input. A line break ends it: the answer starts a new token.
 _TASK = "Below is an instruction that describes a task"
@@ -100,13 +107,25 @@ def read_jsonl(path: str | PathLike[str], format: str | None = None) -> list[Exa
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
     examples = []
-    for source, line in _lines(path):
-        record = _parse(source, line)
-        record.format = format = format or _detect(record)  # noqa: A001
-        examples.append(FORMATS[format](record))
+    try:
+        for source, line in _lines(path):
+            record = _parse(source, line)
+            record.format = format = format or _detect(record)  # noqa: A001
+            examples.append(FORMATS[format](record))
+    except _NoObject as error:
+        raise error if examples else _no_json_lines(path, error) from None
     if not examples:
         raise UserError(f"{path} holds no record")
     return examples
+
+
+class _NoObject(UserError):
+    """A line is not a JSON object. Where it is the first one, the file is probably no JSONL at all."""
+
+
+def _no_json_lines(path: str | PathLike[str], error: _NoObject) -> UserError:
+    kind = kind_of(path) if isfile(path) else None  # what came through a pipe is gone
+    return UserError(f"{path} looks like {kind}; {_READS}" if kind else f"{error}; {_READS}")
 
 
 class _Record:
@@ -117,7 +136,9 @@ class _Record:
         self.name = name
         self.format: str | None = None
         if not isinstance(value, dict):
-            raise self.error(f"{name or 'the line'} is {_kind(value)}, not a JSON object")
+            raise (UserError if name else _NoObject)(
+                f"{source}: {name or 'the line'} is {_kind(value)}, not a JSON object"
+            )
         self.fields: dict[str, Any] = value
 
     def error(self, what: str) -> UserError:
@@ -157,9 +178,7 @@ def _parse(source: str, line: str) -> _Record:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        if line.lstrip().startswith("["):
-            raise UserError(f"{source}: a JSON array; give one JSON object per line") from error
-        raise UserError(f"{source}: not JSON: {error.msg} (column {error.colno})") from error
+        raise _NoObject(f"{source}: not JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise UserError(f"{source}: not JSON that can be read: a number is too long, or a nesting too deep") from error
     return _Record(source, value)
@@ -202,7 +221,10 @@ def _detect(record: _Record) -> str:
     for field, name in _TELLTALE.items():
         if field in record.fields:
             return name
-    raise record.error("the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text)")
+    raise record.error(
+        "the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text)"
+        + (f"; there is {', '.join(map(repr, record.fields))}"[:100] if record.fields else "")
+    )
 
 
 def _kind(value: Any) -> str:
@@ -219,8 +241,8 @@ def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, str]]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{source}: not UTF-8 (byte {error.start + 1} of the line)") from error
+                    raise _NoObject(f"{source}: not UTF-8 (byte {error.start + 1} of the line)") from error
                 if line.strip():
                     yield source, line
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {_TAKES}") from error

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import load_adapter_
 from qloralab.lora.inject import adapters, inject_, quantize_, trainable
 from qloralab.lora.quantized_linear import QuantizedLinear
 
@@ -22,7 +23,7 @@ from .examples import Example, read_jsonl
 from .generate import generate
 from .interrupt import StopRequest
 from .memory import peak_mb, resident_mb
-from .models import is_default, load_model, load_tokenizer
+from .models import check_adapter, check_model, is_default, load_adapter, load_model, load_tokenizer, model_name
 from .report import plot_loss, write_samples
 from .run_directory import Metrics, RunDirectory
 from .settings import STDLIB, Settings
@@ -63,14 +64,16 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     """Run a fine-tuning. Nothing is written before the data and the model have been read and the model was measured.
 
     Raises:
-        UserError: the data, the model or a setting is not usable, or the loss became infinite.
-        FormatError: the adapter to start from is not one.
+        UserError: the data, the model, the adapter or a setting is not usable, the loss became infinite, or the run
+            directory cannot be written.
     """
     display = display or Display()
     config = _lora_config(settings)
+    _check_paths(settings)
     tokenizer, train, held_out = _read_data(settings, display)
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, display)
+    settings = _as_trained(settings, model)
     trainer = Trainer(model, tokenizer, train, held_out, settings)
     samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
     with display.busy("answering held-out prompts before training"):
@@ -85,6 +88,8 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     try:
         run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
         return _train(trainer, run, samples, before, display)
+    except (OSError, SafetensorError) as error:  # mostly a full disk
+        raise UserError(f"{settings.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         run.close()
 
@@ -107,6 +112,27 @@ def _lora_config(settings: Settings) -> LoraConfig:
         raise UserError(str(error)) from None
 
 
+def _check_paths(settings: Settings) -> None:
+    """Refuse at once what would be refused after the data, or the model, has been read."""
+    check_model(settings.model)
+    if settings.adapter:
+        check_adapter(settings.adapter)
+    there = next(folder for folder in (settings.out, *settings.out.absolute().parents) if os.path.exists(folder))
+    if not there.is_dir():
+        raise UserError(f"{settings.out} cannot be written: {there} is not a directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{settings.out} cannot be written: no permission to write in {there}")
+
+
+def _as_trained(settings: Settings, model: Any) -> Settings:
+    """The settings with the rank, alpha and dropout of the adapters that are there, read or new."""
+    layers = adapters(model)
+    if not layers:
+        return settings
+    config = next(iter(layers.values())).config
+    return dataclasses.replace(settings, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+
+
 def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded], list[Encoded]]:
     with display.busy("reading the examples"):
         stdlib = settings.data == STDLIB
@@ -125,10 +151,11 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
 
 
 def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> Any:
-    with display.busy(f"reading {settings.model.name}"):
+    name = model_name(settings.model)
+    with display.busy(f"reading {name}"):
         model = load_model(settings.model, torch.float32 if settings.method == "full" else torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
-    display.fact("model", f"{settings.model.stem}, {parameters / 1e6:.1f} M parameters")
+    display.fact("model", f"{name}, {parameters / 1e6:.1f} M parameters")
     if settings.method == "qlora":
         with display.busy("quantizing"):
             quantize_(model)
@@ -140,10 +167,10 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
             f"{len(weights)} linear layers, {count / 1e6:.1f} M weights at {bits:.3f} bits: {size / 1e6:.1f} MB",
         )
     if settings.method != "full":
-        try:
-            load_adapter_(model, settings.adapter) if settings.adapter else inject_(model, config)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(str(error)) from error
+        if settings.adapter:
+            load_adapter(model, settings.adapter)
+        else:
+            _inject(model, config)
         chosen = next(iter(adapters(model).values())).config
         start = f", from {settings.adapter}" if settings.adapter else ""
         count = sum(p.numel() for p in trainable(model))
@@ -158,6 +185,13 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
     if torch.cuda.is_available():
         model.to("cuda")
     return model
+
+
+def _inject(model: Any, config: LoraConfig) -> None:
+    try:
+        inject_(model, config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _answer(trainer: Trainer, samples: Sequence[Sample]) -> list[str]:
@@ -211,7 +245,7 @@ def _write_reports(
     answers: dict[str, list[str]],
 ) -> None:
     settings = trainer.settings
-    title = f"{settings.model.stem}, {settings.method}, {trainer.step} steps"
+    title = f"{model_name(settings.model)}, {settings.method}, {trainer.step} steps"
     plot_loss(run.metrics, title, run.path / "loss.png")
 
     def decode(tokens: Sequence[int]) -> str:

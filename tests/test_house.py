@@ -143,6 +143,18 @@ def test_every_folder_with_modules_is_packaged():
     }
 
 
+def test_every_c_file_is_packaged():
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
+    c_files = [path.relative_to(ROOT) for folder in ARROWS for path in (ROOT / folder).rglob("*.[ch]")]
+    assert c_files
+    missing = [
+        path
+        for path in c_files
+        if not any(path.match(pattern) for pattern in data.get(module_name(path.parent / "__init__.py"), []))
+    ]
+    assert not missing
+
+
 def test_every_folder_is_measured_and_type_checked():
     folders = {path.parts[0] for path in sources(*ARROWS)}
     assert folders <= set(PYPROJECT["tool"]["coverage"]["run"]["source"])

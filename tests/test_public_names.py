@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import subprocess
+import sys
 import types
 
 import pytest
@@ -49,8 +52,42 @@ def test_all_lists_the_public_names():
 
 
 def test_nothing_else_looks_public():
-    visible = {name for name, value in vars(qloralab).items() if not isinstance(value, types.ModuleType)}
+    visible = {name for name in dir(qloralab) if not isinstance(getattr(qloralab, name), types.ModuleType)}
     assert {name for name in visible if not name.startswith("_")} == set(qloralab.__all__)
+
+
+def test_a_name_is_imported_when_it_is_used():
+    code = """
+import sys, qloralab
+assert {*qloralab.__all__} <= {*dir(qloralab)}
+assert "torch" not in sys.modules
+qloralab.linear
+assert "torch" in sys.modules and "linear" in vars(qloralab)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_star_brings_all_names():
+    names: dict[str, object] = {}
+    exec("from qloralab import *", names)
+    assert {name: names.get(name) for name in qloralab.__all__} == {
+        name: getattr(qloralab, name) for name in qloralab.__all__
+    }
+
+
+def test_type_checkers_see_the_same_names_in_the_same_places():
+    tree = ast.parse(inspect.getsource(qloralab))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    seen = {
+        node.module: tuple(name.name for name in node.names) for node in block.body if isinstance(node, ast.ImportFrom)
+    }
+    assert seen == {f"qloralab.{module}": names for module, names in qloralab._MODULES.items()}
+
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'qloralab' has no attribute 'quantise'$"):
+        qloralab.quantise  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -18,9 +18,11 @@ from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 biases = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (63,), (2, 3), (2, 0), (2, 3, 5)], ids=str)
 
 N, K = 33, 65  # odd, and blocks cross rows
+SEED = torch.tensor(7)
 # Root-mean-square error of the product relative to that of the float64 one. float32: 65 terms, a rounding of 6e-8
 # each. bfloat16: one rounding of the result, 2**-9 / sqrt(3) = 1.1e-3 rms at most; the sum is in float32.
 TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2e-3}
@@ -28,6 +30,11 @@ TOLERANCE = {torch.float32: 5e-7, torch.bfloat16: 2e-3}
 
 def weight_of(shape=(N, K), double_quant: bool = True) -> QuantizedTensor:
     return quantize(torch.randn(shape), double_quant=double_quant)
+
+
+def adapter_of(rank: int = 5) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r], float32, trainable."""
+    return torch.randn(rank, K, requires_grad=True), torch.randn(N, rank, requires_grad=True)
 
 
 def assert_near(found: Tensor, exact: Tensor, tolerance: float) -> None:
@@ -73,6 +80,37 @@ def test_opcheck_linear_grad_input(dtype, double_quant):
     for rows in [(3,), (2, 3)]:
         grad = torch.randn(*rows, N, dtype=dtype, requires_grad=True)
         torch.library.opcheck(ops.linear_grad_input, (grad, *weight.operands()))
+
+
+@dtypes
+@dropouts
+def test_opcheck_dropout(dtype, p):
+    for x in (torch.randn(3, K), torch.randn(K), torch.randn(K, 4).t(), torch.randn(2, 0, K)):
+        torch.library.opcheck(ops.dropout, (x.to(dtype).requires_grad_(), SEED, p))
+
+
+@dtypes
+@biases
+@dropouts
+def test_opcheck_adapted_linear(dtype, bias, p):
+    weight = weight_of(double_quant=bias).operands()
+    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
+    for x in (torch.randn(3, K), torch.randn(K), torch.randn(2, K, 3).transpose(1, 2), torch.randn(0, K)):
+        leaf = x.to(dtype).requires_grad_()
+        torch.library.opcheck(ops.adapted_linear, (leaf, *weight, b, *adapter_of(), 2.0, p, SEED))
+
+
+@dtypes
+@dropouts
+@pytest.mark.parametrize("needs_input", [False, True], ids=["x-frozen", "x-trains"])
+def test_opcheck_adapted_linear_backward(dtype, p, needs_input):
+    weight, (A, B) = weight_of(double_quant=needs_input).operands(), adapter_of()
+    for rows in [(), (2, 3), (0,)]:
+        x, h = torch.randn(*rows, K, dtype=dtype), torch.randn(int(np.prod(rows)), 5, dtype=dtype)
+        for grad in (torch.randn(*rows, N, dtype=dtype), torch.ones((), dtype=dtype).expand(*rows, N)):
+            torch.library.opcheck(
+                ops.adapted_linear_backward, (grad, x, h, *weight, A.detach(), B.detach(), 2.0, p, SEED, needs_input)
+            )
 
 
 def test_opcheck_linear_of_views():
@@ -205,33 +243,61 @@ def test_the_error_of_the_product_is_that_of_the_weight():
     assert 0.05 < error < 0.115
 
 
-def compiled_and_eager(backend: str, dtype: torch.dtype, double_quant: bool, bias: bool, rows: int) -> list[Any]:
-    weight = weight_of(double_quant=double_quant)
-    b = torch.randn(N, dtype=dtype) if bias else None
-    x = torch.randn(rows, K, dtype=dtype)
+def compiled_and_eager(backend: str, function: Any, *inputs: Tensor | None) -> list[list[Any]]:
+    """The result and every gradient of a function, from ``torch.compile(fullgraph=True)`` and without it."""
     torch._dynamo.reset()  # it refuses the ninth variant of one function
     results = []
-    function = lambda x, b: linear(x * 2, weight, b).relu()  # noqa: E731
     for run in (torch.compile(function, backend=backend, fullgraph=True), function):
-        leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in (x, b)]
+        leaves = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in inputs]
         y = run(*leaves)
-        y.sum().backward()
+        y.square().sum().backward()
         results.append([y.detach()] + [leaf.grad for leaf in leaves if leaf is not None])
     return results
+
+
+def assert_compiles(function: Any, *inputs: Tensor | None) -> None:
+    compiled, eager = compiled_and_eager("aot_eager", function, *inputs)
+    for found, expected in zip(compiled, eager, strict=True):
+        assert torch.equal(found, expected)
 
 
 @dtypes
 @double_quants
 @biases
-def test_compiles_to_one_graph_with_its_backward(dtype, double_quant, bias):
-    compiled, eager = compiled_and_eager("aot_eager", dtype, double_quant, bias, rows=3)
-    for found, expected in zip(compiled, eager, strict=True):
-        assert torch.equal(found, expected)
+def test_linear_compiles_to_one_graph_with_its_backward(dtype, double_quant, bias):
+    weight = weight_of(double_quant=double_quant)
+    b = torch.randn(N, dtype=dtype) if bias else None
+    assert_compiles(lambda x, b: linear(x * 2, weight, b).relu(), torch.randn(3, K, dtype=dtype), b)
+
+
+@dtypes
+@biases
+@dropouts
+def test_adapted_linear_compiles_to_one_graph_with_its_backward(dtype, bias, p):
+    weight = weight_of()
+    b = torch.randn(N, dtype=dtype) if bias else None
+
+    def function(x, b, A, B):
+        return ops.adapted_linear(x * 2, *weight.operands(), b, A, B, 2.0, p, SEED)[0].relu()
+
+    assert_compiles(function, torch.randn(2, 3, K, dtype=dtype), b, *adapter_of())
+
+
+@dtypes
+def test_dropout_compiles_to_one_graph_with_its_backward(dtype):
+    assert_compiles(lambda x: ops.dropout(x * 2, SEED, 0.3).relu(), torch.randn(3, K, dtype=dtype))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor():
-    compiled, eager = compiled_and_eager("inductor", torch.float32, double_quant=True, bias=True, rows=4)
+    weight = weight_of()
+
+    def function(x, b, A, B):
+        y = linear(x * 2, weight, b).relu()
+        return y + ops.adapted_linear(x, *weight.operands(), b, A, B, 2.0, 0.3, SEED)[0].relu()
+
+    inputs = torch.randn(4, K), torch.randn(N), *adapter_of()
+    compiled, eager = compiled_and_eager("inductor", function, *inputs)
     for found, expected in zip(compiled, eager, strict=True):
         assert_near(found, expected.double(), TOLERANCE[torch.float32])

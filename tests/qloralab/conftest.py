@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qloralab.cli import main
 from qloralab.display import Display
+from qloralab.errors import UserError
 from qloralab.settings import Settings
 
 TEMPLATE = (
@@ -139,17 +142,34 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return run
 
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 QLORALAB = Path(sys.executable).with_name("qloralab")
+Launch = Callable[..., subprocess.Popen[str]]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def command() -> Command:
-    """Runs the installed command: ``command("generate", "--prompt", "Hello", cwd=...)``."""
+def launch() -> Launch:
+    """Starts the installed command: ``launch("finetune", "--steps", 2)``; its output is in pipes."""
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        words = [str(QLORALAB), *map(str, arguments)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, env=environment(), **pipes, **options)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(launch: Launch) -> Command:
+    """Runs the installed command to its end: ``command("generate", "--prompt", "Hello", cwd=...)``."""
 
     def run(*arguments: Any, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-        words = [str(QLORALAB), *map(str, arguments)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), **options)
+        with launch(*arguments, **options) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            finally:
+                process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
 
@@ -158,3 +178,43 @@ def environment() -> dict[str, str]:
     """That of a user: none of what tests/conftest.py sets, and no network."""
     hidden = ("OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", "MPLBACKEND", "TOKENIZERS_PARALLELISM")
     return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+@pytest.fixture(scope="session")
+def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """The lines of metrics.jsonl in a run directory."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def refusal() -> Callable[..., str]:
+    """The one line with which a call is refused: ``refusal(load_model, path)``."""
+
+    def call(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            function(*arguments, **options)
+        message = str(caught.value)
+        assert message.isprintable(), "more than one line"
+        return message
+
+    return call
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """``with full_disk(100):`` no file can grow beyond 100 bytes, as far as any writer can tell."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

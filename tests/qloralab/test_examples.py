@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qloralab import examples
 from qloralab.errors import UserError
 from qloralab.examples import Example, Message, read_jsonl
 
@@ -29,14 +34,16 @@ def file(tmp_path):
     return write
 
 
-def message(path, forced=None):
+@pytest.fixture
+def message(refusal) -> Callable[..., str]:
     """The one line that refuses a file, after the file's name."""
-    with pytest.raises(UserError) as caught:
-        read_jsonl(path, forced)
-    line = str(caught.value)
-    assert line.isprintable(), "more than one line"
-    assert line.startswith(str(path))
-    return line.removeprefix(str(path))
+
+    def read(path, forced=None):
+        line = refusal(read_jsonl, path, forced)
+        assert line.startswith(str(path))
+        return line.removeprefix(str(path))
+
+    return read
 
 
 def test_chat(file):
@@ -86,6 +93,37 @@ def test_sources_count_blank_lines(file):
     assert [example.source for example in read_jsonl(path)] == [f"{path}:2", f"{path}:5"]
 
 
+def test_windows_line_ends(file):
+    assert [example.text for example in read_jsonl(file("\ufeff" + json.dumps(TEXT) + "\r", TEXT))] == [
+        TEXT["text"]
+    ] * 2
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """Writes into a pipe; returns its path. What was read from it is gone."""
+    path, writers = tmp_path / "pipe", []
+    os.mkfifo(path)
+
+    def write(text: str):
+        writers.append(threading.Thread(target=path.write_text, args=[text]))
+        writers[-1].start()
+        return path
+
+    yield write
+    for writer in writers:
+        writer.join()
+
+
+def test_a_pipe(pipe):
+    assert read_jsonl(pipe(json.dumps(TEXT)))[0].text == TEXT["text"]
+
+
+def test_a_pipe_is_read_once(pipe, message, monkeypatch):
+    monkeypatch.setattr(examples, "kind_of", lambda path: pytest.fail("the pipe is opened again"))
+    assert message(pipe("a,b\n1,2\n")) == ":1: not JSON: Expecting value (column 1)" + READS
+
+
 def test_byte_order_mark_before_the_first_record(file):
     assert read_jsonl(file("\ufeff" + json.dumps(TEXT)))[0].text == TEXT["text"]
 
@@ -99,17 +137,25 @@ def test_any_text_comes_back(tmp_path_factory, texts):
     assert [example.text for example in read_jsonl(path)] == texts
 
 
+READS = (
+    '; --data reads JSON Lines in UTF-8, one object per line: {"instruction": "…", "output": "…"} or '
+    '{"messages": […]} or {"text": "…"}'
+)
+TAKES = "; --data takes a JSONL file on this machine, or 'stdlib'"
+ARRAY = " looks like a JSON array (`jq -c .[]` makes JSON Lines of one)"
 ASSISTANT = {"role": "assistant", "content": "5"}
 MISTAKES = {
     "not JSON": ([TEXT, "", '{"text" "a"}'], ":3: not JSON: Expecting ':' delimiter (column 9)"),
-    "pretty-printed": (
-        ["{", '"text": "a"', "}"],
-        ":1: not JSON: Expecting property name enclosed in double quotes (column 1)",
-    ),
-    "array over lines": (["[", json.dumps(TEXT), "]"], ":1: a JSON array; give one JSON object per line"),
-    "array on one line": ([[TEXT]], ":1: the line is a list, not a JSON object"),
+    "not JSON at first": (["", '{"text" "a"}', TEXT], ":2: not JSON: Expecting ':' delimiter (column 9)" + READS),
+    "pretty-printed": (["{", '"text": "a"', "}"], " looks like one JSON object over several lines" + READS),
+    "array over lines": (["[", json.dumps(TEXT), "]"], ARRAY + READS),
+    "array on one line": ([[TEXT]], ARRAY + READS),
+    "array later": ([TEXT, [TEXT]], ":2: the line is a list, not a JSON object"),
+    "csv": (["instruction,output", "Add.,5"], " looks like CSV" + READS),
+    "gzip": ([gzip.compress(b"{}\n")], " looks like a gzip archive" + READS),
+    "prose": (["Two and three", "make five."], ":1: not JSON: Expecting value (column 1)" + READS),
     "number": ([TEXT, 5], ":2: the line is a number, not a JSON object"),
-    "boolean": ([True], ":1: the line is a boolean, not a JSON object"),
+    "boolean": ([True], ":1: the line is a boolean, not a JSON object" + READS),
     "deep": (
         ["[" * 200_000 + "]" * 200_000],
         ":1: not JSON that can be read: a number is too long, or a nesting too deep",
@@ -119,13 +165,19 @@ MISTAKES = {
         ":1: not JSON that can be read: a number is too long, or a nesting too deep",
     ),
     "latin-1": ([TEXT, '{"text": "é"}'.encode("latin-1")], ":2: not UTF-8 (byte 11 of the line)"),
-    "utf-16": ([json.dumps(TEXT).encode("utf-16")], ":1: not UTF-8 (byte 1 of the line)"),
+    "latin-1 at first": (['{"text": "é"}'.encode("latin-1")], ":1: not UTF-8 (byte 11 of the line)" + READS),
+    "utf-16": ([json.dumps(TEXT).encode("utf-16")], " looks like text in UTF-16" + READS),
     "surrogate": (
         ['{"text": "a\\ud800"}'],
         ":1: half a surrogate pair, which is no character (field 'text', character 2)",
     ),
     "no known field": (
-        [{"prompt": "a"}],
+        [{"prompt": "a", "completion": "b"}],
+        ":1: the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text); "
+        "there is 'prompt', 'completion'",
+    ),
+    "no field": (
+        [{}],
         ":1: the format is unknown: no field 'messages' (chat), 'instruction' (alpaca) or 'text' (text)",
     ),
     "two formats": ([ALPACA, TEXT], ":2: no field 'instruction'; the format is alpaca"),
@@ -165,28 +217,28 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("parts", "expected"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_a_file(file, parts, expected):
+def test_a_mistake_in_a_file(file, parts, expected, message):
     assert message(file(*parts)) == expected
 
 
-def test_a_line_must_have_the_forced_format(file):
+def test_a_line_must_have_the_forced_format(file, message):
     assert message(file(TEXT), "chat") == ":1: no field 'messages'; the format is chat"
 
 
-def test_missing_file(tmp_path):
-    assert message(tmp_path / "none.jsonl") == " cannot be read: No such file or directory"
+def test_missing_file(tmp_path, message):
+    assert message(tmp_path / "none.jsonl") == " cannot be read: No such file or directory" + TAKES
 
 
-def test_directory(tmp_path):
-    assert message(tmp_path) == " cannot be read: Is a directory"
+def test_directory(tmp_path, message):
+    assert message(tmp_path) == " cannot be read: Is a directory" + TAKES
 
 
-def test_unreadable_file(file, monkeypatch):
+def test_unreadable_file(file, monkeypatch, message):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)  # permissions do not stop root
-    assert message(file(TEXT)) == " cannot be read: Permission denied"
+    assert message(file(TEXT)) == " cannot be read: Permission denied" + TAKES
 
 
 def test_unknown_format(file):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import shutil
 import signal
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from qloralab import finetune as module
 from qloralab.display import Display
 from qloralab.encoding import NO_LABEL, Encoded, encode
-from qloralab.errors import UserError
 from qloralab.examples import Example, Message
 from qloralab.finetune import finetune, prompt_and_answer
 from qloralab.lora.layer import LoRALinear
@@ -27,22 +30,22 @@ from qloralab.trainer import Trainer
 MEASURED = {"tokens_per_s", "rss_mb"}  # what differs between two runs of the same settings
 
 
-def metrics(path) -> list[dict]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture
+def results(metrics_of):
+    """The lines of metrics.jsonl, without what was measured."""
+    return lambda path: [
+        {name: value for name, value in line.items() if name not in MEASURED} for line in metrics_of(path)
+    ]
 
 
-def results(path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(path)]
-
-
-def result_of(path) -> dict:
-    return json.loads((path / "config.json").read_text())["result"]
+def config_of(path) -> dict:
+    return json.loads((path / "config.json").read_text())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_learns(settings, silent, method):
+def test_each_method_learns(settings, silent, metrics_of, method):
     result = finetune(settings(method=method, steps=30, eval_every=20, lr=1e-2), silent)
-    lines = metrics(result.path)
+    lines = metrics_of(result.path)
     assert [line["step"] for line in lines] == list(range(31))
     assert lines[-1]["loss"] < 0.5 * lines[1]["loss"]
     validated = {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
@@ -55,10 +58,10 @@ def test_each_method_learns(settings, silent, method):
     assert {file.name for file in result.path.iterdir()} == {
         "config.json", "metrics.jsonl", "loss.png", "samples.md", saved
     }  # fmt: skip
-    assert result_of(result.path) == {**dataclasses.asdict(result), "path": str(result.path)}
+    assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
 
 
-def test_the_same_seed_gives_the_same_run(settings, silent, tmp_path):
+def test_the_same_seed_gives_the_same_run(settings, silent, results, tmp_path):
     paths = [tmp_path / name for name in ("first", "second", "other")]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
         torch.rand(seed)  # whatever happened before in the process
@@ -70,7 +73,7 @@ def test_the_same_seed_gives_the_same_run(settings, silent, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_checkpointing_computes_the_same_twice(settings, silent, tmp_path, monkeypatch):
+def test_checkpointing_computes_the_same_twice(settings, silent, results, tmp_path, monkeypatch):
     forward, calls = LoRALinear.forward, []
     monkeypatch.setattr(LoRALinear, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
     plain = finetune(settings(out=tmp_path / "plain", lora_dropout=0.1), silent)
@@ -82,21 +85,95 @@ def test_checkpointing_computes_the_same_twice(settings, silent, tmp_path, monke
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora"])
-def test_a_run_goes_on_from_an_adapter(settings, silent, tmp_path, method):
+def test_a_run_goes_on_from_an_adapter(settings, silent, metrics_of, tmp_path, method):
     first = finetune(settings(out=tmp_path / "first", method=method, r=4, steps=20, lr=1e-2), silent)
     again = settings(out=tmp_path / "second", method=method, adapter=first.path / "adapter", steps=2)
     second = finetune(again, silent)
     assert second.val_before == first.val_after
-    assert metrics(second.path)[1]["loss"] < 0.7 * first.val_before
+    assert metrics_of(second.path)[1]["loss"] < 0.7 * first.val_before
     assert json.loads((second.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, tmp_path):
+def test_the_config_says_what_trained(settings, silent, tmp_path):
+    first = finetune(settings(out=tmp_path / "first", r=4, lora_alpha=12.0, lora_dropout=0.125, steps=1), silent)
+    again = settings(out=tmp_path / "second", adapter=first.path / "adapter", r=8, lora_alpha=3.0, steps=1)
+    for path in (first.path, finetune(again, silent).path):
+        config = config_of(path)
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12.0, 0.125)
+    assert config["adapter"] == str(first.path / "adapter")
+
+
+def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, refusal, tmp_path):
     for path in (tmp_path / "none", tmp_path):
-        with pytest.raises(UserError) as caught:
-            finetune(settings(adapter=path), silent)
-        assert str(path / "adapter_config.json") in str(caught.value)
+        assert str(path / "adapter_config.json") in refusal(finetune, settings(adapter=path), silent)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ["model", "adapter", "out"])
+def test_wrong_paths_are_refused_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path, wrong):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    path = tmp_path / "file" / "run" if wrong == "out" else tmp_path / "none"
+    assert refusal(finetune, settings(**{wrong: path}), silent).startswith(str(path))
+
+
+def test_no_permission_to_write_is_told_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
+    message = refusal(finetune, settings(out=tmp_path / "a" / "b"), silent)
+    assert message == f"{tmp_path / 'a' / 'b'} cannot be written: no permission to write in {tmp_path}"
+
+
+def test_a_model_has_its_whole_name(settings, model_dir, tmp_path):
+    model = tmp_path / "my-model-v1.5"
+    shutil.copytree(model_dir, model)
+    file = io.StringIO()
+    path = finetune(settings(model=model, steps=1), Display(Console(file=file))).path
+    assert "    model  my-model-v1.5, 0.1 M parameters" in file.getvalue()
+    assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 1 steps\n")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_saved(
+    settings, silent, refusal, full_disk, monkeypatch, method
+):
+    saved = {}
+
+    def save_twice(trainer, path):
+        if not saved:  # the first validation's
+            place = save(trainer, path)
+            saved.update({file: file.read_bytes() for file in place.iterdir()})
+            return place
+        with full_disk(3_000):
+            return save(trainer, path)
+
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", save_twice)
+    chosen = settings(method=method)
+    message = refusal(finetune, chosen, silent)
+    assert message.startswith(f"{chosen.out} cannot be written: ")
+    assert "File too large" in message
+    assert {file: file.read_bytes() for file in saved} == saved
+    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", file_parent(saved)}
+
+
+def file_parent(saved: dict[Path, bytes]) -> str:
+    """The one folder that holds these files."""
+    (folder,) = {file.parent.name for file in saved}
+    return folder
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(settings, silent, refusal, full_disk, monkeypatch):
+    train_step = Trainer.train_step
+    chosen = settings(steps=50, eval_every=50)
+
+    def step(trainer):
+        limit.enter_context(full_disk(300))
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with ExitStack() as limit:
+        assert refusal(finetune, chosen, silent) == f"{chosen.out} cannot be written: File too large"
 
 
 def test_full_fine_tuning_leaves_a_model_that_can_be_tuned_on(settings, silent, tmp_path):
@@ -121,12 +198,12 @@ def press_ctrl_c(monkeypatch, at_step: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", step)
 
 
-def test_ctrl_c_ends_the_run_after_the_step(settings, silent, monkeypatch):
+def test_ctrl_c_ends_the_run_after_the_step(settings, silent, metrics_of, monkeypatch):
     press_ctrl_c(monkeypatch, at_step=3)  # where a validation is due
     result = finetune(settings(steps=50), silent)
     assert (result.steps, result.interrupted, result.val_after) == (3, True, None)
-    assert [line["step"] for line in metrics(result.path)] == [0, 1, 2, 3]
-    assert result_of(result.path)["interrupted"] is True
+    assert [line["step"] for line in metrics_of(result.path)] == [0, 1, 2, 3]
+    assert config_of(result.path)["result"]["interrupted"] is True
     samples = (result.path / "samples.md").read_text()
     assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [3, 0, 3]
     assert (result.path / "loss.png").stat().st_size > 1000
@@ -134,7 +211,7 @@ def test_ctrl_c_ends_the_run_after_the_step(settings, silent, monkeypatch):
     assert all(tensor.count_nonzero() for tensor in weights.values())
 
 
-def test_ctrl_c_in_the_last_step_changes_nothing(settings, silent, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_step_changes_nothing(settings, silent, results, tmp_path, monkeypatch):
     expected = finetune(settings(out=tmp_path / "expected"), silent)
     press_ctrl_c(monkeypatch, at_step=6)
     result = finetune(settings(), silent)
@@ -150,7 +227,7 @@ def test_what_is_known_is_shown(settings):
     assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
     assert facts["4 bits"].startswith("14 linear layers, 0.1 M weights at 4.1")
     assert facts["adapters"].startswith("r = 16, alpha = 32: 0.03 M trainable parameters")
-    model = json.loads((path / "config.json").read_text())["model"]
+    model = config_of(path)["model"]
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
 
@@ -162,10 +239,13 @@ def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypat
     assert "standard library: 2 examples + 1 held out; 5 left out as too long" in file.getvalue()
 
 
-def test_a_directory_that_cannot_be_written(settings, silent, tmp_path):
+def test_a_directory_that_cannot_be_written(settings, silent, refusal, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory$"):
-        finetune(settings(out=tmp_path / "file" / "run"), silent)
+    out = tmp_path / "file" / "run"
+    expected = f"{out} cannot be written: {tmp_path / 'file'} is not a directory"
+    assert refusal(finetune, settings(out=out), silent) == expected
+    monkeypatch.setattr(module, "_check_paths", lambda settings: None)  # it became a file during the run
+    assert refusal(finetune, settings(out=out), silent) == f"{out} cannot be written: Not a directory"
 
 
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(model_dir):

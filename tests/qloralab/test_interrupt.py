@@ -1,13 +1,17 @@
-"""The first signal is a wish, the second is now, and afterwards everything is as before."""
+"""In training the first signal is a wish and the second is now; elsewhere none is lost. Afterwards all is as before."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from qloralab.interrupt import StopRequest
+from qloralab.interrupt import LINE, STATUS, StopRequest, no_lost_interrupt, stopping_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 signals = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -79,3 +83,77 @@ def test_no_signal_no_request():
         pass
     assert not stop.requested
     assert calls == []
+
+
+class Thing:
+    """Something that a weak reference can point to."""
+
+
+def lose_an_interrupt() -> None:
+    """Ctrl-C in the callback of a weak reference, from which no exception comes out."""
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    with no_lost_interrupt():
+        del thing
+        assert reference() is None
+        time.sleep(10)
+
+
+@pytest.fixture
+def default(before: dict[int, object]) -> None:
+    """SIGINT as it is at the start of a process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_interrupt_that_python_drops_is_raised_after_all(default, capfd):
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        lose_an_interrupt()
+    assert capfd.readouterr() == ("", "")
+    assert sys.unraisablehook is hook
+
+
+def test_other_lost_exceptions_go_where_they_went(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: 1 / 0)
+    with no_lost_interrupt():
+        del thing
+    assert reference() is None
+    assert [lost.exc_type for lost in seen] == [ZeroDivisionError]
+
+
+def run_python(code: str) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+SWALLOWS = """
+import signal
+from qloralab.interrupt import stopping_at_once
+{before}
+with stopping_at_once():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+print("went on", file=__import__("sys").stderr)
+"""
+
+
+def test_an_import_that_swallows_every_exception_is_stopped():
+    assert run_python(SWALLOWS.format(before="")) == (STATUS, LINE + "\n")
+
+
+def test_an_ignored_signal_stays_ignored():
+    ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    assert run_python(SWALLOWS.format(before=ignored)) == (0, "went on\n")
+
+
+def test_after_the_imports_the_handler_is_back(default):
+    with stopping_at_once():
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    with pytest.raises(ZeroDivisionError), stopping_at_once():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

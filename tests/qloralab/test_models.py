@@ -8,21 +8,26 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils import logging
 
-from qloralab.errors import UserError
-from qloralab.models import default_model, is_default, load_model, load_tokenizer, pad_id
-
-
-def refusal(function, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from qloralab import LoraConfig, inject_, save_adapter
+from qloralab.models import (
+    check_adapter,
+    check_model,
+    default_model,
+    is_default,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_name,
+    pad_id,
+)
 
 
 def broken(kind: str, model_dir: Path, folder: Path) -> Path:
@@ -54,7 +59,7 @@ def test_a_directory_holds_the_model(model_dir, dtype):
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in expected.items())
 
 
-def test_reading_leaves_the_logging_as_it_was(model_dir, tmp_path, capfd):
+def test_reading_leaves_the_logging_as_it_was(model_dir, tmp_path, capfd, refusal):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load_model(model_dir)
     refusal(load_model, broken("no weights", model_dir, tmp_path))
@@ -83,12 +88,12 @@ def test_there_is_something_to_pad_with(pad, eos, expected):
         "config of an unknown model",
     ],
 )
-def test_a_broken_directory(kind, model_dir, tmp_path):
+def test_a_broken_directory(kind, model_dir, tmp_path, refusal):
     path = broken(kind, model_dir, tmp_path)
     assert refusal(load_model, path).startswith(f"{path} cannot be read as a model: ")
 
 
-def test_a_directory_without_tokenizer(model_dir, tmp_path):
+def test_a_directory_without_tokenizer(model_dir, tmp_path, refusal):
     path = broken("", model_dir, tmp_path)
     for file in path.glob("tokenizer*"):
         file.unlink()
@@ -96,7 +101,7 @@ def test_a_directory_without_tokenizer(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_what_is_no_model(load, tmp_path):
+def test_what_is_no_model(load, tmp_path, refusal):
     assert refusal(load, tmp_path / "none").startswith(f"{tmp_path / 'none'} does not exist; --model takes")
     assert "holds no config.json" in refusal(load, tmp_path)
     (tmp_path / "model.bin").write_text("GGUF")
@@ -106,14 +111,69 @@ def test_what_is_no_model(load, tmp_path):
     for size in (4, 8, 24):  # the magic, then a header that ends too early, or counts more than is there
         file = tmp_path / f"short{size}.gguf"
         file.write_bytes((b"GGUF" + struct.pack("<IQQ", 3, 5, 5))[:size])
-        assert refusal(load, file).startswith(f"{file} cannot be read as a model: ")
+        assert refusal(load, file) == f"{file} is truncated or damaged ({size} bytes); download it again"
 
 
-def test_a_truncated_gguf(default_gguf, tmp_path):
+@pytest.mark.parametrize("size", [5_000, 1_000_000, 3_000_000], ids=["metadata", "tokens", "weights"])
+def test_a_truncated_gguf(default_gguf, tmp_path, refusal, size):
     file = tmp_path / "short.gguf"
     with default_gguf.open("rb") as whole:
-        file.write_bytes(whole.read(3_000_000))  # all of the metadata, some of the weights
-    assert refusal(load_model, file).startswith(f"{file} cannot be read as a model: ")
+        file.write_bytes(whole.read(size))
+    assert refusal(load_model, file) == f"{file} is truncated or damaged ({size:,} bytes); download it again"
+
+
+def test_a_whole_gguf_of_an_unknown_model_is_not_called_damaged(tmp_path, refusal):
+    file = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(file, "no-such-model")
+    writer.add_tensor("weight", np.ones((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    message = refusal(load_model, file)
+    assert message.startswith(f"{file} cannot be read as a model: ")
+    assert "no-such-model" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("my-model-v1.5", "my-model-v1.5"),
+        ("my-model-v1.5/", "my-model-v1.5"),
+        ("my-model-v1.5/sub/..", "my-model-v1.5"),
+        (".", "here.3"),
+        ("files/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1"),
+        ("files/A.GGUF", "A"),
+        ("folder.gguf", "folder.gguf"),
+    ],
+)
+def test_the_name_of_a_model(path, name, tmp_path, monkeypatch):
+    (tmp_path / "here.3" / "folder.gguf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here.3")
+    assert model_name(Path(path)) == name
+
+
+def test_the_directory_of_a_run_is_not_that_of_its_model_or_adapter(tmp_path, refusal):
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "metrics.jsonl").write_text("")
+    expected = f"{run} is the directory of a run, not of a model"
+    assert refusal(check_model, run) == f"{expected}; its adapter goes with --adapter"
+    missing = f"{run / 'adapter_config.json'} does not exist: {run} is not the directory of an adapter"
+    assert refusal(check_adapter, run) == missing
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    assert refusal(check_adapter, run) == f"{missing}; do you mean {run / 'adapter'}?"
+    (run / "model").mkdir()
+    assert refusal(check_model, run) == f"{expected}; do you mean {run / 'model'}?"
+    (run / "model.safetensors").write_text("")  # a model with its trainer's notes beside it
+    check_model(run)
+
+
+def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path, refusal):
+    save_adapter(inject_(nn.Sequential(nn.Linear(4, 4)), LoraConfig(2, 2, task_type=None)), tmp_path)
+    message = refusal(load_adapter, load_model(model_dir), tmp_path)
+    assert "has an adapter for 0, which the model does not have" in message
 
 
 def test_the_default_model_is_found_without_an_import(default_gguf):
@@ -122,7 +182,7 @@ def test_the_default_model_is_found_without_an_import(default_gguf):
     assert not is_default(Path("models/other.gguf"))
 
 
-def test_a_missing_default_model_comes_with_the_command(monkeypatch):
+def test_a_missing_default_model_comes_with_the_command(monkeypatch, refusal):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(default_model)
     assert message.startswith("the default model is not installed")
@@ -130,7 +190,7 @@ def test_a_missing_default_model_comes_with_the_command(monkeypatch):
     assert "--model" in message
 
 
-def test_a_package_without_the_file_is_a_missing_model(monkeypatch, tmp_path):
+def test_a_package_without_the_file_is_a_missing_model(monkeypatch, tmp_path, refusal):
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert "not installed" in refusal(default_model)

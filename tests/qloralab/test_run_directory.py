@@ -23,10 +23,6 @@ def run(tmp_path):
     run.close()
 
 
-def lines(run):
-    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_config_says_the_settings_again(run):
     config = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").rename(run.path.parent / "config.json")
@@ -52,12 +48,27 @@ def test_fields_are_added_to_the_config(run):
     assert json.loads((run.path / "config.json").read_text()) == {**before, "result": {"steps": 3}, "more": 1}
 
 
-def test_a_line_is_on_disk_when_it_is_logged(run):
-    assert lines(run) == []
+def test_a_full_disk_leaves_the_config_as_it_was(run, full_disk):
+    before = (run.path / "config.json").read_bytes()
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        run.update_config(more="x" * 1000)
+    assert (run.path / "config.json").read_bytes() == before
+    assert {file.name for file in run.path.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_closing_does_not_fail_after_a_line_that_did(run, full_disk):
+    with full_disk(100):
+        with pytest.raises(OSError, match="File too large"):
+            run.log(SECOND)
+        run.close()
+
+
+def test_a_line_is_on_disk_when_it_is_logged(run, metrics_of):
+    assert metrics_of(run.path) == []
     run.log(FIRST)
-    assert len(lines(run)) == 1
+    assert len(metrics_of(run.path)) == 1
     run.log(SECOND)
-    assert lines(run) == [
+    assert metrics_of(run.path) == [
         {"step": 0, "tokens": 0, "loss": None, "val_loss": 3.5, "lr": None, "grad_norm": None, "tokens_per_s": None,
          "rss_mb": 100.0},
         {"step": 1, "tokens": 64, "loss": 3.25, "val_loss": None, "lr": 0.001, "grad_norm": 0.5, "tokens_per_s": 120.0,

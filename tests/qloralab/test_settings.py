@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from qloralab.errors import UserError
 from qloralab.settings import METHODS, Settings
 
 
-def refusal(tmp_path: Path, **changes: object) -> str:
-    with pytest.raises(UserError) as caught:
-        Settings(**{"out": tmp_path / "run", "model": Path("model"), **changes})  # pyright: ignore[reportArgumentType]
-    return str(caught.value)
+@pytest.fixture
+def refused(refusal, tmp_path) -> Callable[..., str]:
+    """The one line that refuses these settings."""
+    return lambda **changes: refusal(Settings, **{"out": tmp_path / "run", "model": Path("model"), **changes})
 
 
 def test_the_defaults_are_accepted(tmp_path):
@@ -25,9 +26,9 @@ def test_the_defaults_are_accepted(tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"])
-def test_counts_start_at_one(tmp_path, name, value):
+def test_counts_start_at_one(refused, name, value):
     option = "--" + name.replace("_", "-")
-    assert refusal(tmp_path, **{name: value}) == f"{option} is {value}; it must be at least 1"
+    assert refused(**{name: value}) == f"{option} is {value}; it must be at least 1"
 
 
 def test_one_is_enough(tmp_path):
@@ -37,29 +38,43 @@ def test_one_is_enough(tmp_path):
 
 @pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
 @pytest.mark.parametrize(("name", "option"), [("lr", "--lr"), ("max_grad_norm", "--max-grad-norm")])
-def test_rates_are_positive(tmp_path, name, option, value):
-    assert refusal(tmp_path, **{name: value}) == f"{option} is {value}; it must be positive and finite"
+def test_rates_are_positive(refused, name, option, value):
+    assert refused(**{name: value}) == f"{option} is {value}; it must be positive and finite"
 
 
-def test_no_more_parts_than_examples(tmp_path):
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_a_seed_is_one_that_torch_takes(refused, tmp_path, seed):
+    assert refused(seed=seed) == f"--seed is {seed}; it must be a number of 64 bits"
+    nearest = min(max(seed, -(2**63)), 2**64 - 1)
+    torch.manual_seed(Settings(out=tmp_path / "run", model=Path("model"), seed=nearest).seed)
+    with pytest.raises(ValueError, match="Overflow"):
+        torch.manual_seed(seed)
+
+
+def test_empty_data_is_not_the_directory_here(refused):
+    assert refused(data="") == "--data is empty; give a JSONL file or 'stdlib'"
+
+
+def test_no_more_parts_than_examples(refused, tmp_path):
     message = "--accumulate 5 is more than the 4 examples of a batch"
-    assert refusal(tmp_path, accumulate=5, batch_size=4) == message
+    assert refused(accumulate=5, batch_size=4) == message
     Settings(out=tmp_path / "run", model=Path("model"), accumulate=4, batch_size=4)
 
 
-def test_full_fine_tuning_has_no_adapter(tmp_path):
-    assert refusal(tmp_path, method="full", adapter=Path("a")).startswith("--adapter goes with --method qlora or lora")
+def test_full_fine_tuning_has_no_adapter(refused, tmp_path):
+    assert refused(method="full", adapter=Path("a")).startswith("--adapter goes with --method qlora or lora")
     for method in METHODS:
         Settings(out=tmp_path / "run", model=Path("model"), method=method)
 
 
-def test_a_run_does_not_write_over_another(tmp_path):
+def test_a_run_does_not_write_over_another(refused, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     Settings(out=out, model=Path("model"))
     (out / "metrics.jsonl").write_text("kept")
-    assert refusal(tmp_path) == f"{out} exists and is not empty; a run never writes over another, give --out a new name"
-    assert str(out / "metrics.jsonl") in refusal(tmp_path, out=out / "metrics.jsonl")
+    assert refused() == f"{out} exists and is not empty; a run never writes over another, give --out a new name"
+    file = out / "metrics.jsonl"
+    assert refused(out=file) == f"{file} is a file; give --out the name of a new directory"
     assert (out / "metrics.jsonl").read_text() == "kept"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from qloralab.batches import collate, length_grouped_batches, split
@@ -229,3 +232,46 @@ def test_a_loss_that_is_not_finite_ends_it_before_the_step(make):
     assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
     with pytest.raises(UserError, match=r"^the validation loss is nan after step 1; try a smaller --lr$"):
         trainer.validate()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [100, 3_000], ids=["at once", "halfway"])
+def test_a_full_disk_leaves_what_was_saved_before(make, full_disk, tmp_path, method, size):
+    trainer = make(method)
+    place = trainer.save(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    trainer.train_step()
+    with full_disk(size), pytest.raises((OSError, SafetensorError), match="File too large"):
+        trainer.save(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert trainer.save(tmp_path) == place
+    weights = next(place.glob("*.safetensors"))
+    assert weights.read_bytes() != before[weights]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_disk_that_holds_the_adapter_but_not_its_config(make, monkeypatch, tmp_path):
+    def full(*values, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save(tmp_path)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, monkeypatch, tmp_path):
+    trainer = make("full")
+    place = trainer.save(tmp_path)
+    before = {file: file.read_bytes() for file in place.iterdir()}
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", interrupt)  # the weights are written by then
+    trainer.train_step()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save(tmp_path)
+    assert {file: file.read_bytes() for file in place.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [place]

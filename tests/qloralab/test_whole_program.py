@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ SHAPE = LlamaConfig(
 
 
 @pytest.mark.slow
-def test_the_default_job(default_gguf, command, tmp_path):
+def test_the_default_job(default_gguf, command, metrics_of, tmp_path):
     done = command(
         "finetune", "--steps", 3, "--held-out", 8, "--eval-every", 3, "--out", "run", cwd=tmp_path, timeout=400
     )
@@ -42,7 +41,7 @@ def test_the_default_job(default_gguf, command, tmp_path):
     assert {file.name for file in run.iterdir()} == files
     assert {file.name for file in tmp_path.iterdir()} == {"run"}
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(run)
     assert [list(line) for line in lines] == [KEYS] * 4
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     # The model's own loss, far below log(49152) = 10.8 of a model that was read wrongly; then it falls.
@@ -74,12 +73,11 @@ def test_the_default_job(default_gguf, command, tmp_path):
     assert re.search(r"[A-Za-z]{2}", asked.stdout)
 
 
-def start(model_dir: Path, colours: Path, out: Path) -> subprocess.Popen[str]:
-    command = Path(sys.executable).with_name("qloralab")
-    words = [command, "finetune", "--model", model_dir, "--data", colours, "--out", out, "--held-out", "4"]
-    return subprocess.Popen(
-        [*map(str, words), "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def long_run(launch, model_dir, colours, tmp_path) -> subprocess.Popen[str]:
+    """A run into tmp_path/run that only Ctrl-C ends."""
+    words = ["--model", model_dir, "--data", colours, "--out", tmp_path / "run", "--held-out", 4, "--steps", 100_000]
+    return launch("finetune", *words)
 
 
 def interrupt(process: subprocess.Popen[str], when: Callable[[], object]) -> tuple[int, str, str]:
@@ -97,15 +95,13 @@ def interrupt(process: subprocess.Popen[str], when: Callable[[], object]) -> tup
     return process.returncode, out, err
 
 
-def test_ctrl_c_keeps_what_was_trained(model_dir, colours, tmp_path):
+def test_ctrl_c_keeps_what_was_trained(long_run, model_dir, metrics_of, tmp_path):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"
-    status, shown, err = interrupt(
-        start(model_dir, colours, out), lambda: metrics.exists() and metrics.read_text().count("\n") >= 2
-    )
+    status, shown, err = interrupt(long_run, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     assert (status, err) == (130, "\nqloralab: stopped\n")
     assert "stopping" in shown
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = metrics_of(out)
     assert [line["step"] for line in lines] == list(range(len(lines)))
     result = json.loads((out / "config.json").read_text())["result"]
     assert result["interrupted"] is True
@@ -117,11 +113,18 @@ def test_ctrl_c_keeps_what_was_trained(model_dir, colours, tmp_path):
     assert all(tensor.count_nonzero() for tensor in opened.values())
 
 
-def test_ctrl_c_while_loading_leaves_nothing(model_dir, colours, tmp_path):
-    process = start(model_dir, colours, tmp_path / "run")
-    assert process.stdout is not None
-    first = process.stdout.readline()  # the data is read, the model is next
+def test_ctrl_c_while_loading_leaves_nothing(long_run, tmp_path):
+    first = long_run.stdout.readline()  # the data is read, the model is next
     assert "16 examples + 4 held out" in first
-    status, _, err = interrupt(process, lambda: True)
+    status, _, err = interrupt(long_run, lambda: True)
+    assert (status, err) == (130, "\nqloralab: stopped\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "transformers"])
+def test_ctrl_c_while_a_library_is_imported(long_run, tmp_path, library):
+    maps = Path(f"/proc/{long_run.pid}/maps")
+    first = {"numpy": "numpy/", "torch": "libtorch_cpu", "transformers": "tokenizers/"}[library]  # a file it maps early
+    status, _, err = interrupt(long_run, lambda: first in maps.read_text())
     assert (status, err) == (130, "\nqloralab: stopped\n")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,135 @@
+"""Tokens a second of an answer: the bfloat16 model of transformers, and the same with ``ql.quantize_``.
+
+    python -m benchmarks.generate           measure, write benchmarks/records/generate.json, show it
+    python -m benchmarks.generate --view    show it again
+
+One prompt, 64 new tokens by ``model.generate``, the likeliest each time; the prompt is part of the time. Every linear
+layer but the output head is in 4 bits; attention, norms and the head are the same code in both. The models take turns
+in one process. Before, the quantized model has to give the logits of the plain PyTorch reference, within what the
+roundings of a bfloat16 model make.
+"""
+
+from __future__ import annotations
+
+import qloralab as ql  # isort: skip  # before torch: how OpenMP's threads wait is read when torch is loaded
+
+import argparse
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.provenance import RECORDS, provenance
+from benchmarks.timing import interleave, quantiles
+from qloralab.kernels import dispatch
+from qloralab.models import default_model, load_model, load_tokenizer, pad_id
+
+PROMPT = "Explain in three sentences why the sky is blue."
+NEW_TOKENS = 64
+REPETITIONS = 5
+GOAL = 1.5  # the quantized model's rate over the other's, on a processor with AVX512-BF16
+TOLERANCE = 2**-4  # of the logits: 30 layers of bfloat16 activations, rounded at other places
+PROVIDERS = ("bf16", "ours")
+
+
+class WrongResultError(Exception):
+    """The quantized model's logits are not the reference's."""
+
+
+def check(model: Any, prompt: torch.Tensor) -> float:
+    """Compare the logits after a prompt with those of the reference in plain PyTorch.
+
+    Args:
+        model: quantized.
+        prompt: int64 [1, tokens].
+
+    Returns:
+        root-mean-square difference over the root mean square of the reference's logits.
+
+    Raises:
+        WrongResultError: it is too large.
+    """
+    with torch.no_grad():
+        logits = model(prompt).logits.double()
+        with dispatch.use("reference"):
+            expected = model(prompt).logits.double()
+    error = float(torch.linalg.vector_norm(logits - expected) / torch.linalg.vector_norm(expected))
+    if not error <= TOLERANCE:  # NaN is not
+        raise WrongResultError(f"the logits differ from the reference's by {error:.2g}, {TOLERANCE:.2g} allowed")
+    return error
+
+
+def measure(models: Mapping[str, Any], prompt: torch.Tensor, pad: int, new_tokens: int = NEW_TOKENS) -> list[dict]:
+    """Time each model on the same prompt.
+
+    Args:
+        models: by provider, one of PROVIDERS.
+        prompt: int64 [1, tokens].
+        pad: a token to pad with; none is.
+        new_tokens: of each answer; the end-of-text token does not end it.
+
+    Returns:
+        a record for each model.
+
+    Raises:
+        WrongResultError: see ``check``; nothing is timed then.
+    """
+    served = {row["operator"]: row["implementation"] for row in dispatch.report()}
+    checked = {"ours": {"error": check(models["ours"], prompt), "implementation": served["linear"]}}
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad}
+    answer = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **options}
+    contenders = {name: [lambda model=model: model.generate(**answer)] for name, model in models.items()}
+    with torch.no_grad():
+        times = interleave(contenders, seconds=0.0, fewest=REPETITIONS, warm_up=0)
+    return [
+        {
+            "benchmark": "generate",
+            "provider": name,
+            "prompt_tokens": prompt.shape[1],
+            "new_tokens": new_tokens,
+            "ms": quantiles(mine),
+            "reps": len(mine),
+            "tokens_per_s": 1000 * new_tokens / quantiles(mine)["p50"],
+            **checked.get(name, {}),
+            **provenance(),
+        }
+        for name, mine in times.items()
+    ]
+
+
+def line(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records in one line."""
+    rate = {record["provider"]: record["tokens_per_s"] for record in records}
+    ratio = rate["ours"] / rate["bf16"]
+    return (
+        f"{records[0]['device']}: {rate['ours']:.1f} tokens/s in 4 bits, {rate['bf16']:.1f} in bfloat16, "
+        f"ratio {ratio:.2f}; goal {GOAL:g}: {'reached' if ratio >= GOAL else 'missed'}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Load the model, measure, write the records, show them."""
+    parser = argparse.ArgumentParser(description="Generation with the weights in 4 bits and in bfloat16.")
+    parser.add_argument("--view", action="store_true", help="show the records, measure nothing")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory or GGUF file; by default SmolLM2-135M")
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
+    args = parser.parse_args(arguments)
+    file = args.out / "generate.json"
+    if not args.view:
+        path = args.model or default_model()
+        tokenizer = load_tokenizer(path)
+        model = load_model(path)  # a GGUF file takes a while to read: once, then copied
+        models = {"bf16": model, "ours": ql.quantize_(copy.deepcopy(model))}
+        prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+        records = measure(models, prompt, pad_id(tokenizer))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    Console().print(line(json.loads(file.read_text())), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""bitsandbytes, as the benchmarks use it: its functions, and its layer around a weight of ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+import qloralab as ql
+
+# When imported it asks for Hugging Face's package `kernels`, to fetch a binary; it is measured as it is installed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from bitsandbytes.functional import dequantize_4bit, has_avx512bf16, quantize_4bit  # noqa: E402
+from bitsandbytes.nn.modules import Linear4bit, Params4bit  # noqa: E402
+
+__all__ = ["Linear4bit", "dequantize_4bit", "has_avx512bf16", "layer", "quantize_4bit"]
+
+
+def layer(weight: ql.QuantizedTensor) -> Linear4bit:
+    """A ``Linear4bit`` of its own with the codes and scales of a weight, computing in bfloat16.
+
+    Args:
+        weight: [N, K], on the CPU.
+    """
+    N, K = weight.shape
+    with torch.device("meta"):  # its weight is replaced
+        made = Linear4bit(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type=weight.codebook)
+    tensors: dict[str, Any] = weight.map(torch.clone).to_bitsandbytes("weight")
+    data = tensors.pop("weight")
+    stats = {name.removeprefix("weight."): part for name, part in tensors.items()}
+    made.weight = Params4bit.from_prequantized(data, stats, device="cpu", module=made)
+    return made

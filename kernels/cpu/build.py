@@ -1,0 +1,295 @@
+"""C, compiled by the system's compiler at first use, and kept for the next process.
+
+A wheel with compiled code would serve one instruction set; source serves the machine it runs on. It compiles in
+seconds, once: the shared library is kept under a name that holds a hash of everything that decides what is in it::
+
+    <cache>/<stem of the first source>-<hash>.so
+    hash    = sources and headers, flags, compiler and its version, CPU features, machine
+    <cache> = $QLORALAB_CACHE, else $XDG_CACHE_HOME/qloralab, else ~/.cache/qloralab
+
+**Several processes at once.** Each compiles into a temporary folder inside the cache and renames the result into
+place. Renaming is atomic: a reader finds nothing or a whole file, and who comes second replaces the same by the same.
+
+**Damage.** A library cut short (a full disk, a killed copy) does not fail to load; it kills the process with SIGBUS. So
+the file ends with the SHA-256 of what comes before it, which the loader never looks at. A file that does not match is
+compiled again.
+
+**Trust.** A library runs with the rights of whoever loads it. The cache folder, and a file in it, are used only when
+they belong to this user or to root, and when not everyone may write to them. Otherwise somebody else could put a
+library there under the expected name. What the owner grants to a group is the owner's decision, and so are the
+folders above.
+
+**Flags.** ``-ffp-contract=off``: a product and a sum are two roundings on every path, as in PyTorch. Never
+``-ffast-math``: a library linked with it sets flush-to-zero for the whole process when it is loaded. No ``-fopenmp``:
+see ``pool.py``.
+
+===============  =====================================================================================
+CC               the compiler, with arguments if need be; otherwise the first of cc, gcc, clang on PATH
+QLORALAB_CFLAGS  flags that come after ours, for sanitizers and experiments
+QLORALAB_CACHE   the cache folder
+===============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wno-psabi",  # notes on how vectors are passed to functions, of which none is called from outside
+)
+LIBRARIES = ("-lm",)
+TIMEOUT = 120  # seconds
+COMPILERS = ("cc", "gcc", "clang")
+INSTALL = (
+    "install one (Debian, Ubuntu: apt-get install gcc libc6-dev; Fedora: dnf install gcc; Alpine: apk add gcc musl-dev)"
+)
+
+# Instruction sets by name. Each has flags to try in order: a compiler may not know the first. -march=native is
+# -mcpu=native in the compilers for ARM, and unknown to some others, where the plain baseline remains.
+NATIVE = {"x86_64": (("-march=native",), ()), "aarch64": (("-mcpu=native",), ())}
+ISAS = {
+    "native": NATIVE.get(platform.machine(), (("-march=native",), ("-mcpu=native",), ())),
+    "avx512": (("-march=x86-64-v4",),),
+    "avx2": (("-march=x86-64-v3",),),
+    "portable": (("-DQLORALAB_PORTABLE",),),
+}
+# What /proc/cpuinfo calls the features of x86-64-v3 and -v4 (System V ABI, table 3.1); abm is lzcnt.
+AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+AVX512 = AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+
+
+class BuildError(RuntimeError):
+    """The C code cannot be compiled or loaded here. The message says why and what to do about it."""
+
+
+def build(sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None) -> Path:
+    """Compile C files into one shared library, unless the cache has it.
+
+    Args:
+        sources: the C files. Headers in their folders count as part of them.
+        isa: the instruction set to compile for: native (this machine's), avx512, avx2 or portable.
+        extra: more flags for the compiler.
+        cache: where the library is kept, instead of the user's cache folder.
+
+    Returns:
+        The shared library. Everything is hidden in it but what asks for default visibility.
+
+    Raises:
+        ValueError: an unknown instruction set.
+        BuildError: no compiler, a failing compiler, or a cache folder that cannot be written or is not trusted.
+    """
+    return _build(sources, isa, extra, cache, again=False)
+
+
+def load(
+    sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None
+) -> ctypes.CDLL:
+    """Load what ``build`` returns. A cached file that does not load is compiled once more.
+
+    Args:
+        sources, isa, extra, cache: as for ``build``.
+
+    Raises:
+        ValueError: an unknown instruction set.
+        BuildError: as for ``build``; also when this machine lacks the instruction set, or the library does not load.
+    """
+    if isa in ISAS and isa not in supported_isas():
+        raise BuildError(f"this machine has no {isa}; it runs {', '.join(supported_isas())}")
+    path = build(sources, isa, extra, cache)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path = _build(sources, isa, extra, cache, again=True)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        hint = "if its folder is mounted noexec, set QLORALAB_CACHE to one that is not"
+        raise BuildError(f"{path} does not load ({error}); {hint}") from None
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, by name; the first is the one to use."""
+    features = set(cpu_features().split())
+    have = {"avx512": features >= AVX512, "avx2": features >= AVX2}
+    return tuple(isa for isa in ISAS if have.get(isa, True))
+
+
+@functools.cache
+def cpu_features() -> str:
+    """The features of the first processor, as Linux lists them in /proc/cpuinfo; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept, see the top of this file. It need not exist."""
+    if named := os.environ.get("QLORALAB_CACHE"):
+        return Path(named)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification says to ignore it then
+        base = Path(os.path.expanduser("~/.cache"))
+    if not base.is_absolute():
+        raise BuildError("this user has no home folder to keep compiled code in; set QLORALAB_CACHE to a folder")
+    return base / "qloralab"
+
+
+def _build(sources: Sequence[Path], isa: str, extra: Sequence[str], cache: Path | None, *, again: bool) -> Path:
+    if isa not in ISAS:
+        raise ValueError(f"isa is one of {', '.join(ISAS)}, not {isa!r}")
+    compiler = _compiler()
+    extra = [*extra, *_words("QLORALAB_CFLAGS")]
+    folder = (cache_folder() if cache is None else cache).absolute()  # the loader searches for a name without a slash
+    path = folder / f"{sources[0].stem}-{_hash(sources, isa, extra, compiler)}.so"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if why := _distrust(folder):
+            raise BuildError(f"the cache folder {folder} {why}; set QLORALAB_CACHE to a folder of your own")
+        if again or not _usable(path):
+            with tempfile.TemporaryDirectory(prefix=".compiling-", dir=folder) as scratch:
+                os.replace(_compile(sources, isa, extra, compiler, Path(scratch)), path)
+    except OSError as error:
+        advice = "make it writable, or set QLORALAB_CACHE to a folder that is"
+        raise BuildError(f"cannot write to the cache folder {folder} ({error.strerror}); {advice}") from None
+    return path
+
+
+def _compile(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: list[str], scratch: Path) -> Path:
+    """The finished library, in the folder `scratch`."""
+    name = Path(compiler[0]).name
+    print(f"qloralab: compiling the CPU kernels with {name}, a few seconds, once", file=sys.stderr, flush=True)
+    path = scratch / "library.so"
+    flags = [*FLAGS, *_isa_flags(isa, compiler, scratch), *extra]
+    command = [*compiler, *flags, "-o", str(path), *map(str, sources), *LIBRARIES]
+    status, output = _run(command, scratch)
+    if status or not path.is_file():
+        lines = output.strip().splitlines() or ["it printed nothing"]
+        first = next((index for index, line in enumerate(lines) if "error:" in line), len(lines))
+        lines = lines[first : first + 12] or lines[-12:]
+        if any(line.endswith(".h: No such file or directory") for line in lines):
+            lines.append(f"A header of the C library may be missing: {INSTALL}.")
+        why = f"status {status}" if status else "no output file"
+        raise BuildError(
+            "\n".join([f"the C compiler {compiler[0]} failed ({why}):", *lines, f"$ {shlex.join(command)}"])
+        )
+    contents = path.read_bytes()
+    path.write_bytes(contents + hashlib.sha256(contents).digest())
+    path.chmod(0o755)  # whatever the umask: others may read it, none may write it
+    return path
+
+
+def _isa_flags(isa: str, compiler: list[str], scratch: Path) -> Sequence[str]:
+    """The first flags of this instruction set that the compiler takes; the last ones untried."""
+    *choices, last = ISAS[isa]
+    for flags in choices:
+        status, _ = _run([*compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull], scratch)
+        if status == 0:
+            return flags
+    return last
+
+
+def _compiler() -> list[str]:
+    """The command that compiles C, its first word an absolute path."""
+    asked = _words("CC")
+    for command in [asked] if asked else [[name] for name in COMPILERS]:
+        if path := shutil.which(command[0]):
+            return [os.path.abspath(path), *command[1:]]
+    if asked:
+        raise BuildError(f"CC names the C compiler {asked[0]!r}, which is not there")
+    raise BuildError(f"no C compiler: none of {', '.join(COMPILERS)} is on PATH; {INSTALL}")
+
+
+def _words(variable: str) -> list[str]:
+    """The words of an environment variable, split as a shell splits them."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable}={os.environ[variable]!r}: {error}") from None
+
+
+def _hash(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: list[str]) -> str:
+    """32 hexadecimal digits that change with anything that may change the library."""
+    headers = {header for source in sources for header in source.parent.glob("*.h")}
+    _, version = _run([*compiler, "--version"])
+    machine = [platform.machine(), cpu_features(), *compiler, version.partition("\n")[0]]
+    flags = [*FLAGS, *LIBRARIES, isa, *map(str, ISAS[isa]), *extra]
+    files = [(file.name, file.read_bytes()) for file in [*sources, *sorted(headers)]]
+    return hashlib.sha256(repr((machine, flags, files)).encode()).hexdigest()[:32]
+
+
+def _run(command: list[str], scratch: Path | None = None) -> tuple[int, str]:
+    """Exit status and output of a command of the compiler, which keeps its temporary files in `scratch`.
+
+    It runs in a process group of its own, so that its children end with it when it takes too long or on Ctrl-C.
+    """
+    environment = {**os.environ, "LC_ALL": "C"}  # messages in English, whatever the user speaks: they are looked at
+    environment.pop("LD_PRELOAD", None)  # a sanitizer's runtime is meant for this process
+    if scratch is not None:
+        environment["TMPDIR"] = str(scratch)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
+    except OSError as error:
+        raise BuildError(f"the C compiler {command[0]} does not start ({error.strerror}); {INSTALL}") from None
+    with process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise BuildError(f"the C compiler took more than {TIMEOUT} s\n$ {shlex.join(command)}") from None
+            raise
+    return process.returncode, output
+
+
+def _usable(path: Path) -> bool:
+    """Whether this file is a whole library that may be loaded."""
+    try:
+        if _distrust(path):
+            return False
+        contents = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(contents[:-size]).digest() == contents[-size:]
+
+
+def _distrust(path: Path) -> str | None:
+    """Why code from there is not to be run, or None."""
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"belongs to another user (number {found.st_uid})"
+    if found.st_mode & stat.S_IWOTH:
+        return "can be written to by everyone"
+    return None

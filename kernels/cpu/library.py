@@ -1,0 +1,234 @@
+"""The compiled C as Python functions of tensors: one method per exported function, pointers out of tensors, no checks.
+
+The operators above (``operators.py``) see to dtypes, shapes and contiguity. The structure ``Weight`` is that of
+``weight.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qloralab.nf4.codebook import dynamic_map, thresholds
+
+from . import pool
+from .build import cpu_features, load
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
+FEW_TOKENS = 8  # the most that few_tokens.c takes
+
+_int, _long, _float, _double, _pointer = (
+    ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
+)  # fmt: skip
+
+
+class Weight(ctypes.Structure):
+    """A packed weight, as weight.h has it."""
+
+    _fields_ = (
+        ("packed", _pointer),
+        ("scales", _pointer),
+        ("absmax2", _pointer),
+        ("offset", _pointer),
+        ("map", _pointer),
+        ("values", _pointer),
+        ("rows", _long),
+        ("columns", _long),
+        ("block_size", _long),
+    )
+
+
+_weight = ctypes.POINTER(Weight)
+_SIGNATURES = {
+    "set_pool": (_pointer,),
+    "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _int),
+    "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer, _int),
+    "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
+    "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
+    "linear_few": (_weight, _pointer, _long, _pointer, _pointer, _int),
+    "adamw": (*[_pointer] * 4, _long, _long, *[_double] * 5, _int),
+}
+_PRODUCT_SIGNATURES = {
+    "adapted_linear": (
+        _weight, _pointer, _long, _pointer, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 3, _int
+    ),
+    "adapted_linear_backward": (
+        _weight, *[_pointer] * 3, _long, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 4, _int
+    ),
+}  # fmt: skip
+
+
+class Library:
+    """The C functions of this folder, compiled for one instruction set.
+
+    Attributes:
+        isa: the instruction set, see ``build``.
+        pool: the OpenMP runtime that the functions run on, or None: then they run on one thread.
+        has_product: whether ``adapted_linear`` is there: it needs AVX512-BF16.
+    """
+
+    def __init__(self, isa: str = "native"):
+        self.isa = isa
+        self._c = load(SOURCES, isa)
+        self.pool = pool.find()
+        self.has_product = bool(self._c.qloralab_has_product())
+        signatures = _SIGNATURES | (_PRODUCT_SIGNATURES if self.has_product else {})
+        for name, arguments in signatures.items():
+            function = getattr(self._c, f"qloralab_{name}")
+            function.argtypes, function.restype = arguments, None
+        self._c.qloralab_set_pool(self.pool.parallel if self.pool else None)
+        if self.has_product:
+            self._c.qloralab_product_workspace.argtypes = (_long,) * 4
+            self._c.qloralab_product_workspace.restype = _long
+
+    def quantize(self, x: Tensor, values: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
+        """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks]."""
+        limits = thresholds(values)
+        self._c.qloralab_quantize(
+            x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size, limits.data_ptr(), packed.data_ptr(),
+            absmax.data_ptr(), threads(),
+        )  # fmt: skip
+
+    def quantize_scales(self, absmax: Tensor, offset: float, codes: Tensor, absmax2: Tensor) -> None:
+        """Absmax float32 [blocks] -> codes uint8 [blocks], absmax2 float32 [ceil(blocks / 256)]."""
+        self._c.qloralab_quantize_scales(
+            absmax.data_ptr(), len(absmax), offset, _THRESHOLDS.data_ptr(), codes.data_ptr(), absmax2.data_ptr(),
+            threads(),
+        )  # fmt: skip
+
+    def dequantize(self, weight: Weight, rows: range, columns: range, out: Tensor) -> None:
+        """The block of a weight -> out [rows, columns], float32, bfloat16 or float16."""
+        self._c.qloralab_dequantize(
+            weight, rows.start, len(rows), columns.start, len(columns), DTYPES[out.dtype], out.data_ptr(), threads()
+        )
+
+    def dropout(self, x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> None:
+        """x [rows, columns] -> out; see ``nf4/adapter.py``."""
+        rows, columns = x.shape
+        self._c.qloralab_dropout(
+            x.data_ptr(), DTYPES[x.dtype], rows, columns, seed, threshold, scale, out.data_ptr(), threads()
+        )
+
+    def linear_few(self, weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """bfloat16 x [tokens, K], at most ``FEW_TOKENS``, bias [N] -> y [tokens, N]."""
+        self._c.qloralab_linear_few(weight, x.data_ptr(), len(x), _address(bias), y.data_ptr(), threads())
+
+    def adapted_linear(
+        self,
+        weight: Weight,
+        x: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        h: Tensor | None = None,
+        scale: float = 1.0,
+        threshold: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """bfloat16 x [tokens, K] -> y [tokens, N] and h [tokens, r]; without A and B, the base product alone."""
+        r = 0 if A is None else len(A)
+        work = self._workspace(weight, len(x), r)
+        self._c.qloralab_adapted_linear(
+            weight, x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale, threshold, seed,
+            y.data_ptr(), _address(h), work.data_ptr(), threads(),
+        )  # fmt: skip
+
+    def adapted_linear_backward(
+        self,
+        weight: Weight,
+        grad: Tensor,
+        dx: Tensor | None,
+        x: Tensor | None = None,
+        h: Tensor | None = None,
+        A: Tensor | None = None,
+        B: Tensor | None = None,
+        dA: Tensor | None = None,
+        dB: Tensor | None = None,
+        scale: float = 1.0,
+        threshold: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """bfloat16 grad [tokens, N] -> dx [tokens, K], dA, dB; without A and B, dx = grad W alone."""
+        r = 0 if A is None else len(A)
+        work = self._workspace(weight, len(grad), r)
+        self._c.qloralab_adapted_linear_backward(
+            weight, grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B), r, scale, threshold,
+            seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
+        )  # fmt: skip
+
+    def adamw(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """The update of ``kernels/adamw.py``, in place."""
+        self._c.qloralab_adamw(
+            param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), param.numel(), step, lr,
+            beta1, beta2, eps, weight_decay, threads(),
+        )  # fmt: skip
+
+    def _workspace(self, weight: Weight, tokens: int, r: int) -> Tensor:
+        size = self._c.qloralab_product_workspace(weight.rows, weight.columns, tokens, r)
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def open() -> Library:  # noqa: A001  # library.open() says what it does
+    """The library for this machine, compiled if it is not in the cache.
+
+    Raises:
+        BuildError: see ``build``.
+    """
+    return Library()
+
+
+def weight_of(
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+) -> Weight:
+    """The operands of nf4's operators, contiguous, as the C sees them. The tensors must outlive it.
+
+    A weight that is no matrix is one row.
+    """
+    rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
+    return Weight(
+        packed.data_ptr(), scales.data_ptr(), _address(absmax2), _address(offset), _MAP.data_ptr(), values.data_ptr(),
+        rows, columns, block_size,
+    )  # fmt: skip
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()
+
+
+def has_matrix_unit() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware (AMX), several times faster than AVX512 does."""
+    return "amx_bf16" in cpu_features().split()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+_MAP = dynamic_map()
+_THRESHOLDS = thresholds(_MAP)

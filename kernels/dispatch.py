@@ -1,0 +1,161 @@
+"""Which implementation serves an operator, and why.
+
+Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
+use. ``QLORALAB_CPU`` chooses, read when the first operator runs:
+
+=========  ============================================================================================
+auto       C where it compiles; otherwise one warning that says what to install, and the reference runs
+native     C, or ``BuildError``
+reference  plain PyTorch; nothing is compiled
+=========  ============================================================================================
+
+An automatic choice may fall back, and ``report`` shows what was chosen. An explicit one that cannot be honoured raises.
+Importing compiles nothing. A process compiles at most once: what failed is not tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+
+from .cpu.build import BuildError
+
+if TYPE_CHECKING:
+    from .cpu.library import Library
+
+VARIABLE = "QLORALAB_CPU"
+MODES = ("auto", "native", "reference")
+# Operators that are functions of kernels/, not of nf4/ops.py.
+CHUNK_UPDATES = ("adamw",)
+
+_lock = threading.Lock()
+_mode: str | None = None
+_opened: Library | BuildError | None = None
+_warned = False
+
+
+def mode() -> str:
+    """The choice: auto, native or reference.
+
+    Raises:
+        ValueError: QLORALAB_CPU is something else.
+    """
+    global _mode
+    if _mode is None:
+        _mode = _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    return _mode
+
+
+def native() -> Library | None:
+    """The compiled library, or None where the reference is to run. The first call may compile, for some seconds.
+
+    Raises:
+        ValueError: QLORALAB_CPU is none of the three.
+        BuildError: the choice is native, and there is no library.
+    """
+    choice = mode()
+    if choice == "reference":
+        return None
+    opened = _open()
+    if not isinstance(opened, BuildError):
+        return opened
+    if choice == "native":
+        raise opened.with_traceback(None)
+    _warn_once(opened)
+    return None
+
+
+@contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Run the body with another choice, for tests and benchmarks that compare implementations in one process.
+
+    The whole process changes, not this thread alone: operators also run on threads of autograd.
+
+    Args:
+        choice: auto, native or reference.
+
+    Raises:
+        ValueError: another word.
+    """
+    global _mode
+    before, _mode = _mode, _checked(choice, "the implementation")
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def report() -> list[dict[str, str]]:
+    """What serves each operator on the CPU, and why: dictionaries with operator, device, implementation, why.
+
+    Compiles where the choice asks for it, as the first operator would, but neither warns nor raises `BuildError`.
+
+    Raises:
+        ValueError: QLORALAB_CPU is none of the three.
+    """
+    from .cpu import operators  # noqa: F401  # registers them
+
+    choice = mode()
+    opened = None if choice == "reference" else _open()
+    rows = []
+    for name in _operators():
+        if opened is None:
+            implementation, why = "reference", f"it was asked for ({VARIABLE}=reference)"
+        elif isinstance(opened, BuildError):
+            implementation, why = "none" if choice == "native" else "reference", str(opened).splitlines()[0]
+        elif not _has_cpu_kernel(name):
+            implementation, why = "reference", "there is no C for it"
+        else:
+            threads = f"on the threads of {opened.pool.path.name}" if opened.pool else "on one thread"
+            implementation, why = "native", f"C compiled for {opened.isa}, {threads}"
+        rows.append({"operator": name, "device": "cpu", "implementation": implementation, "why": why})
+    return rows
+
+
+def _checked(choice: str, what: str) -> str:
+    if choice not in MODES:
+        raise ValueError(f"{what} is one of {', '.join(MODES)}, not {choice!r}")
+    return choice
+
+
+def _open() -> Library | BuildError:
+    """The library, or why there is none; found out once."""
+    global _opened
+    if _opened is None:  # the lock is for the first call only
+        with _lock:
+            if _opened is None:
+                from .cpu import library
+
+                try:
+                    _opened = library.open()
+                except BuildError as error:
+                    _opened = error.with_traceback(None)
+    return _opened
+
+
+def _warn_once(error: BuildError) -> None:
+    global _warned
+    with _lock:
+        first, _warned = not _warned, True
+    if first:
+        note = f"The operators run in plain PyTorch, several times slower. {VARIABLE}=reference asks for that silently."
+        warnings.warn(f"qloralab's CPU kernels are not in use: {error}\n{note}", RuntimeWarning, stacklevel=3)
+
+
+def _operators() -> list[str]:
+    from qloralab.nf4 import ops
+
+    declared = [name for name, value in vars(ops).items() if isinstance(value, CustomOpDef)]
+    return [*declared, *CHUNK_UPDATES]
+
+
+def _has_cpu_kernel(name: str) -> bool:
+    """Whether something was registered for the CPU beside the reference, which serves any device."""
+    return name in CHUNK_UPDATES or torch._C._dispatch_has_kernel_for_dispatch_key(f"qloralab::{name}", "CPU")

@@ -1,0 +1,215 @@
+"""An adapter beside a packed weight: the dropout mask, and the definition of the two adapted operators.
+
+QLoRA, equation 5 (arXiv 2305.14314), with dropout before the adapter as in its experiments. For x [tokens, K], a frozen
+W [N, K] in 4 bits, and the float32 matrices A [r, K] and B [N, r] that train::
+
+    h = s * (x∘keep) A'                             [tokens, r]     s = scaling / (1 - q)
+    y = x W' + bias + h B'                          [tokens, N]
+
+    G  = s * dy B                                   [tokens, r]
+    dB = dy' h                                      [N, r]
+    dA = G' (x∘keep)                                [r, K]
+    dx = dy W + keep∘(G A)                          [tokens, K]
+
+The formulas say what backward needs: x, which its neighbours in the model keep too, h, and the matrices. It does not
+need the dequantized weight, which is made again, nor the mask, nor a dropped-out copy of x. (PEFT keeps a float32 copy
+of x, a mask, and the dropped-out copy.)
+
+**The mask is a function** of a 64-bit seed and of the place in x, so backward makes it again from the seed, and every
+implementation, on every device, in any order, draws the same bits. Element (m, k) uses 16 bits of a 64-bit word::
+
+    words = 8 * ceil(K / 32)                        64-bit words to a row: 32 elements are 64 bytes
+    word  = splitmix64(seed, number = m * words + k // 4)
+    dropped  where bits 16 * (k % 4) ... 16 * (k % 4) + 15 of word < threshold = round(p * 65536)
+
+splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) hashes a counter, so
+its n-th word comes without the words before it::
+
+    z = seed + (number + 1) * 0x9E3779B97F4A7C15    modulo 2**64, as all that follows
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9
+    z = (z ^ z >> 27) * 0x94D049BB133111EB
+    z ^ z >> 31
+
+Sixteen bits resolve a probability to 1/65536. The rate that is applied, q = threshold / 65536, is also the one that is
+corrected for, so the mean stays right.
+
+Numbers: the products are taken in the dtype of x, and float32 A and B are rounded to it first. In bfloat16 and float16
+this definition rounds h, G, dA, dB, and each of the two terms of y and dx; an implementation may round less often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .autocast import without_autocast
+
+_LANES = 4  # 16-bit lanes of a word
+_ROW_ALIGNMENT = 32  # elements
+
+
+def rate(p: float) -> float:
+    """The dropout rate that is applied when p is asked for: the nearest multiple of 1/65536 below 1.
+
+    Args:
+        p: in [0, 1).
+    """
+    return _threshold(p) / 65536
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """Which elements dropout keeps.
+
+    Args:
+        seed: int64 [], any value.
+        rows, columns: of the matrix.
+        p: probability to drop an element, in [0, 1).
+
+    Returns:
+        bool [rows, columns] on the device of seed, True where kept.
+    """
+    words = _row_words(columns)
+    z = _splitmix64(seed, rows * words)
+    lanes = z.view(torch.int16).view(rows, words * _LANES)[:, :columns]  # little-endian: the lowest bits come first
+    return lanes.add(-32768) >= _threshold(p) - 32768  # both shifted: int16 compares with a sign, and wraps
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x∘keep / (1 - q): the elements of ``keep_mask`` scaled, the others zero, whatever they were.
+
+    The factor 1 / (1 - q) is rounded to float32, and its product with x once to the dtype of x.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], seen as a matrix of K columns.
+        seed: int64 [] on the device of x.
+        p: in [0, 1).
+
+    Returns:
+        the dtype and shape of x, contiguous.
+    """
+    return (_kept(_rows(x), _mask(x, seed, p)) * (1 / (1 - rate(p)))).contiguous().view(x.shape)
+
+
+@without_autocast
+def adapted_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x W' + bias + h B' with h = scaling / (1 - q) * (x∘keep) A'; W packed, an adapter beside it.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; tokens is the product of the sizes before K.
+        packed, scales, absmax2, offset, values, block_size: W, see ``dequantize``.
+        shape: (N, K).
+        bias: the dtype of x, [N], or None.
+        A: float32 [r, K].
+        B: float32 [N, r].
+        scaling: the factor on B A.
+        p: dropout probability before the adapter, in [0, 1); 0 is no dropout.
+        seed: int64 [] on the device of x; of no effect when p is 0.
+
+    Returns:
+        y: the dtype of x, [..., N].
+        h: the dtype of x, [tokens, r]; backward takes it.
+    """
+    y = torch.ops.qloralab.linear(x, packed, scales, absmax2, offset, values, shape, block_size, bias)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    h = (_kept(_rows(x), _mask(x, seed, p)) @ A.T).mul_(scaling / (1 - rate(p)))
+    return _rows(y).addmm_(h, B.T).view(y.shape), h
+
+
+@without_autocast
+def adapted_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``adapted_linear`` with respect to x, A and B.
+
+    Args:
+        grad: of y; the dtype of x, [..., N], any strides.
+        x, packed, scales, absmax2, offset, values, shape, block_size, A, B, scaling, p, seed: as in the forward.
+        h: the second result of the forward.
+        needs_input: whether the first result is wanted.
+
+    Returns:
+        dx: the dtype and shape of x; empty, [0], without needs_input.
+        dA: float32 [r, K].
+        dB: float32 [N, r].
+    """
+    g, keep = _rows(grad), _mask(x, seed, p)  # [tokens, N], [tokens, K]
+    low_A, low_B = A.to(x.dtype), B.to(x.dtype)
+    G = (g @ low_B).mul_(scaling / (1 - rate(p)))  # [tokens, r]
+    dA, dB = (G.T @ _kept(_rows(x), keep)).to(A.dtype), (g.T @ h).to(B.dtype)
+    if not needs_input:
+        return x.new_empty(0), dA, dB
+    dx = torch.ops.qloralab.linear_grad_input(grad, packed, scales, absmax2, offset, values, shape, block_size)
+    return dx.add_(_kept(G @ low_A, keep).view(x.shape)), dA, dB
+
+
+def _mask(x: Tensor, seed: Tensor, p: float) -> Tensor | None:
+    """The mask for x [..., K]: bool [tokens, K], or None where nothing is dropped."""
+    return keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p) if _threshold(p) else None
+
+
+def _kept(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows if keep is None else torch.where(keep, rows, 0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _threshold(p: float) -> int:
+    return min(round(p * 65536), 65535)
+
+
+def _row_words(columns: int) -> int:
+    return -(-columns // _ROW_ALIGNMENT) * (_ROW_ALIGNMENT // _LANES)
+
+
+def _splitmix64(seed: Tensor, count: int) -> Tensor:
+    """The first ``count`` words from a seed: int64 [count], the 64 bits of each as torch can hold them."""
+    z = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device)
+    z.mul_(_signed(0x9E3779B97F4A7C15)).add_(seed)
+    z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    return z.bitwise_xor_(_shifted(z, 31))
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """z >> bits with zeros coming in; torch repeats the sign."""
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 that has the bits of an unsigned 64-bit number."""
+    return word - (1 << 64) if word >> 63 else word

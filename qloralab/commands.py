@@ -1,0 +1,162 @@
+"""The commands, as typer reads them from the functions' signatures, and what becomes of a mistake.
+
+Nothing here imports torch before a command runs: ``--help`` and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qloralab.nf4.errors import FormatError
+
+from . import __version__
+from .errors import UserError
+from .interrupt import STATUS, stopping_at_once
+from .settings import STDLIB, Method, Settings
+
+app = typer.Typer(
+    help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Hugging Face directory or GGUF file.", show_default="SmolLM2-135M-Instruct")
+]
+
+
+# What typer raises for a wrong option: a class of click, or of the copy of click that newer versions of typer carry.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qloralab {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _commands(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def finetune(
+    model: ModelOption = None,
+    data: Annotated[
+        str, typer.Option(help="JSONL file, or 'stdlib': docstrings of the Python standard library.")
+    ] = STDLIB,
+    format: Annotated[  # noqa: A002  (the option's name)
+        str | None, typer.Option(help="Of the JSONL: alpaca, chat or text.", show_default="detected")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="4-bit weights and adapters; bf16 weights and adapters; all weights.")
+    ] = "qlora",
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="To start from; it sets r, alpha, dropout.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = Settings.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts a batch is computed in, to save memory.")
+    ] = Settings.accumulate,
+    max_length: Annotated[int, typer.Option(help="Tokens per example, at most.")] = Settings.max_length,
+    too_long: Annotated[str, typer.Option(help="Longer examples: error, skip or cut.")] = Settings.too_long,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate.", show_default="1e-3; full: 1e-4")] = None,
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = Settings.r,
+    lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = Settings.lora_alpha,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = Settings.lora_dropout,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
+    held_out: Annotated[int, typer.Option(help="Examples kept for validation.")] = Settings.held_out,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = Settings.eval_every,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, slower.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of split, order, adapters and dropout.")] = Settings.seed,
+) -> None:
+    """Fine-tune a language model.
+
+    With the defaults, on this machine's CPU in minutes.
+    """
+    with stopping_at_once():
+        from .finetune import finetune as run
+        from .models import default_model
+
+    settings = Settings(
+        out=out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}",
+        model=model or default_model(),
+        data=data,
+        format=format,
+        method=method,
+        adapter=adapter,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
+        too_long=too_long,
+        lr=lr,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        max_grad_norm=max_grad_norm,
+        held_out=held_out,
+        eval_every=eval_every,
+        checkpointing=checkpointing,
+        seed=seed,
+    )
+    if run(settings).interrupted:
+        raise typer.Exit(STATUS)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to ask; '-' reads it from standard input.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Directory of the adapter.", show_default="none: the model alone")
+    ] = None,
+    model: ModelOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.", min=1)] = 96,
+    quantized: Annotated[
+        bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or in bf16.")
+    ] = True,
+) -> None:
+    """Answer a prompt with a model and an adapter."""
+    with stopping_at_once():
+        from .answer import answer
+        from .models import default_model
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized))
+
+
+def run() -> int:
+    """Do what the command line says.
+
+    Returns:
+        the exit status: 0, 2 after one line on stderr about what the user can mend, ``interrupt.STATUS`` after Ctrl-C.
+    """
+    try:
+        return app(standalone_mode=False) or 0  # that of a typer.Exit; typer also makes one of Ctrl-C
+    except _UsageError as error:
+        message = error.format_message()
+    except (UserError, FormatError) as error:
+        message = str(error)
+    except typer.Abort:  # what becomes of Ctrl-C depends on the version of typer
+        return STATUS
+    print(f"qloralab: error: {message}", file=sys.stderr)
+    return 2

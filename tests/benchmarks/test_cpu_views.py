@@ -1,0 +1,119 @@
+"""Tables and picture say what the records say, and hold it against the goals."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from benchmarks.cpu import POINTS, SHAPES
+from benchmarks.cpu_views import GOALS, Goal, plot, tables
+from benchmarks.provenance import RECORDS
+
+
+def record(operation: str, M: int | None, provider: str, ms: float | None, **fields) -> dict:
+    return {
+        "memory": "recycled",
+        "operation": operation,
+        "shape": [4096, 4096],
+        "M": M,
+        "provider": provider,
+        "ms": ms and {"p20": ms - 0.1, "p50": ms, "p80": ms + 0.2},
+        "bound_ms": 0.25,
+        "device": "a processor, 2 threads",
+        "commit": "abc",
+        "roofline": {"copy_gb_per_s": 40.0, "gemm_gflop_per_s": 400.0},
+        **fields,
+    }
+
+
+RECORDED = [
+    record("dequantize", None, "ours", 0.5),
+    record("dequantize", None, "bitsandbytes", 4.0),
+    record("dequantize", None, "bf16", 0.5),
+    record("linear", 1, "ours", 0.5),
+    record("linear", 1, "bitsandbytes", 12.0),
+    record("linear", 1, "bitsandbytes, eval", 1.5),
+    record("linear", 1, "bf16", 1.5),
+    record("linear", 128, "ours", 11.0),
+    record("linear", 128, "reference", None, wrong="error 0.1"),
+    record("linear", 128, "bitsandbytes, eval", None, wrong="error 0.1"),
+    record("linear", 128, "bitsandbytes", 20.0),
+    record("linear", 128, "bf16", 10.5),
+]
+
+
+def rows(records: list[dict]) -> list[list[list[str]]]:
+    """The lines of each table, as stripped cells."""
+    found = []
+    for table in tables(records):
+        out = io.StringIO()
+        Console(file=out, width=160).print(table)
+        lines = [line for line in out.getvalue().splitlines() if line.startswith("│")]
+        found.append([[cell.strip() for cell in line.split("│")[1:-1]] for line in lines])
+    return found
+
+
+def test_a_row_shows_the_times_and_each_goal():
+    (table,) = rows(RECORDED)
+    assert table == [
+        ["dequantize", "4096x4096", "", "0.5", "", "4", "0.5 copy", "50%", "bitsandbytes / ours ≥ 6", "8.00 yes"],
+        ["", "", "", "", "", "", "", "", "ours / bf16 copy ≤ 0.80", "1.00 no"],
+        # the faster of the two ways of bitsandbytes, and which it is
+        ["linear", "4096x4096", "1", "0.5", "", "1.5 eval", "1.5", "50%", "bf16 / ours ≥ 3", "3.00 yes"],
+        ["", "", "", "", "", "", "", "", "bitsandbytes / ours ≥ 20", "3.00 no"],
+        # a way that gave a wrong result is no peer, however fast
+        ["linear", "4096x4096", "128", "11", "wrong", "20", "10.5", "2%", "ours / bf16 ≤ 1.10", "1.05 yes"],
+    ]
+
+
+def test_nothing_is_reached_by_a_wrong_result():
+    (table,) = rows([record("linear", 16, "ours", None, wrong="error 0.1"), record("linear", 16, "bf16", 3.0)])
+    assert table[0][3:8] == ["wrong", "", "", "3", ""]
+    assert [line[-1] for line in table] == ["not timed", "not timed"]
+
+
+def test_each_kind_of_memory_has_its_table():
+    fresh = [record("dequantize", None, "ours", 9.0, memory="fresh")]
+    assert [table[0][3] for table in rows([*RECORDED, *fresh])] == ["0.5", "9"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "peer", "reached"),
+    [
+        (Goal("linear", 1, "bf16", 3), 1.0, 3.0, (3.0, True)),
+        (Goal("linear", 1, "bf16", 3), 1.0, 2.0, (2.0, False)),
+        (Goal("linear", 512, "bf16", 1.25, faster=False), 5.0, 4.0, (1.25, True)),
+        (Goal("linear", 512, "bf16", 1.25, faster=False), 6.0, 4.0, (1.5, False)),
+    ],
+)
+def test_a_goal_is_a_ratio_of_times(goal, ours, peer, reached):
+    assert goal.reached(ours, peer) == reached
+
+
+def test_every_goal_belongs_to_a_point_that_is_measured():
+    assert {(goal.operation, goal.M) for goal in GOALS} == set(POINTS)
+
+
+def test_the_picture_is_drawn_without_what_is_wrong_or_missing(tmp_path):
+    plot(RECORDED, tmp_path / "all.png")
+    plot([r for r in RECORDED if r["operation"] == "linear"], tmp_path / "some.png")
+    plot([], tmp_path / "none.png")
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
+
+
+def test_the_committed_records_are_of_one_run():
+    file = RECORDS / "cpu.json"
+    if not file.exists():
+        pytest.skip("no record is committed: run python -m benchmarks.cpu")
+    records = json.loads(file.read_text())
+    for field in ("device", "commit", "threads"):
+        assert len({r[field] for r in records}) == 1, field
+    ours = [(r["memory"], *r["shape"], r["operation"], r["M"]) for r in records if r["provider"] == "ours"]
+    assert sorted(map(str, ours)) == sorted(
+        str((memory, *shape, *point)) for memory in ("recycled", "fresh") for shape in SHAPES for point in POINTS
+    )
+    assert {r["implementation"] for r in records if r["provider"] == "ours"} == {"native"}
+    assert not any(r["wrong"] for r in records if r["provider"] == "ours")

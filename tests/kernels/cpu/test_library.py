@@ -1,0 +1,687 @@
+"""The C, function by function and for each instruction set: the bits of the reference, and no byte too far.
+
+Where an operation is a look-up or a rounding, the reference in ``nf4/`` is matched bit for bit. Products are matched
+bit for bit too, on whole numbers (see ``conftest.py``), and within ``TOLERANCE`` on others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qloralab.kernels.adamw import adamw_reference_
+from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
+from qloralab.nf4 import adapter, blockwise, reference
+from qloralab.nf4.blockwise import BLOCK_SIZES
+from qloralab.nf4.codebook import dynamic_map, normal_float, thresholds
+
+pytestmark = pytest.mark.compiler
+
+ROOT = Path(__file__).resolve().parents[3]
+NF4 = normal_float(4)
+PROT_NONE = 0  # of <sys/mman.h>
+TINY = torch.finfo(torch.float32).tiny  # 2**-126
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+block_sizes = pytest.mark.parametrize("block_size", BLOCK_SIZES)
+double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+
+# Root-mean-square error relative to float64 with the same bfloat16 weights and adapter. A rounding to bfloat16 is off
+# by at most 2**-8 of the number, evenly spread: 2**-8 / sqrt(3) = 2.3e-3 if every mantissa were 1.0, 1.65e-3 measured.
+# A float32 sum of n products is off by about sqrt(n) * 2**-24; here n is up to 5000.
+TOLERANCE = {
+    "y": 2e-3,  # one rounding: the adapter's product is added to the base's in float32. h is given.
+    "h": 2e-3,  # one rounding
+    "dB": 5e-6,  # float32 sums of products of what is given
+    "dA": 2e-3,  # G is rounded, then float32 sums
+    "dx": 2.5e-3,  # G is rounded, and the sum of both products
+}
+
+NOISE = 2e-5  # of the terms' magnitudes: what a float32 sum of 5000 terms in 16 parts may lose at most, 320 * 2**-24
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors hold the same bits; any NaN is as good as another."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.itemsize]
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    nan = expected.isnan()
+    return torch.equal(found.isnan(), nan) and torch.equal(
+        found.view(integer).masked_fill(nan, 0), expected.view(integer).masked_fill(nan, 0)
+    )
+
+
+def any_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = True):
+    """Any codes at all, and scales of either sign. The operands of a weight."""
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+    packed = torch.randint(256, ((numel + 1) // 2, 1), dtype=torch.uint8)
+    if not double_quant:
+        return packed, torch.randn(blocks), None, None, NF4, torch.Size(shape), block_size
+    codes = torch.randint(256, (blocks,), dtype=torch.uint8)
+    return packed, codes, torch.rand(-(-blocks // 256)), torch.randn(()), NF4, torch.Size(shape), block_size
+
+
+def dequantized(library: Library, operands, dtype: torch.dtype, empty=torch.empty) -> Tensor:
+    weight = weight_of(*operands)
+    out = empty(weight.rows, weight.columns, dtype=dtype)
+    library.dequantize(weight, range(weight.rows), range(weight.columns), out)
+    return out.view(tuple(operands[5]))
+
+
+# ---- dequantize ----
+
+# Rows that begin in the middle of a byte and of a block, less than a vector, more than a task (32,768 weights).
+SHAPES = [
+    (1,),
+    (2,),
+    (31,),
+    (1, 1),
+    (3, 5, 7),
+    (17, 31),
+    (31, 33),
+    (63, 65),
+    (16, 64),
+    (3, 4097),
+    (300, 129),
+    (70_001,),
+]
+
+
+@dtypes
+@block_sizes
+@double_quants
+def test_dequantize_gives_the_bits_of_the_reference(library, dtype, block_size, double_quant, empty):
+    for shape in SHAPES:
+        operands = any_weight(shape, block_size, double_quant)
+        found = dequantized(library, operands, dtype, empty)
+        assert same_bits(found, reference.dequantize(*operands, dtype)), shape
+
+
+@dtypes
+@double_quants
+@pytest.mark.parametrize("shape", [(37, 65), (40, 96), (5, 4099)], ids=str)
+def test_dequantize_a_part(library, dtype, double_quant, shape, empty):
+    operands = any_weight(shape, 32, double_quant)
+    whole, (N, K) = reference.dequantize(*operands, dtype), shape
+    for rows in [range(N), range(1), range(N - 1, N), range(2, N - 1), range(3, 3)]:
+        for columns in [range(K), range(1), range(K - 1, K), range(1, K), range(31, K - 1), range(32, 64), range(7, 7)]:
+            out = empty(len(rows), len(columns), dtype=dtype)
+            library.dequantize(weight_of(*operands), rows, columns, out)
+            expected = whole[rows.start : rows.stop, columns.start : columns.stop].contiguous()
+            assert same_bits(out, expected), (rows, columns)
+
+
+@dtypes
+def test_each_byte_is_two_codes_the_first_in_the_high_nibble(library, dtype):
+    packed = torch.arange(256, dtype=torch.uint8)[:, None]
+    for first in (0, 1):  # codes at even places, and at odd ones
+        operands = packed, torch.ones(512 // 32), None, None, torch.arange(16.0), torch.Size((1, 512)), 32
+        out = torch.empty(1, 512 - first, dtype=dtype)
+        library.dequantize(weight_of(*operands), range(1), range(first, 512), out)
+        expected = [code for byte in range(256) for code in (byte >> 4, byte & 15)][first:]
+        assert out.tolist() == [expected]
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "scale", [0.0, -0.0, -1.5, 1e-45, 1e-40, 3e-38, 1e-8, 6e-5, 65519.9, 65520.0, 1e6, 3e38, -3.4e38]
+)
+def test_weights_at_the_ends_of_the_range(library, dtype, scale):
+    """Zero, negative, results that are subnormal, and results that are infinite in float16 or bfloat16."""
+    packed = torch.arange(256, dtype=torch.uint8)[:, None]
+    operands = packed, torch.full((16,), scale), None, None, NF4, torch.Size((512,)), 32
+    found = dequantized(library, operands, dtype)
+    assert same_bits(found, reference.dequantize(*operands, dtype))
+    assert not (found.signbit() & (found.float() * 2.0**100 == 0) & (abs(scale) < 1e-45)).any()  # +0.0, never -0.0
+
+
+def test_a_decoded_scale_is_a_product_and_a_sum_each_rounded(library):
+    """With one rounding for both, as a fused multiply-add has, some of these would differ."""
+    blocks = 256 * 40
+    codes, absmax2, offset = torch.arange(256, dtype=torch.uint8).repeat(40), torch.rand(40), torch.tensor(0.7)
+    packed = torch.full((blocks * 16, 1), 0xFF, dtype=torch.uint8)
+    operands = packed, codes, absmax2, offset, NF4, torch.Size((blocks * 32,)), 32
+    product = dynamic_map()[codes.int()] * absmax2.repeat_interleave(256)
+    fused = (dynamic_map()[codes.int()].double() * absmax2.repeat_interleave(256).double() + 0.7).float()
+    expected = product + offset
+    assert not torch.equal(fused, expected)
+    assert same_bits(dequantized(library, operands, torch.float32)[::32].contiguous(), expected)
+
+
+def rounded_once(library: Library, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 x [n] -> dtype [n], by a weight of ones with x as its scales."""
+    packed = torch.full((len(x) * 16, 1), 0xFF, dtype=torch.uint8)
+    operands = packed, x, None, None, NF4, torch.Size((len(x) * 32,)), 32
+    return dequantized(library, operands, dtype)[::32].contiguous()
+
+
+def neighbours(x: np.ndarray) -> np.ndarray:
+    """Each float32 with the one below and the one above it."""
+    return np.concatenate([np.nextafter(x, np.float32(-np.inf)), x, np.nextafter(x, np.float32(np.inf))])
+
+
+def test_every_boundary_of_rounding_to_float16(library):
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)  # all finite ones from 0
+    middles = (halves + np.append(halves[1:], np.float32(65536))) / 2  # exact
+    x = np.concatenate([neighbours(halves[1:]), neighbours(middles)]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    for sign in (1, -1):
+        found = rounded_once(library, torch.from_numpy(sign * x), torch.float16)
+        assert same_bits(found, torch.from_numpy(sign * expected))
+
+
+def test_every_boundary_of_rounding_to_bfloat16(library):
+    middles = (np.arange(0x7F80, dtype=np.uint32) << 16 | 0x8000).view(np.float32)  # the last one rounds to infinity
+    x = torch.from_numpy(neighbours(middles))
+    for sign in (1, -1):
+        assert same_bits(rounded_once(library, sign * x, torch.bfloat16), (sign * x).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_every_number_of_16_bits_is_read_and_written(library, dtype, empty):
+    """Dropout that drops nothing is a copy: through float32, in software on every path."""
+    x = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)[None]
+    out = empty(1, 65536, dtype=dtype)
+    library.dropout(x, 0, 0, 1.0, out)
+    assert same_bits(out, x)
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 0.05, 1 + 2**-11, 1e-6, 7e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_every_number_of_16_bits_times_a_factor(library, dtype, scale):
+    x = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)[None]
+    out = torch.empty_like(x)
+    library.dropout(x, 0, 0, scale, out)
+    assert same_bits(out, (x.float() * torch.tensor(scale)).to(dtype))
+
+
+# ---- quantize ----
+
+
+def quantized(library: Library, x: Tensor, block_size: int, values: Tensor = NF4, empty=torch.empty):
+    numel = x.numel()
+    packed = empty((numel + 1) // 2, 1, dtype=torch.uint8)
+    absmax = empty(-(-numel // block_size), dtype=torch.float32)
+    library.quantize(x, values, block_size, packed, absmax)
+    return packed, absmax
+
+
+def assert_quantized(found: tuple[Tensor, Tensor], x: Tensor, block_size: int, values: Tensor = NF4) -> None:
+    packed, absmax = blockwise.quantize_blockwise(x, values, block_size)
+    assert same_bits(found[1], absmax)
+    assert torch.equal(found[0], packed)
+
+
+@dtypes
+@block_sizes
+def test_quantize_gives_the_bits_of_the_reference(library, dtype, block_size, empty):
+    for numel in [1, 2, 31, 33, 64, 4095, 4097, 12_289, 40_001]:  # a task is 16,384 weights
+        x = (torch.randn(numel) * torch.randn(numel).exp()).to(dtype)
+        assert_quantized(quantized(library, x, block_size, empty=empty), x, block_size)
+
+
+def test_quantize_with_another_codebook(library):
+    values, x = torch.randn(16).sort().values, torch.randn(1000)
+    assert_quantized(quantized(library, x, 64, values), x, 64, values)
+
+
+@dtypes
+@pytest.mark.parametrize("absmax", [1.0, 2.0**-20, 0.75])
+def test_ties_go_to_the_lower_code(library, dtype, absmax):
+    limits = neighbours(thresholds(NF4).numpy())
+    x = torch.cat([torch.tensor([1.0, -1.0]), torch.from_numpy(limits)]).mul(absmax).to(dtype)
+    found = quantized(library, x, 64)
+    assert_quantized(found, x, 64)
+    if dtype == torch.float32 and absmax == 1.0:
+        codes = blockwise.unpack(found[0], 47)[2:].view(3, 15)  # below, on, and above each threshold
+        assert codes.tolist() == [list(range(15)), list(range(15)), list(range(1, 16))]
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [1e-45, 1e-40, TINY, TINY * (1 + 2**-23), 2.0**126, 2.0**126 * (1 + 2**-23), 2.0**127, 3.4e38, 0.0, 1e-38],
+)
+@pytest.mark.parametrize("block_size", [32, 256])
+def test_blocks_at_the_ends_of_the_range(library, largest, block_size):
+    """Zeros, subnormals, and scales whose reciprocal is subnormal: these are divided by."""
+    ordinary = torch.randn(block_size)
+    extreme = torch.linspace(-1, 1, block_size).double().mul(largest).float()
+    x = torch.cat([ordinary, extreme, torch.zeros(block_size), extreme[:7]])
+    assert_quantized(quantized(library, x, block_size), x, block_size)
+
+
+def test_signed_zeros_have_the_code_of_zero(library):
+    x = torch.tensor([0.0, -0.0] * 33)
+    packed, absmax = quantized(library, x, 32)
+    assert packed.flatten().tolist() == [0x77] * 33
+    assert not absmax.signbit().any()
+    assert absmax.tolist() == [0, 0, 0]
+
+
+@dtypes
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_scale_of_its_block(library, dtype, bad):
+    for place in [0, 15, 40, 96, 100]:
+        x = torch.randn(101).to(dtype)
+        x[place] = bad
+        _, absmax = quantized(library, x, 32)
+        assert absmax.isfinite().tolist() == [block != place // 32 for block in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_every_number_of_16_bits_is_quantized(library, dtype):
+    x = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
+    x = x[x.isfinite()]
+    assert_quantized(quantized(library, x, 32), x, 32)
+    packed, absmax = quantized(library, x.view(-1, 1).repeat(1, 32).flatten(), 32)  # each alone: it is the scale
+    assert same_bits(absmax, x.float().abs())
+    assert packed.shape == (len(x) * 16, 1)
+
+
+def scales_expected(absmax: Tensor, offset: float) -> tuple[Tensor, Tensor]:
+    residual = blockwise.in_blocks(absmax - torch.tensor(offset), 256)
+    absmax2 = residual.abs().amax(dim=1)
+    codes = blockwise.nearest(blockwise.divide(residual, absmax2[:, None]), dynamic_map())
+    return codes.flatten()[: len(absmax)], absmax2
+
+
+def scales_quantized(library: Library, absmax: Tensor, offset: float, empty=torch.empty) -> tuple[Tensor, Tensor]:
+    codes, absmax2 = empty(len(absmax), dtype=torch.uint8), empty(-(-len(absmax) // 256), dtype=torch.float32)
+    library.quantize_scales(absmax, offset, codes, absmax2)
+    return codes, absmax2
+
+
+def assert_scales(library: Library, absmax: Tensor, offset: float, empty=torch.empty) -> None:
+    found, expected = scales_quantized(library, absmax, offset, empty), scales_expected(absmax, offset)
+    assert same_bits(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000, 5120])
+def test_quantize_scales_gives_the_bits_of_the_reference(library, count, empty):
+    absmax = torch.randn(count).abs() * torch.randn(count).exp()
+    assert_scales(library, absmax, absmax.double().mean().float().item(), empty)
+
+
+def test_scales_on_every_threshold_go_to_the_lower_code(library):
+    below, on, above = np.split(neighbours(thresholds(dynamic_map()).numpy()), 3)
+    for values, first in [(below, 0), (on, 0), (above, 1)]:
+        absmax = torch.cat([torch.ones(1), torch.from_numpy(values)])  # 256: one block, its largest is 1
+        codes, absmax2 = scales_quantized(library, absmax, 0.0)
+        assert absmax2.tolist() == [1]
+        assert codes.tolist() == [255, *range(first, first + 255)]
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, TINY, 2.0**126 * (1 + 2**-23), 3.4e38])
+def test_scales_at_the_ends_of_the_range(library, largest):
+    absmax = torch.cat([torch.linspace(-1, 1, 256).double().mul(largest).float(), torch.rand(100)])
+    assert_scales(library, absmax, 0.0)
+
+
+# ---- dropout ----
+
+
+@dtypes
+@pytest.mark.parametrize("p", [0.0, 1 / 65536, 0.05, 0.5, 0.9, 65535 / 65536])
+@pytest.mark.parametrize("seed", [0, 20230523, -1, 2**63 - 1, -(2**63)])
+def test_dropout_gives_the_bits_of_the_reference(library, dtype, p, seed, empty):
+    for shape in [(1, 1), (3, 31), (9, 33), (17, 64), (40, 100)]:
+        x = torch.randn(shape).to(dtype)
+        x[0, 0] = math.nan
+        out = empty(*shape, dtype=dtype)
+        library.dropout(x, seed, round(adapter.rate(p) * 65536), 1 / (1 - adapter.rate(p)), out)
+        assert same_bits(out, adapter.dropout(x, torch.tensor(seed), p)), shape
+
+
+# ---- products on whole numbers ----
+
+
+def whole(*shape: int, most: int = 3) -> Tensor:
+    """float32 whole numbers, of a magnitude up to `most`."""
+    return torch.randint(-most, most + 1, shape).float()
+
+
+def exact_weight(operands) -> Tensor:
+    return reference.dequantize(*operands, torch.bfloat16).double()
+
+
+def to_bf16(exact: Tensor) -> Tensor:
+    """A float64 whole number below 2**24, rounded once."""
+    assert (exact.abs() < 2**24).all()
+    return exact.to(torch.bfloat16)
+
+
+# N and K: multiples of everything; of 64 but not of a block; of 32 alone; of nothing, so that rows begin inside bytes
+# and blocks; more than one stretch or panel of 4096; empty.
+WEIGHTS = [
+    (64, 128), (16, 4096), (48, 192), (33, 96), (7, 160), (31, 33), (17, 64), (1, 1), (2, 31), (5, 1001), (35, 4160),
+    (3, 8192), (18, 4129), (4130, 40), (4129, 33), (8224, 32), (6, 0), (0, 6),
+]  # fmt: skip
+weights = pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+
+
+@weights
+@double_quants
+def test_few_tokens(library, shape, double_quant, whole_weight, empty):
+    N, K = shape
+    for tokens in range(1, FEW_TOKENS + 1):
+        for block_size in (32, 64, 128, 4096):
+            operands = whole_weight(shape, block_size, double_quant)
+            x = whole(tokens, K).bfloat16()
+            bias = whole(N, most=200).bfloat16() if tokens % 2 else None
+            y = empty(tokens, N, dtype=torch.bfloat16)
+            library.linear_few(weight_of(*operands), x, bias, y)
+            exact = x.double() @ exact_weight(operands).T + (0 if bias is None else bias.double())
+            assert torch.equal(y, to_bf16(exact)), (tokens, block_size)
+
+
+class Layer:
+    """An adapted layer, and what the C makes of it. `draw` gives its numbers; A and B are not yet bfloat16."""
+
+    def __init__(self, operands, tokens: int, r: int, scale: float, threshold: int, bias: bool, draw=whole):
+        self.operands, self.scale, self.threshold, self.seed = operands, scale, threshold, -12345
+        N, K = operands[5]
+        self.x, self.grad = draw(tokens, K).bfloat16(), draw(tokens, N).bfloat16()
+        self.bias = draw(N).bfloat16() if bias else None
+        self.A, self.B = draw(r, K) * (1 + 2**-12), draw(N, r) * (1 - 2**-12)
+
+    def run(self, library: Library, empty=torch.empty, needs_input: bool = True) -> dict[str, Tensor]:
+        """y, h, dA, dB, and dx if it is wanted."""
+        weight, (N, K), r, tokens = weight_of(*self.operands), self.operands[5], len(self.A), len(self.x)
+        low = {"dtype": torch.bfloat16}
+        y, h, dx = empty(tokens, N, **low), empty(tokens, r, **low), empty(tokens, K, **low)
+        dA, dB = empty(r, K), empty(N, r)
+        options = {"scale": self.scale, "threshold": self.threshold, "seed": self.seed}
+        A, B = (self.A, self.B) if r else (None, None)
+        library.adapted_linear(weight, self.x, self.bias, y, A, B, h, **options)
+        library.adapted_linear_backward(
+            weight, self.grad, dx if needs_input else None, self.x, h, A, B, dA, dB, **options
+        )
+        results = {"y": y, "h": h, "dA": dA, "dB": dB}
+        return results | {"dx": dx} if needs_input else results
+
+    def float64(self) -> tuple[Tensor, ...]:
+        """x, kept x, the mask, grad, bias, W, A and B: what the sums are made of."""
+        keep = adapter.keep_mask(torch.tensor(self.seed), *self.x.shape, self.threshold / 65536)
+        x, bias = self.x.double(), torch.zeros(()) if self.bias is None else self.bias.double()
+        A, B = self.A.bfloat16().double(), self.B.bfloat16().double()
+        return x, x * keep, keep, self.grad.double(), bias, exact_weight(self.operands), A, B
+
+    def check_whole(self, found: dict[str, Tensor]) -> None:
+        """The results of whole numbers are exact, but for the roundings: of y and dx, and of h and G before."""
+        x, kept, keep, grad, bias, W, A, B = self.float64()
+        h, G = to_bf16(self.scale * kept @ A.T), to_bf16(self.scale * grad @ B).double()
+        exact = {
+            "y": to_bf16(x @ W.T + h.double() @ B.T + bias),
+            "h": h,
+            "dx": to_bf16(grad @ W + keep * (G @ A)),
+            "dA": (G.T @ kept).float(),
+            "dB": (grad.T @ h.double()).float(),
+        }
+        for name, tensor in found.items():
+            assert torch.equal(tensor, exact[name]), name
+
+
+# Every height of a tile of tokens (1 to 12), one and several tiles, odd counts; every way that r is no multiple of 32.
+TOKENS = [*range(1, 14), 24, 25, 37, 0]
+RANKS = [0, 1, 2, 7, 12, 13, 16, 31, 32, 33, 64]
+
+
+@weights
+@double_quants
+def test_adapted_products_of_any_weight(product, shape, double_quant, whole_weight, empty):
+    for block_size, (tokens, r) in zip(
+        (32, 64, 128, 1024, 4096), [(9, 5), (14, 16), (25, 33), (1, 1), (6, 0)], strict=True
+    ):
+        operands = whole_weight(shape, block_size, double_quant)
+        layer = Layer(operands, tokens, r, scale=0.5, threshold=20_000 * (tokens % 2), bias=r % 2 == 0)
+        layer.check_whole(layer.run(product, empty))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("threshold", [0, 13_000], ids=["plain", "dropout"])
+def test_adapted_products_of_any_number_of_tokens(product, tokens, threshold, whole_weight, empty):
+    for shape in [(40, 96), (33, 65)]:
+        for r in (0, 7, 33):
+            layer = Layer(whole_weight(shape, 32), tokens, r, 2.0, threshold, bias=True)
+            layer.check_whole(layer.run(product, empty))
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("threshold", [0, 13_000], ids=["plain", "dropout"])
+def test_adapted_products_of_any_rank(product, r, threshold, whole_weight, empty):
+    for shape in [(64, 64), (31, 67), (520, 1030)]:  # a packing task is 512 long
+        for tokens in (5, 26):
+            layer = Layer(whole_weight(shape, 64), tokens, r, 1.0, threshold, bias=False)
+            layer.check_whole(layer.run(product, empty))
+
+
+def test_the_gradient_of_the_input_may_be_left_out(product, whole_weight, empty):
+    for r, tokens in [(5, 9), (33, 26)]:
+        layer = Layer(whole_weight((37, 70)), tokens, r, 1.0, 9_000, bias=False)
+        layer.check_whole(layer.run(product, empty, needs_input=False))
+
+
+@pytest.mark.parametrize("threshold", [1, 32_767, 32_768, 65_535])
+def test_thresholds_are_unsigned(product, threshold, whole_weight, empty):
+    layer = Layer(whole_weight((16, 1000)), 20, 8, 1.0, threshold, bias=False)
+    layer.check_whole(layer.run(product, empty))
+
+
+# ---- products on other numbers ----
+
+
+def assert_near(name: str, found: Tensor, exact: Tensor, magnitude: Tensor, roundings: float) -> None:
+    """Within TOLERANCE altogether, and no element off by more than its own roundings and a share of its terms.
+
+    `magnitude` is the sum of the terms without their signs.
+    """
+    error = found.double() - exact
+    assert found.isfinite().all(), name
+    assert error.norm() <= TOLERANCE[name] * exact.norm(), (name, (error.norm() / exact.norm()).item())
+    assert (error.abs() <= roundings * exact.abs() + NOISE * magnitude).all(), name
+
+
+@pytest.mark.parametrize("shape", [(320, 512), (67, 4997), (200, 129)], ids=str)
+@double_quants
+def test_few_tokens_on_any_numbers(library, shape, double_quant):
+    N, K = shape
+    for block_size in (32, 64, 4096):
+        operands = normal_weight(shape, block_size, double_quant)
+        W = exact_weight(operands)
+        for tokens in (1, 3, 8):
+            x, bias = torch.randn(tokens, K).bfloat16(), torch.randn(N).bfloat16()
+            y = torch.empty(tokens, N, dtype=torch.bfloat16)
+            library.linear_few(weight_of(*operands), x, bias, y)
+            exact, magnitude = x.double() @ W.T + bias, x.double().abs() @ W.abs().T
+            assert_near("y", y, exact, magnitude, 2**-8)
+
+
+@pytest.mark.parametrize("shape", [(320, 512), (67, 4997), (4997, 129)], ids=str)
+@pytest.mark.parametrize("threshold", [0, 6_554], ids=["plain", "dropout"])
+def test_adapted_products_on_any_numbers(product, shape, threshold):
+    layer = Layer(normal_weight(shape, 64, True), 33, 16, 0.03, threshold, bias=True, draw=torch.randn)
+    found = layer.run(product)
+    x, kept, keep, grad, bias, W, A, B = layer.float64()
+    h, G = found["h"].double(), layer.scale * grad @ B
+    assert_near("h", found["h"], layer.scale * kept @ A.T, layer.scale * kept.abs() @ A.abs().T, 2**-8)
+    assert_near("y", found["y"], x @ W.T + h @ B.T + bias, x.abs() @ W.abs().T + h.abs() @ B.abs().T, 2**-8)
+    assert_near("dB", found["dB"], grad.T @ h, grad.abs().T @ h.abs(), 0)
+    off = 2**-8 / NOISE * G.abs()  # what the rounding of G adds
+    assert_near("dA", found["dA"], G.T @ kept, (G.abs() + off).T @ kept.abs(), 0)
+    terms = grad.abs() @ W.abs() + keep * ((G.abs() + off) @ A.abs())
+    assert_near("dx", found["dx"], grad @ W + keep * (G @ A), terms, 2**-8)
+
+
+def normal_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = True):
+    """The operands of a weight of normal numbers, as `quantize` makes them."""
+    packed, absmax = reference.quantize_blockwise(torch.randn(tuple(shape)) / shape[1] ** 0.5, NF4, block_size)
+    scales, absmax2, offset = reference.quantize_scales(absmax) if double_quant else (absmax, None, None)
+    return packed, scales, absmax2, offset, NF4, torch.Size(shape), block_size
+
+
+# ---- threads ----
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def everything(library: Library) -> list[Tensor]:
+    """The results of every function on the same numbers; enough of them for several tasks each."""
+    torch.manual_seed(5)
+    x = torch.randn(150, 1000)
+    packed, absmax = quantized(library, x, 64)
+    results = [packed, absmax, *scales_quantized(library, torch.rand(3000), 0.5)]
+    operands = normal_weight((150, 1088))
+    results += [dequantized(library, operands, dtype) for dtype in DTYPES]
+    dropped, few = torch.empty_like(x), torch.empty(5, 150, dtype=torch.bfloat16)
+    library.dropout(x, 7, 30_000, 2.0, dropped)
+    library.linear_few(weight_of(*operands), torch.randn(5, 1088).bfloat16(), None, few)
+    state = [torch.rand(50_000) for _ in range(4)]
+    library.adamw(*state, 3, 1e-3, 0.9, 0.999, 1e-8, 0.01)
+    results += [dropped, few, *state]
+    if library.has_product:
+        results += Layer(operands, 50, 70, 0.1, 5_000, bias=True, draw=torch.randn).run(library).values()
+    return results
+
+
+def test_the_number_of_threads_changes_no_bit(library, set_threads):
+    set_threads(1)
+    alone = everything(library)
+    for threads in (1, 2, 3, 2):
+        set_threads(threads)
+        for index, (one, other) in enumerate(zip(everything(library), alone, strict=True)):
+            assert torch.equal(one, other), (threads, index)
+
+
+def test_without_a_pool_the_calling_thread_does_it_all(library):
+    expected = everything(library)
+    library._c.qloralab_set_pool(None)
+    try:
+        found = everything(library)
+    finally:
+        library._c.qloralab_set_pool(library.pool.parallel if library.pool else None)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+# ---- adamw ----
+
+
+@pytest.mark.parametrize("numel", [1, 7, 33, 16_384, 50_001])
+@pytest.mark.parametrize("step", [1, 1000])
+def test_adamw_rounds_every_step_of_its_formula_to_float32(library, numel, step, empty):
+    lr, beta1, beta2, eps, weight_decay = 3e-4, 0.9, 0.95, 1e-8, 0.1
+    start = [torch.randn(numel), torch.randn(numel), torch.randn(numel), torch.rand(numel)]
+    found = [empty(numel).copy_(tensor) for tensor in start]
+    library.adamw(*found, step, lr, beta1, beta2, eps, weight_decay)
+    p, g, m, v = (tensor.numpy() for tensor in start)
+    m = m + np.float32(1 - beta1) * (g - m)
+    v = np.float32(beta2) * v + np.float32(1 - beta2) * g * g
+    root = np.sqrt(v) / np.float32(math.sqrt(1 - beta2**step)) + np.float32(eps)
+    p = p * np.float32(1 - lr * weight_decay) - np.float32(lr / (1 - beta1**step)) * m / root
+    for one, other in zip(found, [p, g, m, v], strict=True):
+        assert same_bits(one, torch.from_numpy(other))
+    adamw_reference_(*start, step, lr, beta1, beta2, eps, weight_decay)
+    for one, other in zip(found, start, strict=True):  # which rounds less often in places
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# ---- fences ----
+
+
+def test_nothing_is_touched_beyond_its_ends(library):
+    """Every operand lies between two pages that may not be touched, against the one, then against the other.
+
+    A step too far ends the process, so it is another one.
+    """
+    command = [sys.executable, __file__, library.isa]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True
+    )
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"status {done.returncode} after {last}\n{done.stderr}"
+    assert last == ["done"]
+
+
+def fenced(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy whose last byte is before, or whose first byte is after, a page that may not be touched."""
+    size, page = tensor.nbytes, mmap.PAGESIZE
+    inside = -(-size // page) * page
+    memory = mmap.mmap(-1, inside + 2 * page)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (address, address + page + inside):
+        if libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = page + (inside - size if at_end else 0)
+    out = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start)
+    return out.copy_(tensor.contiguous().view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+
+
+def run_between_fences(isa: str) -> None:
+    """Every function on odd and small shapes; prints what it is about to do."""
+    library = Library(isa)
+    torch.set_num_threads(1)
+    shapes = [(1, 1), (1, 31), (3, 5), (17, 33), (16, 32), (2, 64), (5, 96), (33, 128), (3, 4097), (34, 65)]
+    for at_end in (True, False):
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32, at_end: bool = at_end) -> Tensor:
+            return fenced(torch.zeros(shape, dtype=dtype), at_end)
+
+        def put(tensor: Tensor, at_end: bool = at_end) -> Tensor:
+            return fenced(tensor, at_end)
+
+        for shape in shapes:
+            for block_size, double_quant in [(32, True), (64, False), (4096, True)]:
+                case = f"{shape} {block_size=} {double_quant=} {at_end=}"
+                between_fences(library, shape, block_size, double_quant, case, put, new)
+    print("done", flush=True)
+
+
+def between_fences(library: Library, shape: tuple[int, int], block_size: int, double_quant: bool, case: str, put, new):
+    """Every function on one shape, its operands allocated by `put` and `new`."""
+    *tensors, size, _ = any_weight(shape, block_size, double_quant)
+    operands = *(None if tensor is None else put(tensor) for tensor in tensors), size, block_size
+    weight, (N, K) = weight_of(*operands), shape
+    for dtype in DTYPES:
+        print("dequantize, quantize, dropout", dtype, case, flush=True)
+        library.dequantize(weight, range(N), range(K), new(N, K, dtype=dtype))
+        library.dequantize(weight, range(N - 1, N), range(K // 2, K), new(1, K - K // 2, dtype=dtype))
+        x = put(torch.randn(shape).to(dtype))
+        quantized(library, x, block_size, operands[4], new)
+        library.dropout(x, 3, 30_000, 2.0, new(N, K, dtype=dtype))
+    print("quantize_scales, adamw", case, flush=True)
+    scales_quantized(library, put(torch.rand(N)), 0.5, new)
+    library.adamw(*(put(torch.rand(N * K)) for _ in range(4)), 1, 1e-3, 0.9, 0.999, 1e-8, 0.01)
+    for tokens in (1, 2, 3, 8):
+        print("linear_few", tokens, case, flush=True)
+        x, bias = put(torch.randn(tokens, K).bfloat16()), put(torch.randn(N).bfloat16())
+        library.linear_few(weight, x, bias, new(tokens, N, dtype=torch.bfloat16))
+    for tokens, r in [(1, 1), (13, 7), (9, 33), (2, 0)] if library.has_product else []:
+        print("adapted_linear", tokens, r, case, flush=True)
+        layer = Layer(operands, tokens, r, 1.0, 10_000, bias=True)
+        layer.x, layer.grad = put(layer.x), put(layer.grad)
+        if r:
+            layer.A, layer.B = put(layer.A), put(layer.B)
+        layer.run(library, new if r else torch.empty)
+
+
+if __name__ == "__main__":
+    run_between_fences(sys.argv[1])
