@@ -43,8 +43,10 @@ sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer an
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest tests/kernels/cpu tests/kernels/test_adamw.py $(ARGS)
 
-bench: $(READY) ## measure: QLoRA here beside bitsandbytes + PEFT
+bench: $(READY) ## measure, for a quarter of an hour: the job, the operators, generation, beside their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.generate
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)

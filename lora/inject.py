@@ -99,6 +99,7 @@ def quantize_(
         del layers
         if progress:
             progress(done, len(by_weight))
+    _own_the_rest(model)
     return model
 
 
@@ -156,6 +157,21 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without what is inside a layer with an adapter."""
     inner = tuple(f"{name}." for name in adapters(model))
     return ((name, module) for name, module in model.named_modules() if not name.startswith(inner or ("\0",)))
+
+
+def _own_the_rest(model: nn.Module) -> None:
+    """Copy what was not quantized, one tensor after the other.
+
+    A checkpoint is often mapped into memory, and one tensor that still lies in it keeps all of it there: the weights
+    that were quantized would be freed in name only.
+    """
+    copies: dict[tuple, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+            view = tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride()
+            if view not in copies:
+                copies[view] = tensor.data.clone()
+            tensor.data = copies[view]
 
 
 def _linear(model: nn.Module, name: str) -> Linear:

@@ -189,7 +189,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _threshold(p: float) -> int:
-    return min(round(p * 65536), 65535)
+    return max(0, min(round(p * 65536), 65535))
 
 
 def _row_words(columns: int) -> int:

@@ -8,6 +8,7 @@
 #include "weight.h"
 
 enum { MOST_TOKENS = 8, ROWS = 16 /* of the weight, per task */, STRETCH = 4096 /* of a row, at a time */ };
+enum { ALONE = 1 << 18 }; /* weights that one thread is done with before another is awake */
 
 typedef struct {
     const weight *w;
@@ -198,5 +199,7 @@ EXPORT void qloralab_linear_few(const weight *w, const uint16_t *x, int64_t toke
         job.split = 1;
     }
 #endif
+    if (w->rows * w->columns < ALONE)
+        threads = 1;
     for_each(ceil_div(w->rows, ROWS), threads, few_rows, &job);
 }

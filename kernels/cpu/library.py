@@ -7,6 +7,7 @@ The operators above (``operators.py``) see to dtypes, shapes and contiguity. The
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,8 +117,9 @@ class Library:
         )
 
     def linear_few(self, weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """bfloat16 x [tokens, K], at most ``FEW_TOKENS``, bias [N] -> y [tokens, N]."""
-        self._c.qloralab_linear_few(weight, x.data_ptr(), len(x), _address(bias), y.data_ptr(), threads())
+        """bfloat16 x [..., K] of at most ``FEW_TOKENS`` tokens, bias [N] -> y [..., N]."""
+        tokens = x.numel() // weight.columns
+        self._c.qloralab_linear_few(weight, x.data_ptr(), tokens, _address(bias), y.data_ptr(), threads())
 
     def adapted_linear(
         self,
@@ -221,6 +223,7 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+@functools.cache
 def has_matrix_unit() -> bool:
     """Whether the processor multiplies bfloat16 matrices in hardware (AMX), several times faster than AVX512 does."""
     return "amx_bf16" in cpu_features().split()

@@ -9,16 +9,20 @@ any other product             panels of at most 4 MB, dequantized by ``dequantiz
 quantize, dequantize, dropout ``quantize.c``, ``dequantize.c``, ``dropout.c``
 ============================  =======================================================================================
 
-``benchmarks/cpu.py`` measures these choices.
+The switch at 8 tokens was measured on one thread of an AMD Zen 4, as the time of ``few_tokens.c`` over that of
+``product.c``: 0.40 at 1 token, 0.70 at 8, 0.79 at 12 for a weight of 4096 x 4096; 0.40, 0.99, 1.26 for 1536 x 576.
+``benchmarks/cpu.py`` measures what is chosen against its peers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import impl
 from torch.nn import functional as F
 
 from qloralab.nf4 import ops, reference
@@ -28,16 +32,33 @@ from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.double import BLOCK_SIZE
 
 from .. import dispatch
-from .library import DTYPES, FEW_TOKENS, Library, has_matrix_unit, weight_of
+from .library import DTYPES, FEW_TOKENS, Library, Weight, has_matrix_unit, weight_of
 
 PANEL_BYTES = 4 << 20
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-@ops.quantize_blockwise.register_kernel("cpu")
+def _serves(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Register a function as the CPU's implementation of an operator.
+
+    Directly, not by the operator's own ``register_kernel``, which looks at every call whether a result is an argument:
+    that takes as long as a small product.
+    """
+    assert hasattr(ops, name)
+
+    def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        impl(f"qloralab::{name}", "CPU", function)
+        return function
+
+    return register
+
+
+@_serves("quantize_blockwise")
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """``quantize.c``."""
     library = dispatch.native()
-    if library is None or weight.dtype not in DTYPES or block_size not in BLOCK_SIZES or len(values) != 16:
+    if library is None or weight.dtype not in DTYPES or block_size not in BLOCK_SIZES or not _is_codebook(values):
         return reference.quantize_blockwise(weight, values, block_size)
     numel = weight.numel()
     packed = torch.empty((numel + 1) // 2, 1, dtype=torch.uint8)
@@ -46,7 +67,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
     return packed, absmax
 
 
-@ops.quantize_scales.register_kernel("cpu")
+@_serves("quantize_scales")
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize.c``. The mean is torch's, so that it is the reference's to the last bit."""
     library = dispatch.native()
@@ -59,7 +80,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax2, offset
 
 
-@ops.dequantize.register_kernel("cpu")
+@_serves("dequantize")
 def dequantize(
     packed: Tensor,
     scales: Tensor,
@@ -73,15 +94,15 @@ def dequantize(
     """``dequantize.c``."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    if library is None or not _is_served(operands, dtype):
+    weight = _weight(operands, dtype) if library else None
+    if library is None or weight is None:
         return reference.dequantize(*operands, dtype)
-    weight = weight_of(*operands)
     out = torch.empty(tuple(shape), dtype=dtype)
     library.dequantize(weight, range(weight.rows), range(weight.columns), out)
     return out
 
 
-@ops.dropout.register_kernel("cpu")
+@_serves("dropout")
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """``dropout.c``."""
     library = dispatch.native()
@@ -93,8 +114,7 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return out.view(x.shape)
 
 
-@ops.linear.register_kernel("cpu")
-@without_autocast
+@_serves("linear")
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -109,24 +129,34 @@ def linear(
     """``few_tokens.c``, ``product.c``, or panels."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    if library is None or not _is_served(operands, x.dtype) or not _fits(x, shape[1], bias, shape[0]):
+    weight = _weight(operands, x.dtype) if library else None
+    if library is None or weight is None or len(shape) != 2 or not _fits(x, shape[1], bias, shape[0]):
         return reference.linear(x, *operands, bias)
-    weight, rows = weight_of(*operands), _rows(x)
-    y = x.new_empty(len(rows), shape[0])
-    if x.dtype == torch.bfloat16 and 0 < len(rows) <= FEW_TOKENS:
-        library.linear_few(weight, rows, _contiguous(bias), y)
+    N, K = shape
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], N))
+    tokens = math.prod(x.shape[:-1])
+    if x.dtype == torch.bfloat16 and 0 < tokens <= FEW_TOKENS:
+        library.linear_few(weight, x, _contiguous(bias), y)
     elif _has_product(library, x):
-        library.adapted_linear(weight, rows, _contiguous(bias), y)
+        library.adapted_linear(weight, x.view(tokens, K), _contiguous(bias), y)
     else:
-        for panel in _panels(shape[0], shape[1] * x.itemsize):
-            W = x.new_empty(len(panel), shape[1])
-            library.dequantize(weight, panel, range(shape[1]), W)
-            part = slice(panel.start, panel.stop)
-            y[:, part] = F.linear(rows, W, None if bias is None else bias[part])
-    return y.view(*x.shape[:-1], shape[0])
+        _linear_by_panels(x.view(tokens, K), library, weight, bias, y.view(tokens, N))
+    return y
 
 
-@ops.linear_grad_input.register_kernel("cpu")
+@without_autocast
+def _linear_by_panels(x: Tensor, library: Library, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
+    """x [tokens, K] -> y [tokens, N]."""
+    K = x.shape[1]
+    for panel in _panels(y.shape[1], K * x.itemsize):
+        W = x.new_empty(len(panel), K)
+        library.dequantize(weight, panel, range(K), W)
+        part = slice(panel.start, panel.stop)
+        y[:, part] = F.linear(x, W, None if bias is None else bias[part])
+
+
+@_serves("linear_grad_input")
 @without_autocast
 def linear_grad_input(
     grad: Tensor,
@@ -141,9 +171,10 @@ def linear_grad_input(
     """``product.c``, or panels of columns, whose sums are whole."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    if library is None or not _is_served(operands, grad.dtype) or not _fits(grad, shape[0]):
+    weight = _weight(operands, grad.dtype) if library else None
+    if library is None or weight is None or len(shape) != 2 or not _fits(grad, shape[0]):
         return reference.linear_grad_input(grad, *operands)
-    weight, rows = weight_of(*operands), _rows(grad)
+    rows = _rows(grad)
     dx = grad.new_empty(len(rows), shape[1])
     if _has_product(library, grad):
         library.adapted_linear_backward(weight, rows, dx)
@@ -155,7 +186,7 @@ def linear_grad_input(
     return dx.view(*grad.shape[:-1], shape[1])
 
 
-@ops.adapted_linear.register_kernel("cpu")
+@_serves("adapted_linear")
 def adapted_linear(
     x: Tensor,
     packed: Tensor,
@@ -175,10 +206,11 @@ def adapted_linear(
     """``product.c``; otherwise the reference, on the operators above."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
+    weight = _weight(operands, x.dtype) if library else None
     if (
         library is None
+        or weight is None
         or not _has_product(library, x)
-        or not _is_served(operands, x.dtype)
         or not _fits(x, shape[1], bias, shape[0])
         or not _is_adapter(A, B, shape)
     ):
@@ -186,13 +218,13 @@ def adapted_linear(
     rows = _rows(x)
     y, h = x.new_empty(len(rows), shape[0]), x.new_empty(len(rows), len(A))
     library.adapted_linear(
-        weight_of(*operands), rows, _contiguous(bias), y, A.contiguous(), B.contiguous(), h,
+        weight, rows, _contiguous(bias), y, A.contiguous(), B.contiguous(), h,
         *_dropout_arguments(scaling, p, seed),
     )  # fmt: skip
     return y.view(*x.shape[:-1], shape[0]), h
 
 
-@ops.adapted_linear_backward.register_kernel("cpu")
+@_serves("adapted_linear_backward")
 def adapted_linear_backward(
     grad: Tensor,
     x: Tensor,
@@ -214,10 +246,11 @@ def adapted_linear_backward(
     """``product.c``; otherwise the reference, on the operators above."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
+    weight = _weight(operands, x.dtype) if library else None
     if (
         library is None
+        or weight is None
         or not _has_product(library, x)
-        or not _is_served(operands, x.dtype)
         or not _fits(x, shape[1])
         or not _is_adapter(A, B, shape)
         or not (grad.dtype == h.dtype == x.dtype and grad.shape == (*x.shape[:-1], shape[0]))
@@ -229,7 +262,7 @@ def adapted_linear_backward(
     dx = torch.empty_like(rows) if needs_input else None
     dA, dB = torch.empty_like(A), torch.empty_like(B)
     library.adapted_linear_backward(
-        weight_of(*operands), _rows(grad), dx, rows, h.contiguous(), A, B, dA, dB,
+        weight, _rows(grad), dx, rows, h.contiguous(), A, B, dA, dB,
         *_dropout_arguments(scaling, p, seed),
     )  # fmt: skip
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
@@ -238,19 +271,39 @@ def adapted_linear_backward(
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 
 
-def _is_served(operands: Operands, dtype: torch.dtype) -> bool:
-    """Whether the C takes this weight as it is: what ``quantize`` makes and files hold. The C itself checks nothing."""
-    packed, scales, absmax2, _, values, shape, block_size = operands
+def _weight(operands: Operands, dtype: torch.dtype) -> Weight | None:
+    """The weight as the C takes it, or None when it is not what ``quantize`` makes and files hold.
+
+    The C itself checks nothing. (This runs for every layer and token, hence ``numel`` and no loops.)
+    """
+    packed, scales, absmax2, offset, values, shape, block_size = operands
     numel = math.prod(shape)
-    return (
-        dtype in DTYPES
-        and block_size in BLOCK_SIZES
-        and values.shape == (16,)
-        and packed.numel() == (numel + 1) // 2
-        and len(scales) == -(-numel // block_size)
-        and (absmax2 is None or len(absmax2) == -(-len(scales) // BLOCK_SIZE))
-        and all(tensor is None or tensor.is_contiguous() for tensor in operands[:5])
-    )
+    blocks = -(-numel // block_size)
+    if (
+        dtype not in DTYPES
+        or block_size not in BLOCK_SIZES
+        or not _is_codebook(values)
+        or numel == 0
+        or packed.dtype != torch.uint8
+        or packed.numel() != (numel + 1) // 2
+        or scales.dtype != (torch.float32 if absmax2 is None else torch.uint8)
+        or scales.numel() != blocks
+        or not (packed.is_contiguous() and scales.is_contiguous())
+    ):
+        return None
+    if absmax2 is not None and (
+        offset is None
+        or not (absmax2.dtype == offset.dtype == torch.float32)
+        or offset.numel() != 1
+        or absmax2.numel() != -(-blocks // BLOCK_SIZE)
+        or not absmax2.is_contiguous()
+    ):
+        return None
+    return weight_of(packed, scales, absmax2, offset, values, shape, block_size)
+
+
+def _is_codebook(values: Tensor) -> bool:
+    return values.dtype == torch.float32 and values.numel() == 16 and values.is_contiguous()
 
 
 def _fits(x: Tensor, width: int, bias: Tensor | None = None, length: int = 0) -> bool:
@@ -287,7 +340,7 @@ def _panels(length: int, bytes_each: int) -> list[range]:
 
 def _rows(x: Tensor) -> Tensor:
     """[..., K] -> [tokens, K], contiguous."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

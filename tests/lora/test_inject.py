@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -249,3 +252,34 @@ def test_a_rank_too_large_leaves_the_model_unchanged():
         inject_(model, LoraConfig(17, 8))
     assert not adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux: /proc/self/maps")
+def test_quantizing_lets_go_of_a_mapped_checkpoint(tmp_path):
+    """One tensor that still lies in the mapped file would keep the weights that were quantized in memory."""
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.clone() for name, tensor in MLP().state_dict().items()}, file)
+    model = MLP()
+    model.load_state_dict(load_file(file), assign=True)
+    expected = {name: tensor.clone() for name, tensor in model.named_parameters() if "head" in name}
+    assert expected
+    assert str(file) in mapped_files()
+    quantize_(model, skip=["head"])
+    gc.collect()
+    assert str(file) not in mapped_files()
+    for name, tensor in expected.items():
+        assert torch.equal(model.get_parameter(name), tensor)
+
+
+def test_quantizing_leaves_shared_memory_shared():
+    model = nn.ModuleDict({"a": nn.Embedding(5, 4), "b": nn.Embedding(5, 4), "linear": nn.Linear(4, 3)})
+    a, b = model["a"], model["b"]
+    assert isinstance(a, nn.Embedding)
+    assert isinstance(b, nn.Embedding)
+    b.weight = nn.Parameter(a.weight.detach())  # two parameters, one memory
+    quantize_(model)
+    assert a.weight.data_ptr() == b.weight.data_ptr()

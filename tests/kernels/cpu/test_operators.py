@@ -1,0 +1,635 @@
+"""The operators on CPUs: which C function takes a call, that its results are right, and what is left to the reference.
+
+The library itself is tested in ``test_library.py``. Here calls come as users make them: views, other dtypes, shapes
+that do not fit, autocast, ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+import qloralab as ql
+from qloralab.kernels import dispatch
+from qloralab.kernels.cpu import operators
+from qloralab.kernels.cpu.library import FEW_TOKENS, Library
+from qloralab.nf4 import ops, reference
+from qloralab.nf4.adapter import keep_mask, rate
+from qloralab.nf4.codebook import normal_float
+
+pytestmark = pytest.mark.compiler
+
+N, K, R = 33, 65, 5  # odd, and blocks cross rows
+SCALING, P, SEED = 1.5, 0.3, torch.tensor(20230523)
+NF4 = normal_float(4)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (8,), (9,), (20,), (2, 3), (2, 0, 3), (2, 3, 5)], ids=str)
+
+# Root-mean-square error relative to float64. float32: whole numbers, exact. 16 bits: torch may round the product before
+# it adds the bias: twice at most 2**-8 / sqrt(3) for bfloat16, 2**-11 / sqrt(3) for float16.
+PANELS = {torch.float32: 0.0, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+# The same, adapted: the reference rounds h or G, each of two terms, and their sum, see nf4/adapter.py. With one token
+# there are few numbers to average over.
+ADAPTED = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def native() -> Iterator[None]:
+    """A call that cannot be compiled fails here."""
+    with dispatch.use("native"):
+        yield
+
+
+# The library's functions, and how many arguments those of the adapter have when there is none.
+FUNCTIONS = ("quantize", "quantize_scales", "dequantize", "dropout", "linear_few")
+PRODUCTS = {"adapted_linear": 4, "adapted_linear_backward": 3}
+
+
+def fits(name: str, *args: Any) -> bool:
+    """Whether the C may read what the weight and the tensors say is there."""
+    if name == "dequantize":
+        weight, rows, columns, _ = args
+        return rows.stop <= weight.rows and columns.stop <= weight.columns
+    if name == "adapted_linear_backward":
+        weight, grad, *_ = args
+        return grad.shape[1:] == (weight.rows,)
+    if name in ("linear_few", "adapted_linear"):
+        weight, x, _, y, *_ = args
+        return x.shape[-1:] == (weight.columns,) and y.shape == (*x.shape[:-1], weight.rows)
+    return True
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The names of the library's functions, as they are called; without an adapter, "product" or "product_backward".
+
+    A call whose tensors do not fit the weight fails before it reads memory that is not there.
+    """
+    made: list[str] = []
+
+    def recording(name: str) -> Callable[..., None]:
+        method = getattr(Library, name)
+
+        def call(self: Library, *args: Any, **kwargs: Any) -> None:
+            alone = len(args) == PRODUCTS.get(name) and not kwargs
+            made.append(name.replace("adapted_linear", "product") if alone else name)
+            assert fits(name, *args)
+            method(self, *args, **kwargs)
+
+        return call
+
+    for name in (*FUNCTIONS, *PRODUCTS):
+        monkeypatch.setattr(Library, name, recording(name))
+    return made
+
+
+@pytest.fixture
+def panels(monkeypatch) -> None:
+    """Products by panels, as on a machine that multiplies bfloat16 in hardware, and panels of a few rows."""
+    monkeypatch.setattr(operators, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(operators, "PANEL_BYTES", 1600)
+
+
+@pytest.fixture(params=["product", "panels"])
+def path(request: pytest.FixtureRequest) -> str:
+    """Either way to multiply by many tokens."""
+    request.getfixturevalue(request.param)
+    return request.param
+
+
+def whole(*shape: int, dtype: torch.dtype = torch.float32, most: int = 3) -> Tensor:
+    return torch.randint(-most, most + 1, shape).to(dtype)
+
+
+def normal_weight(shape=(N, K), **options: Any):
+    return ql.quantize(torch.randn(shape) / shape[-1] ** 0.5, **options).operands()
+
+
+def adapter(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A [r, K] and B [N, r], trainable."""
+    A, B = torch.randn(R, K) / K**0.5, torch.randn(N, R) / R**0.5
+    return A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_()
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the exact values; NaN for NaN."""
+    assert found.shape == exact.shape
+    difference = (found.double() - exact).norm()
+    return (difference / exact.norm()).item() if difference else 0.0
+
+
+# ---- which function takes a call ----
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+def test_the_number_of_tokens_chooses_the_function(path, tokens, calls):
+    weight, x = normal_weight(), torch.randn(tokens, K, dtype=torch.bfloat16)
+    calls.clear()
+    ops.linear(x, *weight, None)
+    many = {"product": {"product"}, "panels": {"dequantize"}}[path]
+    assert set(calls) == ({"linear_few"} if tokens <= FEW_TOKENS else many)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+def test_other_dtypes_go_by_panels(tokens, dtype, calls):
+    weight = normal_weight()
+    calls.clear()
+    x = torch.randn(tokens, K, dtype=dtype, requires_grad=True)
+    ops.linear(x, *weight, None).sum().backward()
+    assert set(calls) == {"dequantize"}
+
+
+def test_an_adapted_layer_is_one_call_each_way(product, calls):
+    weight, x = normal_weight(), torch.randn(3, K, dtype=torch.bfloat16)
+    calls.clear()
+    ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
+    assert calls == ["adapted_linear", "adapted_linear_backward"]
+
+
+def test_quantizing_calls_the_library_for_both_levels(calls):
+    weight = ql.quantize(torch.randn(9, 70))
+    weight.dequantize()
+    ops.dropout(torch.randn(4), SEED, P)
+    assert calls == ["quantize", "quantize_scales", "dequantize", "dropout"]
+
+
+def test_the_reference_is_the_reference(calls):
+    with dispatch.use("reference"):
+        x = torch.randn(9, K, dtype=torch.bfloat16, requires_grad=True)
+        weight = normal_weight()
+        ops.linear(x, *weight, None).sum().backward()
+        ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
+    assert calls == []
+
+
+# ---- results ----
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (1001,), (63, 65), (3, 0, 5), (3, 5, 7)], ids=str)
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_quantize_and_dequantize_give_the_bits_of_the_reference(dtype, shape, double_quant):
+    x = torch.randn(shape).to(dtype)
+    found = ql.quantize(x, double_quant=double_quant)
+    again = [found.dequantize(other) for other in DTYPES]
+    with dispatch.use("reference"):
+        expected = ql.quantize(x, double_quant=double_quant)
+        for one, other in zip(again, DTYPES, strict=True):
+            assert torch.equal(one, expected.dequantize(other))
+    for one, other in zip(found.operands()[:5], expected.operands()[:5], strict=True):
+        assert (one is other is None) or torch.equal(one, other)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "view", [lambda w: w.t(), lambda w: w[:, ::2], lambda w: w[:1].expand(40, 48)], ids=["t", "step", "expand"]
+)
+def test_a_view_is_quantized_in_its_own_order(view):
+    x = view(torch.randn(40, 48))
+    one, other = (
+        ops.quantize_blockwise(x, NF4, 64),
+        ops.quantize_blockwise(x.clone(memory_format=torch.contiguous_format), NF4, 64),
+    )
+    assert all(map(torch.equal, one, other))
+    scales = torch.rand(600)[::2]
+    assert all(map(torch.equal, ops.quantize_scales(scales), ops.quantize_scales(scales.clone())))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_refused(bad):
+    x = torch.randn(9, 70)
+    x[3, 4] = bad
+    with pytest.raises(ValueError, match=r"weight\[3, 4\] is (nan|inf|-inf)"):
+        ql.quantize(x)
+
+
+@x_shapes
+@dtypes
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_linear_and_its_gradient(path, rows, dtype, bias, whole_weight):
+    for block_size, double_quant in [(32, True), (64, False), (4096, True)]:
+        weight = whole_weight((N, K), block_size, double_quant)
+        x, grad = whole(*rows, K, dtype=dtype).requires_grad_(), whole(*rows, N, dtype=dtype)
+        b = whole(N, dtype=dtype, most=100).requires_grad_() if bias else None
+        y = ops.linear(x, *weight, b)
+        y.backward(grad)
+        assert y.dtype == dtype
+        assert x.grad is not None
+        W = reference.dequantize(*weight, dtype=dtype).double()
+        exact, exact_dx = x.detach().double() @ W.T + (0 if b is None else b.detach().double()), grad.double() @ W
+        if path == "product" and dtype == torch.bfloat16:
+            assert torch.equal(y, exact.to(dtype))
+            assert torch.equal(x.grad, exact_dx.to(dtype))
+        assert error(y.detach(), exact) <= PANELS[dtype]
+        assert error(x.grad, exact_dx) <= PANELS[dtype]
+        if b is not None:
+            assert b.grad is not None
+            assert error(b.grad, grad.double().view(-1, N).sum(0)) <= PANELS[dtype]
+
+
+@x_shapes
+@dtypes
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("p", [0.0, P], ids=["plain", "dropout"])
+def test_adapted_linear_and_its_gradients(path, rows, dtype, bias, p):
+    weight, (A, B) = normal_weight(), adapter()
+    x, grad = torch.randn(*rows, K).to(dtype).requires_grad_(), torch.randn(*rows, N).to(dtype)
+    b = torch.randn(N).to(dtype).requires_grad_() if bias else None
+    leaves = [leaf for leaf in (x, A, B, b) if leaf is not None]
+    y, h = ops.adapted_linear(x, *weight, b, A, B, SCALING, p, SEED)
+    found = torch.autograd.grad(y, leaves, grad)
+    assert (y.dtype, h.dtype) == (dtype, dtype)
+    assert h.shape == (math.prod(rows), R)
+    assert [one.dtype for one in found] == [leaf.dtype for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    x64, A64, B64, *b64 = exact
+    W, keep = reference.dequantize(*weight, dtype).double(), keep_mask(SEED, math.prod(rows), K, p).view(*rows, K)
+    y64 = x64 @ W.T + SCALING / (1 - rate(p)) * (x64 * keep) @ A64.T @ B64.T + sum(b64)
+    assert error(y.detach(), y64.detach()) <= ADAPTED[dtype]
+    for name, one, other in zip("xABb", found, torch.autograd.grad(y64, exact, grad.double()), strict=False):
+        assert error(one, other) <= ADAPTED[dtype], name
+
+
+@dtypes
+def test_the_gradient_of_a_frozen_input_is_empty(path, dtype):
+    weight, (A, B) = normal_weight(), adapter()
+    x, h, grad = (torch.randn(9, n).to(dtype) for n in (K, R, N))
+    frozen = ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, False)
+    dx, dA, dB = ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True)
+    assert frozen[0].shape == (0,)
+    assert dx.shape == x.shape
+    assert torch.equal(frozen[1], dA)
+    assert torch.equal(frozen[2], dB)
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_weight_without_columns_or_rows(path, tokens, dtype):
+    bias = torch.randn(6).to(dtype)
+    flat, tall = ql.quantize(torch.empty(0, 6)).operands(), ql.quantize(torch.empty(6, 0)).operands()
+    x, grad = (torch.randn(tokens, n).to(dtype) for n in (0, 6))
+    assert torch.equal(ops.linear(x, *tall, bias), bias.expand(tokens, 6))
+    assert ops.linear_grad_input(grad, *tall).shape == (tokens, 0)
+    assert ops.linear(grad, *flat, None).shape == (tokens, 0)
+    assert torch.equal(ops.linear_grad_input(x, *flat), torch.zeros(tokens, 6, dtype=dtype))
+
+
+def test_eight_tokens_and_nine_agree(path):
+    weight, x, bias = normal_weight((300, 320)), torch.randn(9, 320).bfloat16(), torch.randn(300).bfloat16()
+    few, many = ops.linear(x[:8], *weight, bias), ops.linear(x, *weight, bias)[:8]
+    assert error(few, many.double()) < 2e-3  # one rounding each, mostly the same
+
+
+def test_panels_are_whole_and_cover(monkeypatch):
+    for length in (0, 1, 63, 64, 65, 1000):
+        for bytes_each in (0, 1, 700, 4096, 70_000, 8 << 20):
+            found = operators._panels(length, bytes_each)
+            assert [index for panel in found for index in panel] == list(range(length))
+            assert all(len(panel) * bytes_each <= operators.PANEL_BYTES or len(panel) == 1 for panel in found)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, :1].expand(x.shape),
+        lambda x: x[:1].expand(x.shape),
+        lambda x: x.flip(0)[::2],
+        lambda x: x.mT.contiguous().mT,
+    ],
+    ids=["transposed", "expanded", "repeated", "step", "columns"],
+)
+@pytest.mark.parametrize("size", [3, 4], ids=["9 tokens", "16 tokens"])
+@dtypes
+def test_strides_do_not_matter(path, view, size, dtype):
+    weight, (A, B), bias = normal_weight(), adapter(), torch.randn(2 * N).to(dtype)[::2]
+    A, B = A.t().contiguous().t(), B.t().contiguous().t()
+    x, grad = view(torch.randn(size, size, K).to(dtype)), view(torch.randn(size, size, N).to(dtype))
+
+    def run(own: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        a, b, v, g, s = own(A), own(B), own(x), own(grad), own(bias)
+        y, h = ops.adapted_linear(v, *weight, s, a, b, SCALING, P, SEED)
+        gradients = ops.adapted_linear_backward(g, v, h.t().contiguous().t(), *weight, a, b, SCALING, P, SEED, True)
+        plain = ops.linear(v, *weight, s), ops.linear_grad_input(g, *weight), ops.dropout(v, SEED, P)
+        return [y, h, *gradients, *plain]
+
+    results = ("y", "h", "dx", "dA", "dB", "linear", "linear_grad_input", "dropout")
+    bare = run(lambda t: t.clone(memory_format=torch.contiguous_format))
+    for name, one, other in zip(results, run(lambda t: t), bare, strict=True):
+        if (path == "product" and dtype == torch.bfloat16) or name == "dropout":
+            assert torch.equal(one, other), name
+        assert error(one, other.double()) <= ADAPTED[dtype], name  # torch's own sums depend on strides
+
+
+@torch.no_grad()
+def test_the_same_call_gives_the_same_bits(path):
+    weight, (A, B), x = normal_weight((200, K)), adapter(), torch.randn(50, K).bfloat16()
+    B = torch.randn(200, R)
+    first, second = (ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+# ---- what is left to the reference ----
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, with room between them."""
+    return torch.stack([t, t], dim=-1)[..., 0]
+
+
+PLAIN = {"double_quant": False}
+# What is changed of a weight: its operands by name, and options of `quantize`.
+UNUSUAL: dict[str, tuple[dict[str, Callable[[Any], Any]], dict[str, Any]]] = {
+    "packed with strides": ({"packed": strided}, {}),
+    "scales with strides": ({"scales": strided}, {}),
+    "absmax2 with strides": ({"absmax2": strided}, {"block_size": 32}),
+    "codebook with strides": ({"values": strided}, {}),
+    "packed as int32": ({"packed": Tensor.int}, {}),
+    "scales as float16": ({"scales": Tensor.half}, PLAIN),
+    "scales as bfloat16": ({"scales": Tensor.bfloat16}, PLAIN),
+    "codebook as float64": ({"values": Tensor.double}, {}),
+    "absmax2 as float64": ({"absmax2": Tensor.double}, {}),
+    "offset as float64": ({"offset": Tensor.double}, {}),
+    "codes as scales": ({"absmax2": lambda _: None}, {}),
+    "no offset": ({"offset": lambda _: None}, {}),
+    "a second level of what has none": (
+        {"absmax2": lambda _: torch.ones(1), "offset": lambda _: torch.ones(())},
+        PLAIN,
+    ),
+    "blocks of 8192": ({"scales": lambda _: torch.ones(2), "block_size": lambda _: 8192}, PLAIN),
+    "packed cut short": ({"packed": lambda packed: packed[:-7]}, {}),
+    "scales cut short": ({"scales": lambda scales: scales[:-1]}, {}),
+    "absmax2 missing": ({"absmax2": lambda absmax2: absmax2[:0]}, {}),
+    "too many scales": ({"scales": lambda scales: torch.cat([scales, scales])}, {}),
+}
+NAMES = ("packed", "scales", "absmax2", "offset", "values", "shape", "block_size")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_an_unusual_weight_is_left_to_the_reference(what, dtype, monkeypatch):
+    """The C takes pointers and trusts them: it must not see these. Results and complaints are the reference's."""
+    changes, options = UNUSUAL[what]
+    usual = dict(zip(NAMES, normal_weight((96, 96), **options), strict=True))
+    operands = tuple(changes.get(name, lambda same: same)(value) for name, value in usual.items())
+    for name in ("dequantize", "linear_few", "adapted_linear", "adapted_linear_backward"):
+        monkeypatch.setattr(Library, name, not_for_the_library)
+    for call in [
+        lambda: ops.dequantize(*operands, dtype),
+        lambda: ops.linear(torch.ones(20, 96, dtype=dtype), *operands, None),
+        lambda: ops.linear(torch.ones(2, 96, dtype=dtype), *operands, None),
+        lambda: ops.linear_grad_input(torch.ones(20, 96, dtype=dtype), *operands),
+    ]:
+        assert same_outcome(call)
+
+
+def not_for_the_library(*args: Any) -> None:
+    """Fails before the C does, which may end the process."""
+    raise AssertionError(f"the C was given {args}")
+
+
+def same_outcome(call: Callable[[], Any]) -> bool:
+    """Whether the call gives the same bits, or the same error, in C and in the reference."""
+    found, expected = outcome(call), outcome_of_the_reference(call)
+    assert type(found) is type(expected), (found, expected)
+    if isinstance(found, Tensor):
+        return torch.equal(found.nan_to_num(), expected.nan_to_num())
+    return found == expected
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def outcome_of_the_reference(call: Callable[[], Any]) -> Any:
+    with dispatch.use("reference"):
+        return outcome(call)
+
+
+@pytest.mark.parametrize("block_size", [2, 16, 8192])
+def test_other_block_sizes_are_left_to_the_reference(block_size, calls):
+    x = torch.randn(40, 96)
+    packed, scales = ops.quantize_blockwise(x, NF4, block_size)
+    assert same_outcome(lambda: ops.dequantize(packed, scales, None, None, NF4, x.shape, block_size, torch.float32))
+    assert calls == []
+    assert torch.equal(packed, reference.quantize_blockwise(x, NF4, block_size)[0])
+
+
+def test_other_codebooks_are_left_to_the_reference(calls):
+    x = torch.randn(40, 96)
+    for values in (normal_float(3), NF4.double()):
+        packed, scales = ops.quantize_blockwise(x, values, 64)
+        expected = reference.quantize_blockwise(x, values, 64)
+        assert torch.equal(packed, expected[0])
+        assert torch.equal(scales, expected[1])
+    assert calls == []
+
+
+def test_float64_is_left_to_the_reference(calls):
+    weight, (A, B) = normal_weight(), adapter(torch.float64)
+    calls.clear()
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+    y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+    y.sum().backward()
+    ops.dropout(x, SEED, P)
+    assert y.dtype == torch.float64
+    assert calls == []
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_an_adapter_that_was_cast_still_works(path, low, tokens):
+    """model.bfloat16() converts A and B too."""
+    weight, (A, B) = normal_weight(), adapter(low)
+    x, grad = torch.randn(tokens, K).bfloat16().requires_grad_(), torch.randn(tokens, N).bfloat16()
+    y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+    found = torch.autograd.grad(y, [x, A, B], grad)
+    wide = [t.detach().float().requires_grad_() for t in (A, B)]
+    y32, _ = ops.adapted_linear(x, *weight, None, *wide, SCALING, P, SEED)
+    assert error(y.detach(), y32.detach().double()) <= 2 * ADAPTED[torch.bfloat16]
+    for one, leaf, other in zip(found, [x, A, B], torch.autograd.grad(y32, [x, *wide], grad), strict=True):
+        assert one.dtype == leaf.dtype
+        assert error(one, other.double()) <= 2 * ADAPTED[torch.bfloat16]
+
+
+# What does not fit, and the numbers that the message must show.
+WRONG_X = [(1, K - 1), (20, K + 1), (20, 0), (0, K + 1), (2, 3, K - 1)]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", WRONG_X, ids=str)
+def test_another_width_is_refused(path, dtype, shape, calls):
+    weight, (A, B) = normal_weight(), adapter()
+    calls.clear()
+    x = torch.randn(shape).to(dtype)
+    message = rf"shapes cannot be multiplied \({math.prod(shape[:-1])}x{shape[-1]} and "
+    with pytest.raises(RuntimeError, match=message + f"{K}x{N}"):
+        ops.linear(x, *weight, None)
+    with pytest.raises(RuntimeError, match=message + f"{K}x{N}"):
+        ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+    with pytest.raises(RuntimeError, match=message + f"{N}x{K}"):
+        ops.linear_grad_input(x, *weight)
+    assert set(calls) <= {"dequantize"}  # for the reference
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 5, 1), (3, 5, 0)], ids=str)
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_weight_that_is_no_matrix_is_refused(path, shape, tokens, calls):
+    weight, (A, B) = ql.quantize(torch.randn(shape)).operands(), (torch.zeros(2, 5), torch.zeros(3, 2))
+    x = torch.zeros(tokens, 5).bfloat16()
+    calls.clear()
+    for call in [
+        lambda: ops.linear(x, *weight, None),
+        lambda: ops.linear_grad_input(x[:, : shape[0]], *weight),
+        lambda: ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED),
+    ]:
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            call()
+    assert set(calls) <= {"dequantize"}  # for the reference
+
+
+def refused(call: Callable[[], Any]) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=r"size|shape|dtype|expanded|must match"):
+        call()
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_bias_that_does_not_fit_is_refused(path, tokens, calls):
+    weight, x = normal_weight(), torch.randn(tokens, K).bfloat16()
+    calls.clear()
+    for bias in (torch.zeros(N - 1).bfloat16(), torch.zeros(N + 1).bfloat16(), torch.zeros(N)):
+        refused(lambda bias=bias: ops.linear(x, *weight, bias))
+        refused(lambda bias=bias: ops.adapted_linear(x, *weight, bias, *adapter(), SCALING, P, SEED))
+    assert set(calls) <= {"dequantize"}  # for the reference
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((R, K - 1), (N, R)),
+        ((R, K + 1), (N, R)),
+        ((R, K), (N, R + 1)),
+        ((R, K), (N - 1, R)),
+        ((R, K), (R, N)),
+        ((K, R), (N, R)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_an_adapter_that_does_not_fit_is_refused(path, a, b, tokens, calls):
+    weight, x, A, B = normal_weight(), torch.randn(tokens, K).bfloat16(), torch.zeros(a), torch.zeros(b)
+    h, grad = torch.zeros(tokens, a[0]).bfloat16(), torch.zeros(tokens, N).bfloat16()
+    calls.clear()
+    refused(lambda: ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED))
+    refused(lambda: ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True))
+    assert not {"adapted_linear", "adapted_linear_backward"} & set(calls)
+
+
+@pytest.mark.parametrize("grad", [(20, N - 1), (20, N + 1), (19, N), (20,), (N,)], ids=str)
+def test_a_gradient_that_does_not_fit_is_refused(path, grad, calls):
+    weight, (A, B) = normal_weight(), adapter()
+    x, h = torch.zeros(20, K).bfloat16(), torch.zeros(20, R).bfloat16()
+    calls.clear()
+    refused(
+        lambda: ops.adapted_linear_backward(torch.zeros(grad).bfloat16(), x, h, *weight, A, B, SCALING, P, SEED, True)
+    )
+    assert "adapted_linear_backward" not in calls
+
+
+# ---- in PyTorch's company ----
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@dtypes
+def test_autocast_changes_nothing(path, tokens, dtype):
+    weight, (A, B), bias = normal_weight(), adapter(), torch.randn(N).to(dtype)
+    x, grad = torch.randn(tokens, K).to(dtype).requires_grad_(), torch.randn(tokens, N).to(dtype)
+
+    def run() -> list[Tensor]:
+        plain = ops.linear(x, *weight, bias)
+        y, _ = ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)
+        return [plain, *torch.autograd.grad(plain, [x], grad), y, *torch.autograd.grad(y, [x, A, B], grad)]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"), [("product", torch.bfloat16), ("panels", torch.bfloat16), ("panels", torch.float32)]
+)
+def test_opcheck(way, dtype, request):
+    request.getfixturevalue(way)
+    check = torch.library.opcheck
+    weight, (A, B) = normal_weight(), adapter()
+    bias = torch.randn(N).to(dtype).requires_grad_()
+    check(ops.quantize_blockwise, (torch.randn(9, 7).to(dtype), NF4, 32))
+    check(ops.quantize_scales, (torch.rand(300),))
+    check(ops.dequantize, (*weight, dtype))
+    for tokens in (3, 20):
+        x, grad = torch.randn(tokens, K).to(dtype), torch.randn(tokens, N).to(dtype)
+        check(ops.linear, (x.clone().requires_grad_(), *weight, bias))
+        check(ops.linear_grad_input, (grad.clone().requires_grad_(), *weight))
+        check(ops.dropout, (x.clone().requires_grad_(), SEED, P))
+        check(ops.adapted_linear, (x.clone().requires_grad_(), *weight, bias, A, B, SCALING, P, SEED))
+        h, low = torch.randn(tokens, R).to(dtype), [A.detach(), B.detach()]
+        check(ops.adapted_linear_backward, (grad, x, h, *weight, *low, SCALING, P, SEED, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_compile_with_a_full_graph(path, dtype):
+    weight, (A, B) = normal_weight(), adapter()
+
+    def layer(x: Tensor) -> Tensor:
+        y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+        return ops.linear(ops.dropout(torch.tanh(x), SEED, P), *weight, None) + y
+
+    x, grad = torch.randn(20, K).to(dtype).requires_grad_(), torch.randn(20, N).to(dtype)
+    y = layer(x)
+    expected = [y, *torch.autograd.grad(y, [x, A, B], grad)]
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    for one, other in zip([y, *torch.autograd.grad(y, [x, A, B], grad)], expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def largest_allocation(run: Callable[[], object]) -> int:
+    """The bytes of the largest piece of memory that torch allocates on the CPU meanwhile."""
+    with profile(profile_memory=True) as profiler:
+        run()
+    events: Any = profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("way", ["product", "a panel", "f32"])
+def test_no_copy_of_the_whole_weight_is_made(way, monkeypatch, request):
+    """Forward and backward of a layer whose weight is 9.4 MB in bfloat16."""
+    if way == "product":
+        request.getfixturevalue("product")
+    if way == "a panel":
+        monkeypatch.setattr(operators, "has_matrix_unit", lambda: True)
+    n, k, tokens = 2304, 2048, 16
+    dtype = torch.float32 if way == "f32" else torch.bfloat16
+    weight = normal_weight((n, k))
+    x = torch.randn(tokens, k).to(dtype).requires_grad_()
+    A, B = torch.randn(R, k, requires_grad=True), torch.randn(n, R, requires_grad=True)
+
+    def step() -> None:
+        y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+        (y + ops.linear(x, *weight, None)).sum().backward()
+
+    assert largest_allocation(step) <= 4 << 20
+    with dispatch.use("reference"):
+        assert largest_allocation(step) >= n * k * dtype.itemsize  # what it would look like
