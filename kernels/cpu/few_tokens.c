@@ -7,7 +7,12 @@
    into a buffer of L1's size and multiplied in float32, from the same bfloat16 weights. */
 #include "weight.h"
 
-enum { MOST_TOKENS = 8, ROWS = 16 /* of the weight, per task */, STRETCH = 4096 /* of a row, at a time */ };
+enum {
+    PASS = 8,       /* tokens at a time */
+    PASSES = 2,
+    ROWS = 64,      /* of the weight, per task: its codes are in the L2 cache when the second pass wants them */
+    STRETCH = 4096, /* weights of a row at a time */
+};
 enum { ALONE = 1 << 18 }; /* weights that one thread is done with before another is awake */
 
 typedef struct {
@@ -45,10 +50,10 @@ static void any_row(const few_job *job, int64_t n)
 {
     int64_t K = job->w->columns;
     uint16_t row[STRETCH], rest[16] = {0};
-    floats acc[MOST_TOKENS] = {{0}};
+    floats acc[PASS] = {{0}};
     for (int64_t k = 0; k < K; k += STRETCH) {
         int64_t length = min64(STRETCH, K - k), i = 0;
-        decode(job->w, n * K + k, length, BFLOAT16, row);
+        decode(job->w, n * K + k, length, BFLOAT16, row, 0);
         for (; i + 16 <= length; i += 16)
             for (int64_t m = 0; m < job->tokens; m++)
                 acc[m] += widen(row + i) * widen(job->x + m * K + k + i);
@@ -92,15 +97,15 @@ static inline __attribute__((always_inline)) void block_rows(const few_job *job,
     __m512i nibble = _mm512_set1_epi16(15), bit4 = _mm512_setzero_si512();
     if (blocks == 2)
         bit4 = _mm512_inserti64x4(bit4, _mm256_set1_epi16(16), 1);
-    __m512 acc[4][MOST_TOKENS][2];
+    __m512 acc[2][PASS][2];
     for (int r = 0; r < rows; r++)
         for (int m = 0; m < tokens; m++)
             acc[r][m][0] = acc[r][m][1] = _mm512_setzero_ps();
     for (int64_t first = 0; first < K; first += STRETCH) {
         int64_t length = min64(STRETCH, K - first);
-        float scales[4][STRETCH / 32];
-        __m512i table[4];
-        const uint8_t *codes[4];
+        float scales[2][STRETCH / 32];
+        __m512i table[2];
+        const uint8_t *codes[2];
         for (int r = 0; r < rows; r++) {
             uint64_t flat = (uint64_t)((n + r) * K + first);
             codes[r] = w->packed + flat / 2;
@@ -108,7 +113,7 @@ static inline __attribute__((always_inline)) void block_rows(const few_job *job,
         }
         const uint16_t *x = job->x + first * tokens;
         for (int64_t k = 0; k < length; k += 64, x += 64 * tokens) {
-            __m512bh even[4], odd[4];
+            __m512bh even[2], odd[2];
             for (int r = 0; r < rows; r++) {
                 if ((k & inside) == 0) { /* bit 4 of an index chooses between two blocks; it does not count for one */
                     __m512 a = _mm512_mul_ps(values, _mm512_set1_ps(scales[r][k >> shift]));
@@ -155,13 +160,14 @@ static void some_rows(const few_job *job, int64_t n, int rows)
             block_rows(job, n, R, M, 1); \
         break;
     switch (16 * rows + (int)job->tokens) {
-        CASE(4, 1) CASE(4, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6) CASE(2, 7) CASE(2, 8)
+        CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6) CASE(2, 7) CASE(2, 8)
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8)
     }
 #undef CASE
 }
 
-static int rows_at_once(int64_t tokens) { return tokens <= 2 ? 4 : 2; }
+/* Two rows share what is loaded of x. One row alone is read as one stream, which the processor foresees best. */
+static int rows_at_once(int64_t tokens) { return tokens <= 2 ? 1 : 2; }
 
 #else
 
@@ -177,29 +183,37 @@ static int rows_at_once(int64_t tokens) { return (void)tokens, 1; }
 
 static void few_rows(void *data, int64_t index)
 {
-    const few_job *job = data;
-    int64_t n = index * ROWS, end = min64(job->w->rows, n + ROWS);
-    int step = rows_at_once(job->tokens);
-    for (; n + step <= end; n += step)
-        some_rows(job, n, step);
-    for (; n < end; n++)
-        some_rows(job, n, 1);
+    for (const few_job *job = data; job < (const few_job *)data + PASSES && job->tokens; job++) {
+        int64_t n = index * ROWS, end = min64(job->w->rows, n + ROWS);
+        int step = rows_at_once(job->tokens);
+        for (; n + step <= end; n += step)
+            some_rows(job, n, step);
+        for (; n < end; n++)
+            some_rows(job, n, 1);
+    }
 }
 
-/* bfloat16 x [tokens, K], bias [N] or NULL -> y [tokens, N], 1 <= tokens <= 8. */
+/* bfloat16 x [tokens, K], bias [N] or NULL -> y [tokens, N], 1 <= tokens <= 16. */
 EXPORT void qloralab_linear_few(const weight *w, const uint16_t *x, int64_t tokens, const uint16_t *bias, uint16_t *y,
                                 int threads)
 {
-    few_job job = {w, x, bias, y, tokens, 0};
+    int64_t first = tokens <= PASS ? tokens : tokens / 2;
+    few_job jobs[PASSES] = {
+        {w, x, bias, y, first, 0},
+        {w, x + first * w->columns, bias, y + first * w->rows, tokens - first, 0},
+    };
 #if HAVE_AVX512 && defined(__AVX512BF16__)
     if (w->columns % w->block_size == 0 && w->columns % 64 == 0) {
         uint16_t *split = scratch((size_t)(tokens * w->columns) * 2);
-        split_pairs(x, tokens, w->columns, split);
-        job.x = split;
-        job.split = 1;
+        for (few_job *job = jobs; job < jobs + PASSES; job++) {
+            split_pairs(job->x, job->tokens, w->columns, split);
+            job->x = split;
+            job->split = 1;
+            split += job->tokens * w->columns;
+        }
     }
 #endif
     if (w->rows * w->columns < ALONE)
         threads = 1;
-    for_each(ceil_div(w->rows, ROWS), threads, few_rows, &job);
+    for_each(ceil_div(w->rows, ROWS), threads, few_rows, jobs);
 }

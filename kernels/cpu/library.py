@@ -22,7 +22,7 @@ from .build import cpu_features, load
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
-FEW_TOKENS = 8  # the most that few_tokens.c takes
+FEW_TOKENS = 16  # the most that few_tokens.c takes
 
 _int, _long, _float, _double, _pointer = (
     ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_void_p

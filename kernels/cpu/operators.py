@@ -3,14 +3,24 @@
 Importing this module registers them. Nothing is compiled before the first call.
 
 ============================  =======================================================================================
-up to 8 tokens, bfloat16      ``few_tokens.c``: each packed byte is read once, nothing is written
-more tokens, bfloat16         ``product.c`` where there is AVX512-BF16 and no AMX
+up to 8 or 16 tokens          ``few_tokens.c``: each packed byte is read once, nothing is written (bfloat16)
+more tokens                   ``product.c`` where there is AVX512-BF16 and no AMX (bfloat16)
 any other product             panels of at most 4 MB, dequantized by ``dequantize.c`` and multiplied by torch (oneDNN)
 quantize, dequantize, dropout ``quantize.c``, ``dequantize.c``, ``dropout.c``
 ============================  =======================================================================================
 
-The switch at 8 tokens was measured on one thread of an AMD Zen 4, as the time of ``few_tokens.c`` over that of
-``product.c``: 0.40 at 1 token, 0.70 at 8, 0.79 at 12 for a weight of 4096 x 4096; 0.40, 0.99, 1.26 for 1536 x 576.
+The switch from the first to the second was measured on two threads of an AMD Zen 4, as time of ``few_tokens.c`` over
+that of ``product.c``. It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
+
+==================  ======  ======  ======  =======
+weight              1       8       12      16 tokens
+==================  ======  ======  ======  =======
+4096 x 4096         0.40    0.68    0.80    0.83
+4096 x 1024         0.51    0.63    0.82    0.93
+2048 x 2048         0.43    0.79    0.95    1.07
+1536 x 576          0.61    0.89    1.14    1.18
+==================  ======  ======  ======  =======
+
 ``benchmarks/cpu.py`` measures what is chosen against its peers.
 """
 
@@ -35,6 +45,8 @@ from .. import dispatch
 from .library import DTYPES, FEW_TOKENS, Library, Weight, has_matrix_unit, weight_of
 
 PANEL_BYTES = 4 << 20
+ONE_PASS = FEW_TOKENS // 2  # few_tokens.c goes twice over the weight for more
+LARGE = 1 << 22  # weights
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -136,7 +148,7 @@ def linear(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], N))
     tokens = math.prod(x.shape[:-1])
-    if x.dtype == torch.bfloat16 and 0 < tokens <= FEW_TOKENS:
+    if x.dtype == torch.bfloat16 and _is_few(tokens, N * K):
         library.linear_few(weight, x, _contiguous(bias), y)
     elif _has_product(library, x):
         library.adapted_linear(weight, x.view(tokens, K), _contiguous(bias), y)
@@ -315,6 +327,11 @@ def _is_adapter(A: Tensor, B: Tensor, shape: Sequence[int]) -> bool:
     """Whether A and B are a float32 adapter of a weight of this shape; the reference takes other dtypes too."""
     N, K = shape
     return A.dtype == B.dtype == torch.float32 and A.shape[1:] == (K,) and B.shape == (N, len(A))
+
+
+def _is_few(tokens: int, numel: int) -> bool:
+    """Whether ``few_tokens.c`` is the faster for a weight of this size; see the top of this file."""
+    return 0 < tokens <= (FEW_TOKENS if numel >= LARGE else ONE_PASS)
 
 
 def _has_product(library: Library, x: Tensor) -> bool:

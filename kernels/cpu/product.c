@@ -177,7 +177,7 @@ static void any_weight_rows(const weight *w, int64_t n, int64_t rows, int64_t k,
     for (int i = 0; i < 16; i++) {
         uint16_t numbers[32] = {0};
         if (i < rows)
-            decode(w, (n + i) * w->columns + k, inside, BFLOAT16, numbers);
+            decode(w, (n + i) * w->columns + k, inside, BFLOAT16, numbers, 0);
         v[i] = _mm512_loadu_si512(numbers);
     }
     store_transposed(v, (int)((inside + 1) / 2), out);
@@ -234,8 +234,8 @@ static void weight_columns(const weight *w, int64_t k, int64_t n, int64_t end, u
             a = look_up_pair(w->packed + first / 2, table, 0);
             b = look_up_pair(w->packed + second / 2, table, 1);
         } else {
-            decode(w, first, length, BFLOAT16, line[0]);
-            decode(w, second, length, BFLOAT16, line[1]);
+            decode(w, first, length, BFLOAT16, line[0], 0);
+            decode(w, second, length, BFLOAT16, line[1], 0);
             a = _mm512_loadu_si512(line[0]);
             b = _mm512_loadu_si512(line[1]);
         }

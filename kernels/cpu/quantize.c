@@ -8,6 +8,7 @@
 enum { CHUNK = 1 << 14, MAX_BLOCK = 4096, SCALES_PER_BLOCK = 256 };
 
 typedef int32_t counts __attribute__((vector_size(64)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
 /* |x| as an integer: ordered as the magnitudes are, NaN above infinity. */
 static inline words magnitude(floats x) { return (words)x & 0x7fffffffu; }
@@ -68,9 +69,52 @@ static void load(const quantize_job *job, int64_t first, int64_t n, int64_t padd
         out[i] = 0.0f;
 }
 
+#if HAVE_AVX512
+
+/* The thresholds as a tree: the children of number i are 2i and 2i + 1; number 0 is not used. */
+typedef __m512 search;
+
+static search make_search(const float *thresholds)
+{
+    float tree[16] = {0};
+    for (int level = 0, node = 1; level < 4; level++)
+        for (int i = 0; i < 1 << level; i++, node++)
+            tree[node] = thresholds[(16 >> level) * i + (8 >> level) - 1];
+    return _mm512_loadu_ps(tree);
+}
+
+/* How many thresholds are below each of 16 numbers: four steps down the tree. */
+static inline bytes codes16(floats q, search tree)
+{
+    __m512i node = _mm512_set1_epi32(1), one = node;
+    for (int level = 0; level < 4; level++) {
+        __mmask16 above = _mm512_cmp_ps_mask((__m512)q, _mm512_permutexvar_ps(node, tree), _CMP_GT_OQ);
+        node = _mm512_add_epi32(node, node);
+        node = _mm512_mask_add_epi32(node, above, node, one);
+    }
+    return (bytes)_mm512_cvtepi32_epi8(_mm512_sub_epi32(node, _mm512_set1_epi32(16)));
+}
+
+#else
+
+typedef const float *search;
+
+static search make_search(const float *thresholds) { return thresholds; }
+
+static inline bytes codes16(floats q, search thresholds)
+{
+    counts code = {0};
+    for (int t = 0; t < 15; t++)
+        code -= q > thresholds[t]; /* a comparison is -1 where true */
+    return __builtin_convertvector(code, bytes);
+}
+
+#endif
+
 static void quantize_chunk(void *data, int64_t index)
 {
     const quantize_job *job = data;
+    search thresholds = make_search(job->thresholds);
     float x[MAX_BLOCK];
     uint8_t codes[MAX_BLOCK];
     int64_t bs = job->block_size, end = min64(job->numel, (index + 1) * CHUNK);
@@ -83,11 +127,7 @@ static void quantize_chunk(void *data, int64_t index)
         job->absmax[first / bs] = absmax;
         for (int64_t i = 0; i < bs; i += 16) {
             floats q = divide(load_floats(x + i), absmax, r, exact);
-            counts code = {0};
-            for (int t = 0; t < 15; t++)
-                code -= q > job->thresholds[t]; /* a comparison is -1 where true */
-            typedef uint8_t bytes __attribute__((vector_size(16)));
-            bytes b = __builtin_convertvector(code, bytes);
+            bytes b = codes16(q, thresholds);
             memcpy(codes + i, &b, 16);
         }
         /* The zeros past the end have the code of 0, which completes an odd count. */
@@ -127,9 +167,9 @@ static void quantize_scales_block(void *data, int64_t index)
     job->absmax2[index] = absmax;
     for (int64_t i = 0; i < n; i++) {
         float q = absmax == 0.0f ? 0.0f : exact ? x[i] / absmax : x[i] * r;
-        int code = 0; /* how many of the 255 thresholds are below q: one bit after the other */
+        int code = 0; /* how many of the 255 thresholds are below q: one bit after the other, and no jump to foresee */
         for (int bit = 128; bit; bit >>= 1)
-            code += q > job->thresholds[code + bit - 1] ? bit : 0;
+            code += bit & -(q > job->thresholds[code + bit - 1]);
         job->codes[first + i] = (uint8_t)code;
     }
 }

@@ -68,12 +68,6 @@ static inline floats load_floats(const float *p)
     return v;
 }
 
-/* The 16 weights of a block. Adding 0 turns -0.0 into +0.0, as the reference does. */
-static inline floats block_table(const weight *w, floats values, int64_t block)
-{
-    return values * block_scale(w, block) + 0.0f;
-}
-
 /* float32 -> bfloat16: to nearest, ties to even, every NaN to 0x7fc0. Integer steps: vcvtneps2bf16 flushes subnormals. */
 static inline halves to_bf16(floats x)
 {
@@ -82,6 +76,21 @@ static inline halves to_bf16(floats x)
     bits = (nan & 0x7fc00000u) | (~nan & bits);
     bits += 0x7fffu + ((bits >> 16) & 1u);
     return __builtin_convertvector(bits >> 16, halves);
+}
+
+/* The 16 weights of a block as bfloat16. */
+static inline halves bf16_table(floats values, float scale)
+{
+#if HAVE_AVX512 && defined(__AVX512BF16__)
+    /* One instruction rounds as to_bf16 does, but takes subnormal numbers for 0: here there are none, nor is -0.0. */
+    if (scale > 1e-30f && scale < 1e30f) {
+        halves out;
+        __m256bh rounded = _mm512_cvtneps_pbh((__m512)(values * scale));
+        memcpy(&out, &rounded, sizeof out);
+        return out;
+    }
+#endif
+    return to_bf16(values * scale + 0.0f);
 }
 
 static inline uint16_t bf16(float x)
@@ -206,15 +215,19 @@ static inline __m512i look_up_pair(const uint8_t *packed, __m512i table, int is_
 #endif
 #endif
 
-/* Look up n codes that begin with a high nibble. */
-static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, uint16_t *out)
+/* Look up n codes that begin with a high nibble. stream: past the caches, where out is aligned to a cache line. */
+static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, uint16_t *out, int stream)
 {
     int64_t i = 0;
 #if HAVE_AVX512
     __m512i t = table16(table);
+    if (stream && (uintptr_t)out % 64 == 0)
+        for (; i + 32 <= n; i += 32)
+            _mm512_stream_si512((__m512i *)(out + i), look_up16(packed + i / 2, t));
     for (; i + 32 <= n; i += 32)
         _mm512_storeu_si512(out + i, look_up16(packed + i / 2, t));
 #elif HAVE_AVX2 || HAVE_NEON
+    (void)stream;
     uint8_t low[16], high[16];
     for (int j = 0; j < 16; j++) {
         low[j] = (uint8_t)table[j];
@@ -245,6 +258,8 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
         }
     }
 #endif
+#else
+    (void)stream;
 #endif
     uint16_t t16[16];
     memcpy(t16, &table, 32);
@@ -281,29 +296,32 @@ static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, 
         out[i] = t32[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
 }
 
-/* The n weights that begin at the flat index `first`, in a type of 16 or 32 bits. Any first, any n. */
-static inline void decode(const weight *w, int64_t first, int64_t n, dtype type, void *out)
+/* The n weights that begin at the flat index `first`, in a type of 16 or 32 bits. Any first, any n. Adding 0 to a product
+   turns -0.0 into +0.0, as the reference does. */
+static inline void decode(const weight *w, int64_t first, int64_t n, dtype type, void *out, int stream)
 {
     floats values = load_floats(w->values);
+    int shift = __builtin_ctzll((uint64_t)w->block_size);
     while (n > 0) {
-        int64_t block = first / w->block_size;
+        int64_t block = first >> shift;
         int64_t run = min64(n, (block + 1) * w->block_size - first);
-        floats table = block_table(w, values, block);
+        float scale = block_scale(w, block);
         const uint8_t *packed = w->packed + first / 2;
         int64_t odd = first % 2; /* begin with a low nibble: take it alone */
         int code = packed[0] & 15;
         if (type == FLOAT32) {
             float *to = out;
+            floats table = values * scale + 0.0f;
             if (odd)
                 to[0] = table[code];
             decode_run32(packed + odd, run - odd, table, to + odd);
             out = to + run;
         } else {
-            halves t = type == BFLOAT16 ? to_bf16(table) : to_fp16(table);
+            halves t = type == BFLOAT16 ? bf16_table(values, scale) : to_fp16(values * scale + 0.0f);
             uint16_t *to = out;
             if (odd)
                 to[0] = t[code];
-            decode_run16(packed + odd, run - odd, t, to + odd);
+            decode_run16(packed + odd, run - odd, t, to + odd, stream);
             out = to + run;
         }
         first += run;

@@ -19,6 +19,7 @@ import qloralab as ql
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu import operators
 from qloralab.kernels.cpu.library import FEW_TOKENS, Library
+from qloralab.kernels.cpu.operators import LARGE, ONE_PASS
 from qloralab.nf4 import ops, reference
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import normal_float
@@ -128,13 +129,15 @@ def error(found: Tensor, exact: Tensor) -> float:
 # ---- which function takes a call ----
 
 
-@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
-def test_the_number_of_tokens_chooses_the_function(path, tokens, calls):
-    weight, x = normal_weight(), torch.randn(tokens, K, dtype=torch.bfloat16)
+@pytest.mark.parametrize("shape", [(N, K), (LARGE // 1024, 1024)], ids=["small", "large"])
+@pytest.mark.parametrize("tokens", [1, ONE_PASS, ONE_PASS + 1, FEW_TOKENS, FEW_TOKENS + 1])
+def test_the_number_of_tokens_chooses_the_function(path, tokens, shape, calls):
+    weight, x = normal_weight(shape), torch.randn(tokens, shape[1], dtype=torch.bfloat16)
     calls.clear()
     ops.linear(x, *weight, None)
+    most = FEW_TOKENS if shape[0] * shape[1] >= LARGE else ONE_PASS
     many = {"product": {"product"}, "panels": {"dequantize"}}[path]
-    assert set(calls) == ({"linear_few"} if tokens <= FEW_TOKENS else many)
+    assert set(calls) == ({"linear_few"} if tokens <= most else many)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
