@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.provenance import RECORDS, commit, device, library_versions
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
-from qloralab.memory import peak_mb, release, resident_mb
+from qloralab.memory import peak_mb, resident_mb
 from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quiet
 from qloralab.stdlib_corpus import stdlib_examples
 from qloralab.trainer import LENGTH_MULTIPLE, schedule
@@ -54,13 +54,7 @@ def qloralab_job(directory: Path) -> tuple[Any, Loss]:
     ql.inject_(model, ql.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT))
     answer_loss = AnswerLoss(model)
 
-    last_tokens = 0
-
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        nonlocal last_tokens
-        if batch["input_ids"].numel() > last_tokens:
-            release()  # as the program does
-        last_tokens = batch["input_ids"].numel()
         total, count = answer_loss(batch["input_ids"], batch["labels"])
         return total / count
 

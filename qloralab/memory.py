@@ -1,9 +1,7 @@
-"""How much memory this process holds, and giving back what it does not use."""
+"""How much memory this process holds."""
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -26,13 +24,3 @@ def peak_mb() -> float:
         return resident_mb()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def release() -> None:
-    """Give freed memory back to the system, where the C library is glibc; elsewhere, do nothing.
-
-    Batches differ in length, so each step asks for blocks of other sizes, and what the last one freed lies between
-    them: without this, the process grows by a quarter over 60 steps.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -23,7 +23,7 @@ from .batches import collate, length_grouped_batches
 from .encoding import NO_LABEL, Encoded
 from .errors import UserError
 from .loss import AnswerLoss
-from .memory import release, resident_mb
+from .memory import resident_mb
 from .models import pad_id, quiet
 from .run_directory import Metrics
 from .settings import Settings
@@ -51,7 +51,6 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
-        self._last_tokens = 0
         self._order = self._batches()
 
     def _batches(self) -> Iterator[list[Encoded]]:
@@ -64,10 +63,6 @@ class Trainer:
 
     def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         batch = collate(examples, pad_id(self.tokenizer), LENGTH_MULTIPLE)
-        tokens = batch["input_ids"].numel()
-        if tokens > self._last_tokens:  # what it needs more is not to come on top of what lies about
-            release()
-        self._last_tokens = tokens
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
 
     def _autocast(self) -> torch.autocast:

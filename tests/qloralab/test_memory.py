@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from qloralab import memory
-from qloralab.memory import peak_mb, release, resident_mb
+from qloralab.memory import peak_mb, resident_mb
 
 MB = 10**6
 # Part of the taken memory that other threads and the allocator may add or give back meanwhile.
@@ -67,14 +66,3 @@ def test_without_proc_it_is_the_present_value(monkeypatch):
 
     monkeypatch.setattr(memory.Path, "read_text", missing)
     assert peak_mb() == pytest.approx(resident_mb(), rel=0.01)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
-def test_what_is_freed_below_something_kept_is_given_back():
-    blocks = [np.ones(100_000, dtype=np.uint8) for _ in range(2000)]  # below glibc's limit for blocks of their own
-    kept = blocks[::50]  # a block in use in every 5 MB
-    del blocks
-    before = resident_mb()
-    release()
-    assert before - resident_mb() > 0.8 * 2000 * 49 / 50 * 0.1
-    assert len(kept) == 40
