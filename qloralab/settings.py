@@ -48,7 +48,7 @@ class Settings:
     format: str | None = None
     method: Method = "qlora"
     adapter: Path | None = None
-    steps: int = 100
+    steps: int = 150
     batch_size: int = 4
     accumulate: int = 1
     max_length: int = 256
