@@ -1,7 +1,8 @@
 /* x @ W' + bias for a handful of tokens: y[m, n] = sum over k of x[m, k] W[n, k].
 
-   With few tokens, reading the weight is the cost. Each packed byte is read once, looked up in a register and multiplied
-   there; no decoded weight is written anywhere. The accumulators run along k and are summed up at the end of a row.
+   With few tokens, reading the weight is the cost. Each packed byte is read once (for more than 8 tokens again, from the
+   cache), looked up in a register and multiplied there; no decoded weight is written anywhere. The accumulators run
+   along k and are summed up at the end of a row.
 
    AVX512-BF16 multiplies 32 pairs of bfloat16 and adds them to 16 float32 in one instruction. Elsewhere a row is decoded
    into a buffer of L1's size and multiplied in float32, from the same bfloat16 weights. */
