@@ -43,8 +43,10 @@ def device() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, "+" behind it when files differ from it."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    """The commit of the checkout, "+" behind it when files differ from it; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
