@@ -83,8 +83,6 @@ def dequantized(library: Library, operands: Operands, dtype: torch.dtype, empty=
     return out.view(tuple(operands[5]))
 
 
-# ---- dequantize ----
-
 # Rows that begin in the middle of a byte and of a block, less than a vector, more than a task (32,768 weights).
 SHAPES = [
     (1,),
@@ -209,9 +207,6 @@ def test_every_number_of_16_bits_times_a_factor(library, dtype, scale):
     out = torch.empty_like(x)
     library.dropout(x, 0, 0, scale, out)
     assert same_bits(out, (x.float() * torch.tensor(scale)).to(dtype))
-
-
-# ---- quantize ----
 
 
 def quantized(library: Library, x: Tensor, block_size: int, values: Tensor = NF4, empty=torch.empty):
@@ -344,9 +339,6 @@ def test_scales_at_the_ends_of_the_range(library, largest):
     assert_scales(library, torch.cat([absmax, torch.rand(100)]), 0.0)
 
 
-# ---- dropout ----
-
-
 @dtypes
 @pytest.mark.parametrize("p", [0.0, 1 / 65536, 0.05, 0.5, 0.9, 65535 / 65536])
 def test_dropout_gives_the_bits_of_the_reference(library, dtype, p, empty):
@@ -357,9 +349,6 @@ def test_dropout_gives_the_bits_of_the_reference(library, dtype, p, empty):
             out = empty(*shape, dtype=dtype)
             library.dropout(x, seed, round(adapter.rate(p) * 65536), 1 / (1 - adapter.rate(p)), out)
             assert same_bits(out, adapter.dropout(x, torch.tensor(seed), p)), (seed, shape)
-
-
-# ---- products on whole numbers ----
 
 
 def whole(*shape: int, most: int = 3) -> Tensor:
@@ -495,9 +484,6 @@ def test_thresholds_are_unsigned(product, threshold, whole_weight, empty):
     layer.check_whole(layer.run(product, empty))
 
 
-# ---- products on other numbers ----
-
-
 def assert_near(name: str, found: Tensor, exact: Tensor, magnitude: Tensor, roundings: float) -> None:
     """Within TOLERANCE altogether, and no element off by more than its own roundings and a share of its terms.
 
@@ -547,9 +533,6 @@ def normal_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool
     return packed, scales, absmax2, offset, NF4, torch.Size(shape), block_size
 
 
-# ---- threads ----
-
-
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
@@ -595,9 +578,6 @@ def test_without_a_pool_the_calling_thread_does_it_all(library):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-# ---- adamw ----
-
-
 @pytest.mark.parametrize("numel", [1, 7, 33, 16_384, 50_001])
 @pytest.mark.parametrize("step", [1, 1000])
 def test_adamw_rounds_every_step_of_its_formula_to_float32(library, numel, step, empty):
@@ -617,9 +597,6 @@ def test_adamw_rounds_every_step_of_its_formula_to_float32(library, numel, step,
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-# ---- the processor ----
-
-
 @pytest.mark.parametrize(
     ("features", "expected"),
     [("avx512f amx_bf16 amx_tile", True), ("avx512f avx512_bf16 amx_tile", False), ("", False)],
@@ -627,9 +604,6 @@ def test_adamw_rounds_every_step_of_its_formula_to_float32(library, numel, step,
 def test_a_matrix_unit_is_one_for_bfloat16(features, expected, monkeypatch):
     monkeypatch.setattr(module, "cpu_features", lambda: features)
     assert module.has_matrix_unit.__wrapped__() is expected  # without its cache
-
-
-# ---- fences ----
 
 
 def test_nothing_is_touched_beyond_its_ends(library):

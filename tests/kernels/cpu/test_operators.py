@@ -126,9 +126,6 @@ def error(found: Tensor, exact: Tensor) -> float:
     return (difference / exact.norm()).item() if difference else 0.0
 
 
-# ---- which function takes a call ----
-
-
 @pytest.mark.parametrize("shape", [(N, K), (LARGE // 1024, 1024)], ids=["small", "large"])
 @pytest.mark.parametrize("tokens", [1, ONE_PASS, ONE_PASS + 1, FEW_TOKENS, FEW_TOKENS + 1])
 def test_the_number_of_tokens_chooses_the_function(path, tokens, shape, calls):
@@ -171,9 +168,6 @@ def test_the_reference_is_the_reference(calls):
         ops.linear(x, *weight, None).sum().backward()
         ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
     assert calls == []
-
-
-# ---- results ----
 
 
 @dtypes
@@ -337,9 +331,6 @@ def test_the_same_call_gives_the_same_bits(path):
     B = torch.randn(200, R)
     first, second = (ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED) for _ in range(2))
     assert all(map(torch.equal, first, second))
-
-
-# ---- what is left to the reference ----
 
 
 def strided(t: Tensor) -> Tensor:
@@ -547,9 +538,6 @@ def test_a_gradient_that_does_not_fit_is_refused(path, grad, calls):
         lambda: ops.adapted_linear_backward(torch.zeros(grad).bfloat16(), x, h, *weight, A, B, SCALING, P, SEED, True)
     )
     assert "adapted_linear_backward" not in calls
-
-
-# ---- in PyTorch's company ----
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
