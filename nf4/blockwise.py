@@ -8,11 +8,12 @@ weight becomes the index of the codebook value nearest to ``weight / scale``::
     code[b, i] = nearest(w[b, i] * (1 / absmax[b]))              4 bits
     w'[b, i]  = values[code[b, i]] * absmax[b]                   float32, then one rounding to the output's dtype
 
-Two codes share a byte, the first of them in the high nibble. An odd count is completed by the code of 0.
+Two 4-bit codes share a byte, the first of them in the high nibble. An odd count is completed by the code of 0. Codes of
+any other width take a byte each.
 
 Every implementation of these operations follows the same policy, bit for bit:
 
-* A number on a threshold (the float32 midpoint of two values) goes to the lower index.
+* A number on a threshold (the float32 midpoint of two values) goes to the lower value.
 * The quotient is the product with the float32 reciprocal, as in bitsandbytes; where the scale or its reciprocal is no
   normal float32 (below 2**-126, above 2**126) it is the true quotient.
 * A block of zeros has scale 0 and the code of 0 throughout, and dequantizes to +0.0.
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .codebook import thresholds
+from .codebook import decision_table
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -33,55 +34,72 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # 2**-126
 
 
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a tensor to 4 bits a weight.
+    """Quantize a tensor to a codebook.
 
     Args:
         weight: float32, bfloat16 or float16, any shape, finite (the caller checks: a NaN or infinite scale tells).
-        values: the codebook, float32 [16], ascending.
+        values: the codebook, float32 [2**bits].
         block_size: elements that share a scale.
 
     Returns:
-        packed: uint8 [(numel + 1) // 2, 1], two codes a byte, the first in the high nibble.
+        packed: uint8 [(numel + 1) // 2, 1], two codes a byte, the first in the high nibble; [numel, 1] where a code has
+            other than 4 bits.
         absmax: float32 [blocks], the scale of each block.
     """
     blocks = in_blocks(weight.float().flatten(), block_size)  # [blocks, block_size]
     absmax = blocks.abs().amax(dim=1)
-    codes = nearest(divide(blocks, absmax[:, None]), values)
-    return pack(codes.flatten()[: weight.numel()], values), absmax
+    codes = nearest(divide(blocks, absmax[:, None]), values).flatten()[: weight.numel()]
+    return (pack(codes, values) if is_packed(values) else codes[:, None]), absmax
 
 
 def dequantize_blockwise(packed: Tensor, absmax: Tensor, values: Tensor, block_size: int, numel: int) -> Tensor:
     """The float32 weights that the codes and scales stand for.
 
     Args:
-        packed: uint8 [(numel + 1) // 2, 1].
+        packed: uint8 [(numel + 1) // 2, 1], or [numel, 1] where a code has other than 4 bits.
         absmax: float32 [blocks].
-        values: the codebook, float32 [16].
+        values: the codebook, float32 [2**bits].
         block_size: elements that share a scale, even.
         numel: how many weights there are.
 
     Returns:
         float32 [numel].
     """
-    pairs = torch.cartesian_prod(values, values)  # [256, 2]: a byte, as the values of its high and its low nibble
-    both = pairs.view(torch.int64).flatten()  # moved as one 8-byte word
-    bytes_ = pad(packed.flatten(), (0, len(absmax) * block_size // 2 - len(packed)))
-    blocks = both.index_select(0, bytes_.int()).view(torch.float32).view(len(absmax), block_size)
+    per_byte = 2 if is_packed(values) else 1
+    bytes_ = pad(packed.flatten(), (0, len(absmax) * block_size // per_byte - len(packed)))
+    if is_packed(values):
+        pairs = torch.cartesian_prod(values, values)  # [256, 2]: a byte, as the values of its high and its low nibble
+        both = pairs.view(torch.int64).flatten()  # moved as one 8-byte word
+        weights = both.index_select(0, bytes_.int()).view(torch.float32)
+    else:
+        weights = values.index_select(0, bytes_.int())
     # Adding 0 turns -0.0 into +0.0: a decoded second-level scale can be negative where the true one is 0.
-    return blocks.mul_(absmax[:, None]).add_(0.0).flatten()[:numel]
+    return weights.view(len(absmax), block_size).mul_(absmax[:, None]).add_(0.0).flatten()[:numel]
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
-    """The index of the nearest value of a codebook; the lower one of two equally near.
+    """The code of the nearest value of a codebook; of two equally near values the lower one's.
 
     Args:
         x: float32, any shape.
-        values: float32 [n], ascending, n <= 256.
+        values: float32 [n], n <= 256.
 
     Returns:
         uint8, the shape of x.
     """
-    return torch.bucketize(x, thresholds(values), out_int32=True).to(torch.uint8)
+    thresholds, codes = decision_table(values)
+    below = torch.bucketize(x, thresholds, out_int32=True)
+    return codes.index_select(0, below.flatten()).view(x.shape)
+
+
+def is_packed(values: Tensor) -> bool:
+    """Whether the codes of a codebook lie two to a byte: those of 4 bits do."""
+    return len(values) == 16
+
+
+def packed_bytes(numel: int, values: Tensor) -> int:
+    """How many bytes the codes of numel weights take."""
+    return (numel + 1) // 2 if is_packed(values) else numel
 
 
 def pack(codes: Tensor, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sixteen values of NF4, derived from the normal distribution, and the 8-bit map of its scales.
+"""The codebooks: NF4 derived from the normal distribution, the data types it is compared with, the map of the scales.
 
 **NormalFloat** (QLoRA, arXiv 2305.14314, section 3 and appendix E). Trained weights are close to normally distributed
 with mean 0. A data type with ``2**bits`` values wastes nothing when each value is used equally often, so the values
@@ -15,18 +15,31 @@ that infinity. bitsandbytes ships the result as a literal table. The table comes
 of roundings: the probabilities in float32, Q in float64, the cast to float32, and only then the division by the
 largest value.
 
+The same construction gives 2 to 8 bits (nf2, nf3, nf5, ...).
+
+**The others** are what the paper compares NF4 with (table 2), scaled to [-1, 1] as well:
+
+=========  =============================================================================================
+fp4        sign, 2 bits of exponent, 1 of mantissa, with the values and the order of codes of bitsandbytes
+fp4_e3m0   sign, 3 bits of exponent: 0 and the powers of two
+int4       two's complement, q / 7; -8 is in the table and never chosen
+=========  =============================================================================================
+
 **The dynamic map** (Dettmers, arXiv 1511.04561; used by bitsandbytes for second-level scales and optimizer states)
-spends its 256 values
-on seven decades: 2, 4, ..., 128 values (both signs together) in (1e-7, 1e-6], ..., (0.1, 1], each decade cut evenly,
-plus 0 and 1.
+spends its 256 values on seven decades: 2, 4, ..., 128 values (both signs together) in (1e-7, 1e-6], ..., (0.1, 1],
+each decade cut evenly, plus 0 and 1.
+
+A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-CODEBOOKS = ("nf4",)
+CUSTOM = "custom"  # the name of a codebook that the user gives
 
 
 def normal_float(bits: int = 4) -> Tensor:
@@ -80,6 +93,50 @@ def dynamic_map() -> Tensor:
     return torch.cat(values).sort().values
 
 
+def fp4() -> Tensor:
+    """The 4-bit floating-point numbers of bitsandbytes: code = sign << 3 | e << 1 | m.
+
+    Returns:
+        float32 [16] in the order of the codes: m / 16 where e = 0, else (2 + m) * 2**(3 - e), divided by the largest of
+        them, 12. Unlike in IEEE types, the magnitudes fall with e, and the one subnormal number is far below the rest.
+        Codes 0 and 8 are both 0.
+    """
+    magnitudes = [m / 16 if e == 0 else (2 + m) * 2.0 ** (3 - e) for e in range(4) for m in range(2)]
+    return _with_sign_bit(_float32(magnitudes) / max(magnitudes))
+
+
+def fp4_e3m0() -> Tensor:
+    """The 4-bit numbers with three bits of exponent and no mantissa (QLoRA, table 2): code = sign << 3 | e.
+
+    Returns:
+        float32 [16] in the order of the codes: 0 where e = 0, else 2**(e - 7). Codes 0 and 8 are both 0.
+    """
+    return _with_sign_bit(_float32([0.0 if e == 0 else 2.0 ** (e - 7) for e in range(8)]))
+
+
+def int4() -> Tensor:
+    """Symmetric 4-bit integers: code = q in two's complement.
+
+    Returns:
+        float32 [16] in the order of the codes: q / 7 for q = 0, ..., 7, -8, ..., -1. No number in [-1, 1] is nearest to
+        -8 / 7.
+    """
+    return _float32([*range(8), *range(-8, 0)]) / 7
+
+
+def _float32(numbers: list[float] | list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+
+def _with_sign_bit(magnitudes: Tensor) -> Tensor:
+    return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - 0 is +0
+
+
+_NAMED = {"nf4": normal_float, "fp4": fp4, "fp4_e3m0": fp4_e3m0, "int4": int4}
+_NAMED |= {f"nf{bits}": partial(normal_float, bits) for bits in (2, 3, 5, 6, 7, 8)}
+CODEBOOKS = tuple(_NAMED)
+
+
 def codebook_values(name: str) -> Tensor:
     """The values of a codebook by its name.
 
@@ -87,23 +144,51 @@ def codebook_values(name: str) -> Tensor:
         name: one of ``CODEBOOKS``.
 
     Returns:
-        float32 [16], ascending.
+        float32 [2**bits] in the order of the codes.
 
     Raises:
         ValueError: there is no such codebook.
     """
-    if name == "nf4":
-        return normal_float(4)
-    raise ValueError(f"unknown codebook {name!r}; known: {', '.join(CODEBOOKS)}")
+    if name not in _NAMED:
+        raise ValueError(f"unknown codebook {name!r}; known: {', '.join(CODEBOOKS)}")
+    return _NAMED[name]()
+
+
+def check_custom(values: Tensor) -> None:
+    """Whether a tensor is a codebook that a user may give: 16 ascending float32 values in [-1, 1].
+
+    Raises:
+        ValueError: it is not.
+    """
+    if values.dtype != torch.float32 or values.shape != (16,):
+        found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+        raise ValueError(f"a codebook is float32 [16], not {found}")
+    if not (values.diff() > 0).all() or not (values.abs() <= 1).all():  # nor is NaN
+        raise ValueError("the values of a codebook ascend and lie in [-1, 1]: the weights are scaled to that range")
 
 
 def thresholds(values: Tensor) -> Tensor:
-    """The decision thresholds of a codebook: the float32 midpoints of neighbouring values.
+    """The decision thresholds of ascending values: the float32 midpoints of neighbours.
 
     Args:
         values: float32 [n], ascending.
 
     Returns:
-        float32 [n - 1]. A number equal to a threshold goes to the lower index.
+        float32 [n - 1]. A number equal to a threshold goes to the lower value.
     """
     return (values[:-1] + values[1:]) / 2
+
+
+def decision_table(values: Tensor) -> tuple[Tensor, Tensor]:
+    """How to find the code of a number: count the thresholds below it, and look the count up.
+
+    Args:
+        values: a codebook, float32 [n], in any order.
+
+    Returns:
+        thresholds: float32 [k - 1], those of the k different values.
+        codes: uint8 [k], the codes of those values, ascending by value; of two codes with one value, the lower.
+    """
+    ascending, codes = values.sort(stable=True)
+    different = torch.cat([ascending.new_ones(1, dtype=torch.bool), ascending.diff() != 0])
+    return thresholds(ascending[different]), codes[different].to(torch.uint8)

@@ -10,9 +10,11 @@ class FormatError(ValueError):
         file: path of the file, or None when the data did not come from one.
         tensor: name of the tensor, or None.
         field: the field of the header, the JSON payload or the configuration, or None.
+        message: what is wrong, without the place; ``str`` of the error has both.
     """
 
     def __init__(self, message: str, *, file: object = None, tensor: str | None = None, field: str | None = None):
+        self.message = message
         self.file = None if file is None else str(file)
         self.tensor = tensor
         self.field = field

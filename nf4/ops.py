@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import double, reference
+from .blockwise import packed_bytes
 
 
 @torch.library.custom_op("qloralab::quantize_blockwise", mutates_args=())
@@ -45,7 +46,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
 @quantize_blockwise.register_fake
 def _quantize_blockwise_fake(weight, values, block_size):
     numel = weight.numel()
-    packed = weight.new_empty(((numel + 1) // 2, 1), dtype=torch.uint8)
+    packed = weight.new_empty((packed_bytes(numel, values), 1), dtype=torch.uint8)
     return packed, weight.new_empty((numel + block_size - 1) // block_size, dtype=torch.float32)
 
 

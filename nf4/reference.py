@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import double
+from . import blockwise, double
 from .adapter import adapted_linear, adapted_linear_backward, dropout
 from .autocast import without_autocast
-from .blockwise import dequantize_blockwise, quantize_blockwise
 from .double import quantize_scales
 
 __all__ = [
@@ -33,6 +32,21 @@ __all__ = [
     "quantize_blockwise",
     "quantize_scales",
 ]
+
+
+_SLAB = 1 << 20  # weights
+
+
+def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """``blockwise.quantize_blockwise``, one slab of whole blocks and bytes after the other: its intermediate results
+    take ten times the memory of a float32 weight."""
+    pair = 2 * block_size
+    slabs = weight.flatten().split(max(_SLAB // pair, 1) * pair)
+    parts = [blockwise.quantize_blockwise(slab, values, block_size) for slab in slabs]
+    if len(parts) == 1:
+        return parts[0]
+    packed, absmax = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def dequantize(
@@ -48,11 +62,11 @@ def dequantize(
     """A packed weight in full: the float32 product of value and scale, rounded once to dtype.
 
     Args:
-        packed: uint8 [(numel + 1) // 2, 1].
+        packed: uint8 [(numel + 1) // 2, 1], or [numel, 1]; see ``blockwise.py``.
         scales: float32 [blocks], or uint8 [blocks] with absmax2 and offset.
         absmax2: float32 [ceil(blocks / 256)] or None.
         offset: float32 [] or None.
-        values: the codebook, float32 [16].
+        values: the codebook, float32 [2**bits].
         shape: of the weight.
         block_size: weights that share a scale.
         dtype: float32, bfloat16 or float16.
@@ -61,7 +75,7 @@ def dequantize(
         dtype, shape.
     """
     absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
-    weight = dequantize_blockwise(packed, absmax, values, block_size, torch.Size(shape).numel())
+    weight = blockwise.dequantize_blockwise(packed, absmax, values, block_size, torch.Size(shape).numel())
     return weight.to(dtype).view(shape)
 
 

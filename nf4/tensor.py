@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import bitsandbytes, double, ops
 from .blockwise import BLOCK_SIZES
-from .codebook import codebook_values
+from .codebook import CUSTOM, check_custom, codebook_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,15 +22,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class QuantizedTensor:
     """A tensor of 4-bit codes with blockwise scales. Immutable; made by ``quantize`` or ``from_bitsandbytes``.
 
+    It is no ``torch.Tensor``, so nothing takes it for one by mistake. Devices, copies and shared memory work as with
+    tensors; files hold it as the tensors of ``to_bitsandbytes``, never as a pickle, which would tie them to this class.
+
     Attributes:
-        packed: uint8 [(numel + 1) // 2, 1]; two codes a byte in row-major order, the first in the high nibble.
+        packed: uint8 [(numel + 1) // 2, 1]; two codes a byte in row-major order, the first in the high nibble. Codes of
+            other than 4 bits take a byte each: [numel, 1].
         scales: the scale of each block: float32 [blocks], or uint8 [blocks] when the scales are quantized too.
         absmax2: float32 [ceil(blocks / 256)], the second-level scales, or None.
         offset: float32 [], the mean that was subtracted from the scales, or None.
-        values: float32 [16], the codebook.
+        values: float32 [2**bits], the codebook in the order of the codes.
         shape: of the weight.
         dtype: of the weight that was quantized; ``dequantize`` returns it.
-        codebook: name of the codebook.
+        codebook: name of the codebook; "custom" for one that the user gave.
         block_size: consecutive weights that share a scale.
     """
 
@@ -68,12 +75,17 @@ class QuantizedTensor:
         return self.absmax2 is not None
 
     @property
+    def bits(self) -> int:
+        """Of a code: 2 to 8."""
+        return (len(self.values) - 1).bit_length()
+
+    @property
     def device(self) -> torch.device:
         return self.packed.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the scales of both levels included (the 64 bytes of the codebook are not)."""
+        """Bytes held, the scales of both levels included (the codebook is not)."""
         parts = (self.packed, self.scales, self.absmax2, self.offset)
         return sum(part.nbytes for part in parts if part is not None)
 
@@ -98,13 +110,44 @@ class QuantizedTensor:
         parts = {name: getattr(self, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
         return dataclasses.replace(self, **{name: carry(part) for name, part in parts.items() if part is not None})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> QuantizedTensor:
-        """The same weight on another device."""
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedTensor:
+        """The same weight on another device.
+
+        Raises:
+            TypeError: device is a dtype: codes are not converted.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"a QuantizedTensor holds codes and is not converted; dequantize({device}) gives the weight"
+            )
         return self.map(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes.py``."""
-        return bitsandbytes.to_state_dict(self, prefix)
+    def clone(self) -> QuantizedTensor:
+        """A copy in memory of its own."""
+        return self.map(torch.clone)
+
+    def pin_memory(self) -> QuantizedTensor:
+        """A copy in page-locked memory, from which a GPU reads faster and without waiting."""
+        return self.map(Tensor.pin_memory)
+
+    def share_memory_(self) -> QuantizedTensor:
+        """Move it, in place, to memory that child processes share."""
+        self.map(Tensor.share_memory_)
+        return self
+
+    def to_bitsandbytes(self, prefix: str = "weight", storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes.py``.
+
+        Args:
+            prefix: full name of the weight.
+            storage: dtype that the bytes of the codes are stored as, ``quant_storage`` of bitsandbytes.
+
+        Raises:
+            ValueError: bitsandbytes does not know the codebook, or the bytes do not fill elements of storage.
+        """
+        if self.codebook not in bitsandbytes.KNOWN:
+            raise ValueError(f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes.KNOWN)} only")
+        return bitsandbytes.to_state_dict(self, prefix, storage)
 
     @classmethod
     def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
@@ -119,6 +162,18 @@ class QuantizedTensor:
         """
         return cls(**bitsandbytes.from_state_dict(tensors, prefix))
 
+    def __copy__(self) -> QuantizedTensor:
+        return self  # nothing of it can be changed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise pickle.PicklingError(
+            "a QuantizedTensor is not pickled: a file would depend on this class and run code when it is opened. Save "
+            "to_bitsandbytes(), or the state_dict() of the module that holds it, as safetensors or by torch.save"
+        )
+
     def __repr__(self) -> str:
         second = ", double_quant" if self.double_quant else ""
         return (
@@ -127,14 +182,27 @@ class QuantizedTensor:
         )
 
 
+def _send(weight: QuantizedTensor) -> tuple[type[QuantizedTensor], tuple[Any, ...]]:
+    return QuantizedTensor, tuple(getattr(weight, field.name) for field in dataclasses.fields(weight))
+
+
+# To another process it goes as its tensors do, through shared memory (torch.multiprocessing).
+ForkingPickler.register(QuantizedTensor, _send)
+
+
 def quantize(
-    weight: Tensor, codebook: str = "nf4", block_size: int = 64, double_quant: bool = True, name: str = "weight"
+    weight: Tensor,
+    codebook: str | Tensor = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    name: str = "weight",
 ) -> QuantizedTensor:
     """Quantize a tensor to 4 bits (QLoRA, section 3).
 
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
-        codebook: "nf4".
+        codebook: "nf4"; for comparison "fp4", "fp4_e3m0", "int4", and "nf2" to "nf8", which take a byte a code; or a
+            codebook of one's own: 16 ascending float32 values in [-1, 1].
         block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
         double_quant: quantize the scales too, to 8 bits in blocks of 256.
         name: of the tensor, for error messages.
@@ -144,15 +212,21 @@ def quantize(
 
     Raises:
         TypeError: weight is float64, complex, an integer or no tensor.
-        ValueError: weight holds a NaN or an infinity (the message gives the first index), or an option has no such
-            value.
+        ValueError: weight holds a NaN or an infinity (the message gives the first index); an option has no such
+            value; or a scale that is quantized too would be infinite in the weight's dtype, because the weights reach
+            to the end of its range.
     """
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    values = codebook_values(codebook).to(weight.device)
+    if isinstance(codebook, Tensor):
+        check_custom(codebook)
+        values, codebook = codebook.detach().clone(), CUSTOM
+    else:
+        values = codebook_values(codebook)
+    values = values.to(weight.device)
     weight = weight.detach()
     packed, scales = ops.quantize_blockwise(weight, values, block_size)
     if scales.numel() and not scales.amax() < float("inf"):  # nor is NaN
@@ -160,9 +234,21 @@ def quantize(
     absmax2 = offset = None
     if double_quant:
         scales, absmax2, offset = ops.quantize_scales(scales)
+        _check_decoded(scales, absmax2, offset, weight.dtype, name)
     return QuantizedTensor(
         packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook=codebook, block_size=block_size
     )
+
+
+def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Decoded scales are off by up to a hundredth: one near the end of the dtype's range may be past it."""
+    if not len(codes) or absmax2.amax() + offset <= torch.finfo(dtype).max:
+        return
+    if not double.dequantize_scales(codes, absmax2, offset).to(dtype).isfinite().all():
+        raise ValueError(
+            f"{name}: a scale, quantized and decoded, would be infinite in {dtype}, whose range ends near the largest "
+            "weight; pass double_quant=False"
+        )
 
 
 def _raise_not_finite(weight: Tensor, name: str) -> None:

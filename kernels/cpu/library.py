@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qloralab.nf4.codebook import dynamic_map, thresholds
+from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
 
 from . import pool
 from .build import cpu_features, load
@@ -48,7 +49,7 @@ class Weight(ctypes.Structure):
 _weight = ctypes.POINTER(Weight)
 _SIGNATURES = {
     "set_pool": (_pointer,),
-    "quantize": (_pointer, _int, _long, _long, _pointer, _pointer, _pointer, _int),
+    "quantize": (_pointer, _int, _long, _long, *[_pointer] * 4, _int),
     "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer, _int),
     "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
     "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
@@ -89,10 +90,13 @@ class Library:
             self._c.qloralab_product_workspace.restype = _long
 
     def quantize(self, x: Tensor, values: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
-        """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks]."""
-        limits = thresholds(values)
+        """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks], with a codebook of 16."""
+        limits, codes = decision_table(values)
+        missing = 16 - len(codes)  # two codes have one value
+        limits, codes = pad(limits, (0, missing), value=math.inf), pad(codes, (0, missing))
+        pairs = None if torch.equal(codes, _IN_ORDER) else (codes[:, None] << 4 | codes).flatten()
         self._c.qloralab_quantize(
-            x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size, limits.data_ptr(), packed.data_ptr(),
+            x.data_ptr(), DTYPES[x.dtype], x.numel(), block_size, limits.data_ptr(), _address(pairs), packed.data_ptr(),
             absmax.data_ptr(), threads(),
         )  # fmt: skip
 
@@ -235,3 +239,4 @@ def _address(tensor: Tensor | None) -> int | None:
 
 _MAP = dynamic_map()
 _THRESHOLDS = thresholds(_MAP)
+_IN_ORDER = torch.arange(16, dtype=torch.uint8)

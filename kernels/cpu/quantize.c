@@ -49,7 +49,8 @@ typedef struct {
     const void *x;
     dtype type;
     int64_t numel, block_size;
-    const float *thresholds; /* [15]: a number above i of them has code i */
+    const float *thresholds; /* [15]: a number above i of them has rank i among the values of the codebook */
+    const uint8_t *codes;    /* [256]: a byte of two ranks -> a byte of their codes; NULL where ranks are codes */
     uint8_t *packed;
     float *absmax;
 } quantize_job;
@@ -84,7 +85,7 @@ static search make_search(const float *thresholds)
 }
 
 /* How many thresholds are below each of 16 numbers: four steps down the tree. */
-static inline bytes codes16(floats q, search tree)
+static inline bytes ranks16(floats q, search tree)
 {
     __m512i node = _mm512_set1_epi32(1), one = node;
     for (int level = 0; level < 4; level++) {
@@ -101,12 +102,12 @@ typedef const float *search;
 
 static search make_search(const float *thresholds) { return thresholds; }
 
-static inline bytes codes16(floats q, search thresholds)
+static inline bytes ranks16(floats q, search thresholds)
 {
-    counts code = {0};
+    counts rank = {0};
     for (int t = 0; t < 15; t++)
-        code -= q > thresholds[t]; /* a comparison is -1 where true */
-    return __builtin_convertvector(code, bytes);
+        rank -= q > thresholds[t]; /* a comparison is -1 where true */
+    return __builtin_convertvector(rank, bytes);
 }
 
 #endif
@@ -116,7 +117,7 @@ static void quantize_chunk(void *data, int64_t index)
     const quantize_job *job = data;
     search thresholds = make_search(job->thresholds);
     float x[MAX_BLOCK];
-    uint8_t codes[MAX_BLOCK];
+    uint8_t ranks[MAX_BLOCK];
     int64_t bs = job->block_size, end = min64(job->numel, (index + 1) * CHUNK);
     for (int64_t first = index * CHUNK; first < end; first += bs) {
         int64_t n = min64(bs, end - first);
@@ -127,21 +128,24 @@ static void quantize_chunk(void *data, int64_t index)
         job->absmax[first / bs] = absmax;
         for (int64_t i = 0; i < bs; i += 16) {
             floats q = divide(load_floats(x + i), absmax, r, exact);
-            bytes b = codes16(q, thresholds);
-            memcpy(codes + i, &b, 16);
+            bytes b = ranks16(q, thresholds);
+            memcpy(ranks + i, &b, 16);
         }
         /* The zeros past the end have the code of 0, which completes an odd count. */
         uint8_t *packed = job->packed + first / 2;
         for (int64_t i = 0; i < (n + 1) / 2; i++)
-            packed[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+            packed[i] = (uint8_t)(ranks[2 * i] << 4 | ranks[2 * i + 1]);
+        if (job->codes)
+            for (int64_t i = 0; i < (n + 1) / 2; i++)
+                packed[i] = job->codes[packed[i]];
     }
 }
 
 /* x [numel] -> packed [(numel + 1) / 2], absmax [ceil(numel / block_size)]. */
 EXPORT void qloralab_quantize(const void *x, int type, int64_t numel, int64_t block_size, const float *thresholds,
-                              uint8_t *packed, float *absmax, int threads)
+                              const uint8_t *codes, uint8_t *packed, float *absmax, int threads)
 {
-    quantize_job job = {x, (dtype)type, numel, block_size, thresholds, packed, absmax};
+    quantize_job job = {x, (dtype)type, numel, block_size, thresholds, codes, packed, absmax};
     for_each(ceil_div(numel, CHUNK), threads, quantize_chunk, &job);
 }
 

@@ -22,25 +22,131 @@ double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["sin
 shapes = pytest.mark.parametrize(("shape", "block_size"), [((65, 128), 64), ((32, 256), 32), ((9, 65), 64)], ids=str)
 
 
-def theirs(dtype: torch.dtype, double_quant: bool, shape=(65, 128), block_size=64) -> tuple[Tensor, bnb.QuantState]:
-    weight = torch.randn(shape).to(dtype)
-    return bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant)
+storages = pytest.mark.parametrize("storage", layout.STORAGE, ids=str)
+codebooks = pytest.mark.parametrize("codebook", layout.KNOWN)
+
+
+def theirs(
+    dtype: torch.dtype, double_quant: bool, shape=(65, 128), block_size=64, codebook="nf4", storage=torch.uint8
+) -> tuple[Tensor, bnb.QuantState]:
+    return bnb.quantize_4bit(
+        torch.randn(shape).to(dtype),
+        blocksize=block_size,
+        quant_type=codebook,
+        compress_statistics=double_quant,
+        quant_storage=storage,
+    )
 
 
 def with_prefix(packed: Tensor, state: bnb.QuantState, prefix: str) -> dict[str, Tensor]:
     return {prefix: packed} | {f"{prefix}.{name}": part for name, part in state.as_dict(packed=True).items()}
 
 
-@dtypes
-@double_quants
-@shapes
-def test_their_tensors_come_back_byte_for_byte(dtype, double_quant, shape, block_size):
-    tensors = with_prefix(*theirs(dtype, double_quant, shape, block_size), prefix="h.0.w")
-    written = QuantizedTensor.from_bitsandbytes(tensors, "h.0.w").to_bitsandbytes("h.0.w")
+def assert_same_bytes(written: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     assert written.keys() == tensors.keys()
     for name, part in tensors.items():
         assert (written[name].dtype, written[name].shape) == (part.dtype, part.shape), name
-        assert written[name].numpy().tobytes() == part.numpy().tobytes(), name
+        as_bytes = [one.reshape(-1).view(torch.uint8).numpy().tobytes() for one in (written[name], part)]
+        assert as_bytes[0] == as_bytes[1], name
+
+
+@dtypes
+@double_quants
+@codebooks
+@shapes
+def test_their_tensors_come_back_byte_for_byte(dtype, double_quant, shape, block_size, codebook):
+    tensors = with_prefix(*theirs(dtype, double_quant, shape, block_size, codebook), prefix="h.0.w")
+    assert_same_bytes(QuantizedTensor.from_bitsandbytes(tensors, "h.0.w").to_bitsandbytes("h.0.w"), tensors)
+
+
+@storages
+@codebooks
+def test_codes_are_stored_as_any_dtype(storage, codebook):
+    tensors = with_prefix(*theirs(torch.bfloat16, True, codebook=codebook, storage=storage), prefix="h.0.w")
+    assert tensors["h.0.w"].dtype == storage
+    q = QuantizedTensor.from_bitsandbytes(tensors, "h.0.w")
+    assert (q.packed.dtype, q.packed.shape) == (torch.uint8, (65 * 64, 1))
+    assert_same_bytes(q.to_bitsandbytes("h.0.w", storage), tensors)
+
+
+def test_codes_that_do_not_fill_the_storage_are_refused():
+    with pytest.raises(ValueError, match=r"^h\.0\.w: 33 bytes of codes are no whole number of torch.bfloat16; store"):
+        quantize(torch.randn(65)).to_bitsandbytes("h.0.w", torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^h\.0\.w: codes are not stored as torch.int64; one of uint8, int8, float16"):
+        quantize(torch.randn(64)).to_bitsandbytes("h.0.w", torch.int64)
+
+
+@double_quants
+@storages
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4", "nf3", "nf8"])
+@pytest.mark.parametrize("shape", [(64, 65), (0,), (3, 5, 7, 16)], ids=str)
+def test_the_layout_is_known_before_the_weight_is_quantized(shape, double_quant, codebook, storage):
+    weight = torch.randn(shape) * 1e-38 - 1e-38  # an offset with as many characters as there can be
+    q = quantize(weight, codebook, 32, double_quant)
+    found = layout.to_state_dict(q, "h.0.w", storage)
+    described = layout.describe("h.0.w", shape, torch.float32, codebook, 32, double_quant, storage)
+    assert list(described) == sorted(found, key=list(described).index)
+    payload = list(described)[-1]
+    assert {name: (part.dtype, tuple(part.shape)) for name, part in found.items() if name != payload} == {
+        name: what for name, what in described.items() if name != payload
+    }
+    assert "quant_state" in payload
+    assert 0 <= described[payload][1][0] - len(found[payload]) <= (24 if double_quant else 0)
+
+
+@double_quants
+@pytest.mark.parametrize("codebook", [*layout._OURS])
+@pytest.mark.parametrize("shape", [(64, 65), (33,)], ids=str)
+def test_codebooks_of_our_own_round_trip_and_bitsandbytes_refuses_them(codebook, shape, double_quant):
+    values = torch.linspace(-1, 1, 16) ** 3 if codebook == "custom" else codebook
+    q = quantize(torch.randn(shape), values, double_quant=double_quant)
+    with pytest.raises(ValueError, match=rf"^w is {codebook}; bitsandbytes knows nf4 and fp4 only"):
+        q.to_bitsandbytes("w")
+    tensors = layout.to_state_dict(q, "w")
+    assert f"w.quant_state.qloralab__{codebook}" in tensors
+    again = QuantizedTensor.from_bitsandbytes(tensors, "w")
+    assert (again.codebook, again.bits) == (codebook, q.bits)
+    assert torch.equal(again.dequantize(), q.dequantize())
+    del tensors["w"]
+    with pytest.raises(ValueError, match="exactly one `quant_state`"):
+        bnb.QuantState.from_dict({n.removeprefix("w."): t for n, t in tensors.items()}, torch.device("cpu"))
+
+
+def test_codes_beyond_the_codebook_are_refused():
+    tensors = layout.to_state_dict(quantize(torch.randn(64), "nf3"), "w")
+    tensors["w"] = tensors["w"].clone()
+    tensors["w"][5] = 8
+    with pytest.raises(FormatError, match=r"'w': holds a code above 7"):
+        QuantizedTensor.from_bitsandbytes(tensors, "w")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda v: v.flip(0), lambda v: v * 1.5, lambda v: v / 0, lambda v: v.double(), lambda v: v[:15]],
+    ids=["descending", "beyond-1", "nan", "float64", "short"],
+)
+def test_a_custom_codebook_in_a_file_is_checked(spoil):
+    tensors = layout.to_state_dict(quantize(torch.randn(64), torch.linspace(-1, 1, 16)), "w")
+    tensors["w.quant_map"] = spoil(tensors["w.quant_map"])
+    with pytest.raises(FormatError) as caught:
+        QuantizedTensor.from_bitsandbytes(tensors, "w")
+    assert caught.value.tensor == "w.quant_map"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1e-3"])
+@double_quants
+def test_scales_that_no_writer_produces_are_refused(value, double_quant):
+    tensors = quantize(torch.randn(64, 64), double_quant=double_quant).to_bitsandbytes("w")
+    name = "w.nested_absmax" if double_quant else "w.absmax"
+    tensors[name] = tensors[name].clone()
+    tensors[name][-1] = float(value)
+    with pytest.raises(FormatError, match=rf"'{name}': holds a scale that is NaN, infinite or negative"):
+        QuantizedTensor.from_bitsandbytes(tensors, "w")
+
+
+def test_weights_are_told_by_their_payload():
+    tensors = quantize(torch.randn(64)).to_bitsandbytes("a.w") | quantize(torch.randn(64), "fp4").to_bitsandbytes("b")
+    assert layout.weights([*tensors, "a.bias", "norm.weight"]) == ["a.w", "b"]
 
 
 def test_the_text_is_the_documented_one():
@@ -58,9 +164,10 @@ def test_the_text_is_the_documented_one():
 
 @dtypes
 @double_quants
+@codebooks
 @shapes
-def test_bitsandbytes_opens_ours(dtype, double_quant, shape, block_size):
-    q = quantize(torch.randn(shape).to(dtype), double_quant=double_quant, block_size=block_size)
+def test_bitsandbytes_opens_ours(dtype, double_quant, shape, block_size, codebook):
+    q = quantize(torch.randn(shape).to(dtype), codebook, double_quant=double_quant, block_size=block_size)
     tensors = q.to_bitsandbytes("h.0.w")
     packed = tensors.pop("h.0.w")
     suffixed = {name.removeprefix("h.0.w."): part for name, part in tensors.items()}
@@ -72,11 +179,13 @@ def test_bitsandbytes_opens_ours(dtype, double_quant, shape, block_size):
 
 @dtypes
 @double_quants
+@codebooks
 @shapes
-def test_we_open_bitsandbytes(dtype, double_quant, shape, block_size):
-    packed, state = theirs(dtype, double_quant, shape, block_size)
+def test_we_open_bitsandbytes(dtype, double_quant, shape, block_size, codebook):
+    packed, state = theirs(dtype, double_quant, shape, block_size, codebook)
     q = QuantizedTensor.from_bitsandbytes(with_prefix(packed, state, "h.0.w"), "h.0.w")
     assert (q.shape, q.dtype, q.block_size, q.double_quant) == (shape, dtype, block_size, double_quant)
+    assert q.codebook == codebook
     assert torch.equal(q.dequantize(), bnb.dequantize_4bit(packed, state))
 
 
@@ -145,8 +254,9 @@ MALFORMED = {
     "two-quant_states": (lambda t: t.update({KEY.replace("nf4", "fp4"): t[KEY]}), "", None),
     "weight-too-short": (tensor("", lambda part: part[:-1]), "", None),
     "weight-flat": (tensor("", lambda part: part.flatten()), "", None),
-    "weight-int8": (tensor("", lambda part: part.view(torch.int8)), "", None),
-    "weight-bf16-storage": (tensor("", lambda part: part.flatten().view(torch.bfloat16)[:, None]), "", None),
+    "weight-int16": (tensor("", lambda part: part.flatten().view(torch.int16)[:, None]), "", None),
+    "weight-float": (tensor("", lambda part: part.float()), "", None),
+    "weight-bf16-flat": (tensor("", lambda part: part.flatten().view(torch.bfloat16)), "", None),
     "absmax-too-long": (tensor(".absmax", lambda part: torch.cat([part, part[:1]])), ".absmax", None),
     "absmax-float": (tensor(".absmax", lambda part: part.float()), ".absmax", None),
     "absmax-not-nested": (field(nested_offset=None), ".absmax", None),
@@ -188,6 +298,7 @@ MALFORMED = {
     "nested_dtype-float16": (field(nested_dtype="float16"), KEY, "nested_dtype"),
     "nested_offset-text": (field(nested_offset="1"), KEY, "nested_offset"),
     "nested_offset-bool": (field(nested_offset=True), KEY, "nested_offset"),
+    "nested_offset-negative": (field(nested_offset=-0.01), KEY, "nested_offset"),
     "nested_offset-nan": (field(nested_offset=float("nan")), KEY, "nested_offset"),
     "nested_offset-inf": (field(nested_offset=float("inf")), KEY, "nested_offset"),
     "nested_offset-float64": (field(nested_offset=1e39), KEY, "nested_offset"),

@@ -33,6 +33,13 @@ def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
     assert (a.shape, a.dtype, a.codebook, a.block_size) == (b.shape, b.dtype, b.codebook, b.block_size)
 
 
+def double_quantized(weight: Tensor) -> QuantizedTensor:
+    """``quantize(weight)`` without its checks."""
+    q = quantize(weight, double_quant=False)
+    codes, absmax2, offset = double.quantize_scales(q.scales)
+    return dataclasses.replace(q, scales=codes, absmax2=absmax2, offset=offset)
+
+
 def negative_scale() -> Tensor:
     """A weight [257, 64] whose first block is zero and whose first decoded scale is negative."""
     weight = torch.ones(257, 64)
@@ -190,6 +197,29 @@ def test_other_block_sizes_are_refused(block_size):
 def test_an_unknown_codebook_is_refused():
     with pytest.raises(ValueError, match="unknown codebook 'fp5'"):
         quantize(torch.ones(64), codebook="fp5")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+def test_a_scale_that_would_decode_to_infinity_is_refused(dtype):
+    # The residual of the full blocks is about half of that of the zero ones: it is rounded to its 8 bits, up or down.
+    refused = 0
+    for zeros in range(80, 90):
+        weight = torch.full((256, 64), torch.finfo(dtype).max, dtype=dtype)
+        weight[:zeros] = 0
+        try:
+            assert quantize(weight, name="up").dequantize().isfinite().all()
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"up: a scale, quantized and decoded, would be infinite in {dtype}")  # noqa: PT017
+            assert not double_quantized(weight).dequantize().isfinite().all()
+        assert torch.equal(quantize(weight, double_quant=False).dequantize(), weight)
+    assert 0 < refused < 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+def test_weights_at_the_end_of_the_range_that_decode_are_quantized(dtype):
+    weight = torch.full((300, 64), torch.finfo(dtype).max, dtype=dtype)  # one scale for all, which is the offset
+    assert torch.equal(quantize(weight).dequantize(), weight)
 
 
 def test_nbytes_counts_every_level():
