@@ -25,7 +25,7 @@ from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
 from qloralab.nf4 import adapter, blockwise, reference
 from qloralab.nf4.blockwise import BLOCK_SIZES
-from qloralab.nf4.codebook import dynamic_map, normal_float, thresholds
+from qloralab.nf4.codebook import dynamic_map, fp4, fp4_e3m0, int4, normal_float, thresholds
 
 pytestmark = pytest.mark.compiler
 
@@ -231,9 +231,33 @@ def test_quantize_gives_the_bits_of_the_reference(library, dtype, block_size, em
         assert_quantized(quantized(library, x, block_size, empty=empty), x, block_size)
 
 
-def test_quantize_with_another_codebook(library):
-    values, x = torch.randn(16).sort().values, torch.randn(1000)
-    assert_quantized(quantized(library, x, 64, values), x, 64, values)
+CODEBOOKS = {
+    "ascending": torch.linspace(-1.5, 1.5, 16) ** 3,
+    "fp4": fp4(),  # two codes for 0, no order
+    "fp4_e3m0": fp4_e3m0(),
+    "int4": int4(),
+    "repeated": torch.tensor([3.0, -1.0, 3.0, 0.5] * 4),  # three values; 0 is none of them
+    "one": torch.full((16,), 0.5),
+}
+
+
+@dtypes
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("numel", [1, 1000, 20_001])
+def test_quantize_with_another_codebook(library, dtype, codebook, numel, empty):
+    values, x = CODEBOOKS[codebook], torch.randn(numel).to(dtype)
+    x[: numel // 2 : 3] = 0
+    assert_quantized(quantized(library, x, 64, values, empty), x, 64, values)
+
+
+@pytest.mark.parametrize("codebook", ["fp4", "fp4_e3m0", "int4"])
+def test_ties_between_values_in_any_order_go_to_the_lower_value(library, codebook):
+    values = CODEBOOKS[codebook]
+    x = torch.cat([torch.ones(1), torch.from_numpy(neighbours(thresholds(values.unique()).numpy()))])
+    found = quantized(library, x, 64, values)
+    assert_quantized(found, x, 64, values)
+    below, on, _ = values[blockwise.unpack(found[0], len(x))[1:].int()].view(3, -1)
+    assert torch.equal(below, on)
 
 
 @dtypes
