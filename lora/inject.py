@@ -52,7 +52,7 @@ def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[st
 
 def quantize_(
     model: nn.Module,
-    codebook: str = "nf4",
+    codebook: str | torch.Tensor = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,

@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
     def from_linear(
         cls,
         layer: nn.Linear,
-        codebook: str = "nf4",
+        codebook: str | Tensor = "nf4",
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype = torch.bfloat16,
@@ -93,4 +93,6 @@ class QuantizedLinear(nn.Module):
                 f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}"
             )
             return
-        self.weight = weight.to(self.weight.device)
+        if not local_metadata.get("assign_to_params_buffers", False):
+            weight = weight.to(self.weight.device).clone()  # as copy_ does, which parameters are loaded by
+        self.weight = weight

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import double
 from .blockwise import BLOCK_SIZES, is_packed, packed_bytes
-from .codebook import CODEBOOKS, CUSTOM, check_custom, codebook_values, dynamic_map
+from .codebook import CODEBOOKS, CUSTOM, codebook_values, custom, dynamic_map
 from .errors import FormatError
 
 if TYPE_CHECKING:
@@ -256,10 +256,9 @@ def _codebook(tensors: Mapping[str, Tensor], name: str, codebook: str) -> Tensor
     if codebook == CUSTOM:
         values = _tensor(tensors, name, torch.float32, (16,))
         try:
-            check_custom(values)
+            return custom(values)
         except ValueError as error:
             raise FormatError(str(error), tensor=name) from None
-        return values
     expected = codebook_values(codebook)
     values = _tensor(tensors, name, torch.float32, tuple(expected.shape))
     _same(values, expected, name, f"the {codebook} codebook")

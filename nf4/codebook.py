@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 CUSTOM = "custom"  # the name of a codebook that the user gives
+_SMALLEST = 2.0**-24  # so that its products with scales are as large as kernels/cpu/weight.h expects
 
 
 def normal_float(bits: int = 4) -> Tensor:
@@ -154,17 +155,26 @@ def codebook_values(name: str) -> Tensor:
     return _NAMED[name]()
 
 
-def check_custom(values: Tensor) -> None:
-    """Whether a tensor is a codebook that a user may give: 16 ascending float32 values in [-1, 1].
+def custom(values: Tensor) -> Tensor:
+    """A codebook that a user gives, checked.
+
+    Args:
+        values: float32 [16], ascending, in [-1, 1], each 0 or at least 2**-24 in magnitude.
+
+    Returns:
+        a copy of values, with +0.0 for a -0.0.
 
     Raises:
-        ValueError: it is not.
+        ValueError: they are not such values.
     """
     if values.dtype != torch.float32 or values.shape != (16,):
         found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
         raise ValueError(f"a codebook is float32 [16], not {found}")
     if not (values.diff() > 0).all() or not (values.abs() <= 1).all():  # nor is NaN
         raise ValueError("the values of a codebook ascend and lie in [-1, 1]: the weights are scaled to that range")
+    if ((values != 0) & (values.abs() < _SMALLEST)).any():
+        raise ValueError("a value of a codebook is 0 or at least 2**-24 in magnitude; set what is meant as 0 to 0")
+    return values.detach() + 0.0
 
 
 def thresholds(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import bitsandbytes, double, ops
 from .blockwise import BLOCK_SIZES
-from .codebook import CUSTOM, check_custom, codebook_values
+from .codebook import CUSTOM, codebook_values, custom
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,7 +110,7 @@ class QuantizedTensor:
         parts = {name: getattr(self, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
         return dataclasses.replace(self, **{name: carry(part) for name, part in parts.items() if part is not None})
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> QuantizedTensor:
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> QuantizedTensor:
         """The same weight on another device.
 
         Raises:
@@ -202,7 +202,7 @@ def quantize(
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
         codebook: "nf4"; for comparison "fp4", "fp4_e3m0", "int4", and "nf2" to "nf8", which take a byte a code; or a
-            codebook of one's own: 16 ascending float32 values in [-1, 1].
+            codebook of one's own: 16 ascending float32 values in [-1, 1], each 0 or at least 2**-24 in magnitude.
         block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
         double_quant: quantize the scales too, to 8 bits in blocks of 256.
         name: of the tensor, for error messages.
@@ -222,14 +222,13 @@ def quantize(
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     if isinstance(codebook, Tensor):
-        check_custom(codebook)
-        values, codebook = codebook.detach().clone(), CUSTOM
+        values, codebook = custom(codebook), CUSTOM
     else:
         values = codebook_values(codebook)
     values = values.to(weight.device)
     weight = weight.detach()
     packed, scales = ops.quantize_blockwise(weight, values, block_size)
-    if scales.numel() and not scales.amax() < float("inf"):  # nor is NaN
+    if scales.numel() and not weight.is_meta and not scales.amax() < float("inf"):  # nor is NaN
         _raise_not_finite(weight, name)
     absmax2 = offset = None
     if double_quant:
@@ -242,7 +241,7 @@ def quantize(
 
 def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, name: str) -> None:
     """Decoded scales are off by up to a hundredth: one near the end of the dtype's range may be past it."""
-    if not len(codes) or absmax2.amax() + offset <= torch.finfo(dtype).max:
+    if not len(codes) or codes.is_meta or absmax2.amax() + offset <= torch.finfo(dtype).max:
         return
     if not double.dequantize_scales(codes, absmax2, offset).to(dtype).isfinite().all():
         raise ValueError(

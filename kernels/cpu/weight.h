@@ -41,7 +41,7 @@ typedef struct {
     const float *absmax2;    /* [ceil(blocks / 256)] or NULL */
     const float *offset;     /* [] or NULL */
     const float *map;        /* the 8-bit dynamic map, [256] */
-    const float *values;     /* the codebook, [16] */
+    const float *values;     /* the codebook, [16]: no -0.0, no subnormal products with scales that are not tiny */
     int64_t rows, columns;
     int64_t block_size;      /* a power of two, at least 32 */
 } weight;
@@ -82,7 +82,8 @@ static inline halves to_bf16(floats x)
 static inline halves bf16_table(floats values, float scale)
 {
 #if HAVE_AVX512 && defined(__AVX512BF16__)
-    /* One instruction rounds as to_bf16 does, but takes subnormal numbers for 0: here there are none, nor is -0.0. */
+    /* One instruction rounds as to_bf16 does, but takes subnormal numbers for 0. Here there are none, nor is there -0.0:
+       a value is 0 or at least 2**-24 (nf4/codebook.py). */
     if (scale > 1e-30f && scale < 1e30f) {
         halves out;
         __m256bh rounded = _mm512_cvtneps_pbh((__m512)(values * scale));
