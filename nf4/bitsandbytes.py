@@ -45,6 +45,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _OURS = (*(name for name in CODEBOOKS if name not in KNOWN), CUSTOM)
 _QUANT_STATE = ".quant_state."
 _LONGEST = -1.1754943508222875e-38  # no float32 takes more characters
+_MAX_DIMS = 64  # torch's
+_MAX_PAYLOAD = 1 << 16  # bytes; of one with a shape of so many sizes it would have 2,000
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -152,6 +154,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any
         offset = torch.tensor(number, dtype=torch.float32, device=packed.device)
         absmax2 = _tensor(tensors, f"{prefix}.nested_absmax", torch.float32, (-(-blocks // double.BLOCK_SIZE),))
         _are_scales(absmax2, f"{prefix}.nested_absmax")
+        if blocks and absmax2.amax().double() + offset.double() > torch.finfo(torch.float32).max:
+            raise FormatError("makes a scale infinite, with the offset", tensor=f"{prefix}.nested_absmax")
         quant_map = _tensor(tensors, f"{prefix}.nested_quant_map", torch.float32, (256,))
         _same(quant_map, dynamic_map(), f"{prefix}.nested_quant_map", "the 8-bit dynamic map")
     else:
@@ -219,8 +223,11 @@ def _find_payload(tensors: Mapping[str, Tensor], prefix: str) -> str:
 
 
 def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
-    if payload.dtype != torch.uint8 or payload.dim() != 1:
-        raise FormatError(f"is {payload.dtype} {list(payload.shape)}; the JSON text is uint8 [bytes]", tensor=name)
+    if payload.dtype != torch.uint8 or payload.dim() != 1 or len(payload) > _MAX_PAYLOAD:
+        raise FormatError(
+            f"is {payload.dtype} {list(payload.shape)}; the JSON text is uint8 [bytes], {_MAX_PAYLOAD} at most",
+            tensor=name,
+        )
     try:
         state = json.loads(bytes(payload.tolist()))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -240,7 +247,11 @@ def _field(state: dict, tensor: str, field: str, kind: type | tuple[type, ...], 
 
 
 def _is_shape(value: list) -> bool:
-    return all(type(size) is int and 0 <= size < 2**63 for size in value) and math.prod(value) < 2**63
+    return (
+        len(value) <= _MAX_DIMS
+        and all(type(size) is int and 0 <= size < 2**63 for size in value)
+        and math.prod(value) < 2**63
+    )
 
 
 def _is_scale(value: float) -> bool:
