@@ -20,6 +20,8 @@ if _TYPE_CHECKING:
     from qloralab.nf4.errors import FormatError
     from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
+    from .quantized_model import load_quantized, save_quantized
+
 # Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
 # on one machine then slow each other more than tenfold.
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -39,10 +41,12 @@ __all__ = [
     "linear",
     "linear_names",
     "load_adapter_",
+    "load_quantized",
     "normal_float",
     "quantize",
     "quantize_",
     "save_adapter",
+    "save_quantized",
     "trainable",
 ]
 
@@ -53,6 +57,7 @@ _MODULES = {
     "nf4.codebook": ("normal_float",),
     "nf4.errors": ("FormatError",),
     "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
+    "quantized_model": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

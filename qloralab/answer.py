@@ -9,9 +9,10 @@ import torch
 from qloralab.lora.inject import quantize_
 
 from .encoding import prompt_text
+from .errors import UserError
 from .examples import Example
 from .generate import generate
-from .models import check_adapter, check_model, load_adapter, load_model, load_tokenizer
+from .models import check_adapter, check_model, holds_4bit, load_adapter, load_model, load_tokenizer
 
 
 def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, quantized: bool) -> str:
@@ -28,11 +29,14 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, 
         UserError, FormatError: the model or the adapter cannot be used.
     """
     check_model(model)
+    packed = holds_4bit(model)
+    if packed and not quantized:
+        raise UserError(f"{model} holds 4-bit weights; --dense needs the dense model")
     if adapter is not None:
         check_adapter(adapter)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model)
-    if quantized:
+    if quantized and not packed:
         quantize_(loaded)
     if adapter is not None:
         load_adapter(loaded, adapter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -142,6 +142,55 @@ def generate(
     if not text.strip():
         raise UserError("the prompt is empty")
     typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized))
+
+
+@app.command()
+def quantize(
+    out: Annotated[Path, typer.Option(help="Directory to make, new or empty.")],
+    model: ModelOption = None,
+    codebook: Annotated[Literal["nf4", "fp4"], typer.Option(help="The 16 values.")] = "nf4",
+    block_size: Annotated[int, typer.Option(help="Weights that share a scale: a power of two, 32 to 4096.")] = 64,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the scales too, or keep them in float32.")
+    ] = True,
+    storage: Annotated[
+        str, typer.Option(help="Dtype the packed codes are labelled with: uint8, bfloat16, float16, float32, ...")
+    ] = "uint8",
+) -> None:
+    """Write a model with 4-bit weights.
+
+    What it writes opens here, and in transformers with bitsandbytes. A directory streams, one tensor after the other:
+    memory follows the largest of them, not the model. A GGUF file is loaded whole first.
+    """
+    with stopping_at_once():
+        from .models import default_model
+        from .quantize_checkpoint import Options, quantize_model, storage_dtype
+
+    options = Options(codebook, block_size, double_quant, storage_dtype(storage))
+    quantize_model(model or default_model(), out, options)
+
+
+@app.command()
+def parity(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Its linear layers too: Hugging Face directory or GGUF file.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        int, typer.Option(help="Random weights, in each of 3 dtypes and 2 codebooks.", min=1)
+    ] = 10_000_000,
+    json: Annotated[Path | None, typer.Option(help="Write the result here, with all details.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+) -> None:
+    """Look for the first bit that differs from bitsandbytes.
+
+    Exit status 1 when something differs beyond what is documented.
+    """
+    with stopping_at_once():
+        from .parity_report import compare_and_show
+
+    if not compare_and_show(weights, model, seed, json):
+        raise typer.Exit(1)
 
 
 def run() -> int:

@@ -23,7 +23,17 @@ from .examples import Example, read_jsonl
 from .generate import generate
 from .interrupt import StopRequest
 from .memory import peak_mb, resident_mb
-from .models import check_adapter, check_model, is_default, load_adapter, load_model, load_tokenizer, model_name
+from .models import (
+    check_adapter,
+    check_model,
+    holds_4bit,
+    is_default,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_name,
+)
+from .quantized_model import parameter_count
 from .report import plot_loss, write_samples
 from .run_directory import Metrics, RunDirectory
 from .settings import STDLIB, Settings
@@ -115,6 +125,12 @@ def _lora_config(settings: Settings) -> LoraConfig:
 def _check_paths(settings: Settings) -> None:
     """Refuse at once what would be refused after the data, or the model, has been read."""
     check_model(settings.model)
+    if settings.method != "qlora" and holds_4bit(settings.model):
+        needs = "trains all weights" if settings.method == "full" else "trains adapters beside bf16 weights"
+        raise UserError(
+            f"{settings.model} holds 4-bit weights and --method {settings.method} {needs}; "
+            "give --model the dense model, or use --method qlora"
+        )
     if settings.adapter:
         check_adapter(settings.adapter)
     there = next(folder for folder in (settings.out, *settings.out.absolute().parents) if os.path.exists(folder))
@@ -154,11 +170,11 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
     name = model_name(settings.model)
     with display.busy(f"reading {name}"):
         model = load_model(settings.model, torch.float32 if settings.method == "full" else torch.bfloat16)
-    parameters = sum(p.numel() for p in model.parameters())
-    display.fact("model", f"{name}, {parameters / 1e6:.1f} M parameters")
+    display.fact("model", f"{name}, {parameter_count(model) / 1e6:.1f} M parameters")
     if settings.method == "qlora":
-        with display.busy("quantizing"):
-            quantize_(model)
+        if not holds_4bit(settings.model):  # otherwise what is dense there is to stay dense
+            with display.busy("quantizing"):
+                quantize_(model)
         weights = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
         count, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
         bits = 8 * size / count

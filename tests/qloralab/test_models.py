@@ -12,15 +12,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from qloralab import LoraConfig, inject_, save_adapter
+from qloralab import FormatError, LoraConfig, inject_, quantize_, save_adapter, save_quantized
+from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import (
     check_adapter,
     check_model,
     default_model,
+    holds_4bit,
     is_default,
     load_adapter,
     load_model,
@@ -57,6 +59,60 @@ def test_a_directory_holds_the_model(model_dir, dtype):
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in expected.items())
+
+
+def quantized(model_dir: Path, folder: Path) -> Path:
+    """The model with 4-bit weights, and its tokenizer."""
+    save_quantized(quantize_(load_model(model_dir)), folder / "4bit")
+    for file in model_dir.glob("*token*"):
+        shutil.copy(file, folder / "4bit")
+    return folder / "4bit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_directory_may_hold_4_bit_weights(model_dir, tmp_path, dtype, capfd):
+    path = quantized(model_dir, tmp_path)
+    assert holds_4bit(path)
+    capfd.readouterr()
+    model = load_model(path, dtype)
+    assert capfd.readouterr() == ("", "")
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = quantize_(load_model(model_dir))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight.dequantize(), expected.get_submodule(name).weight.dequantize())  # type: ignore[union-attr]
+    assert load_tokenizer(path)("Hi").input_ids == load_tokenizer(model_dir)("Hi").input_ids
+
+
+def test_broken_4_bit_weights(model_dir, tmp_path, refusal):
+    path = quantized(model_dir, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({key: t for key, t in tensors.items() if key != f"{name}.absmax"}, path / "model.safetensors")
+    with pytest.raises(FormatError) as caught:
+        load_model(path)
+    assert (caught.value.file, caught.value.tensor) == (str(path / "model.safetensors"), f"{name}.absmax")
+    (path / "model.safetensors").unlink()
+    assert refusal(load_model, path).startswith(f"{path} cannot be read as a model: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}', True),
+        ('{"quantization_config": {"quant_method": "gptq"}}', False),
+        ('{"model_type": "llama"}', False),
+        ("{", False),
+        (None, False),
+    ],
+)
+def test_config_json_says_whether_there_are_4_bit_weights(text, expected, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert holds_4bit(tmp_path) is expected
+    assert not holds_4bit(tmp_path / "config.json")
 
 
 def test_reading_leaves_the_logging_as_it_was(model_dir, tmp_path, capfd, refusal):
@@ -168,6 +224,12 @@ def test_the_directory_of_a_run_is_not_that_of_its_model_or_adapter(tmp_path, re
     assert refusal(check_model, run) == f"{expected}; do you mean {run / 'model'}?"
     (run / "model.safetensors").write_text("")  # a model with its trainer's notes beside it
     check_model(run)
+
+
+def test_the_directory_of_an_adapter_is_not_that_of_a_model(tmp_path, refusal):
+    save_adapter(inject_(nn.Sequential(nn.Linear(4, 4)), LoraConfig(2, 2, task_type=None)), tmp_path)
+    expected = f"{tmp_path} is the directory of an adapter, not of a model; give --model the model it is for"
+    assert refusal(check_model, tmp_path) == expected
 
 
 def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path, refusal):

@@ -1,0 +1,327 @@
+"""A whole language model with 4-bit weights, to a directory and back.
+
+The directory is the one that transformers writes and opens with bitsandbytes: ``config.json`` with a
+``quantization_config``, and safetensors files in which a 4-bit weight is several tensors (see ``nf4/bitsandbytes.py``).
+Here it is opened without bitsandbytes. A *skeleton* is made from config.json first, the model of transformers with
+parameters that have a shape and no memory; then each tensor of the checkpoint is put in its place, the 4-bit weights in
+a ``QuantizedLinear``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qloralab.lora.inject import has_adapters, linear_names
+from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4 import quantization_config
+from qloralab.nf4.checkpoint import Checkpoint
+from qloralab.nf4.errors import FormatError
+from qloralab.nf4.quantization_config import FIELD, QuantizationConfig
+from qloralab.nf4.safetensors_writer import SafetensorsWriter
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Write a quantized model so that ``load_quantized`` opens it, and ``from_pretrained`` of transformers with
+    bitsandbytes.
+
+    Args:
+        model: of transformers, after ``quantize_`` with the codebook "nf4" or "fp4".
+        directory: made if missing. It gets model.safetensors, config.json and generation_config.json. A tokenizer is
+            saved by its own ``save_pretrained``.
+
+    Raises:
+        ValueError: the model has adapters or no quantized layer; its layers differ in what config.json says once; or
+            bitsandbytes does not know the codebook.
+        FileExistsError: the directory holds weights already.
+    """
+    if has_adapters(model):
+        raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if not layers:
+        raise ValueError("the model has no quantized layer; quantize_ it first")
+    config = _described(model, layers)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in sorted(directory.iterdir()):
+        if file.name.endswith((".safetensors", ".safetensors.index.json")):
+            raise FileExistsError(f"{file} exists; save_quantized writes over no weights")
+    state = saved_tensors(model)
+    with SafetensorsWriter(
+        directory / WEIGHTS_FILE, {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
+    ) as file:
+        for name, tensor in state.items():
+            file.write(name, tensor)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    fields = copy.deepcopy(model.config)
+    fields.architectures = [type(model).__name__]
+    write_config(directory, json.loads(fields.to_json_string()) | {"dtype": _name(model.dtype)}, config)
+
+
+def load_quantized(directory: str | os.PathLike[str], compute_dtype: torch.dtype | None = None) -> Any:
+    """Open a 4-bit model that ``save_quantized``, ``qloralab quantize`` or transformers with bitsandbytes wrote.
+
+    Args:
+        directory: holds config.json with a ``quantization_config``, and the weights as safetensors.
+        compute_dtype: of the products with 4-bit weights; by default what config.json says.
+
+    Returns:
+        the causal language model of transformers, in evaluation mode, on the CPU. Its 4-bit weights are
+        ``QuantizedLinear`` layers, frozen; everything else has the dtype that config.json names.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no config.json.
+        FormatError: a file is not what it claims to be, or the tensors are not those of the model.
+        OSError, ValueError: from transformers, which does not know such a model.
+    """
+    return read_model(Path(directory), compute_dtype)
+
+
+def read_model(directory: Path, compute_dtype: torch.dtype | None = None, dtype: torch.dtype | None = None) -> Any:
+    """``load_quantized``, with a dtype for everything that is not in 4 bits."""
+    fields = read_config(directory)
+    if FIELD not in fields:
+        raise FormatError("is missing: the weights are not quantized", file=directory / CONFIG_FILE, field=FIELD)
+    config = quantization_config.from_dict(fields[FIELD], directory / CONFIG_FILE)
+    checkpoint = Checkpoint(directory)
+    model = skeleton(directory, dtype or _stated_dtype(fields) or floating_dtype(checkpoint))
+    _fill(model, checkpoint, compute_dtype or config.compute_dtype)
+    if (directory / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
+    return model.eval()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The fields of config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: it is not a JSON object.
+    """
+    path = directory / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise FormatError(f"is not JSON: {error}", file=path) from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"holds a JSON {type(fields).__name__}, not an object", file=path)
+    return fields
+
+
+def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig) -> None:
+    """Write config.json as transformers does, with a ``quantization_config``."""
+    text = json.dumps(fields | {FIELD: quantization_config.to_dict(config)}, indent=2, sort_keys=True) + "\n"
+    part = directory / f".{CONFIG_FILE}.part"
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(directory / CONFIG_FILE)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:
+    """The causal language model of a config.json: parameters on the meta device, tied where they will be.
+
+    Args:
+        directory: holds config.json.
+        dtype: of the parameters; by default the one that config.json names, else float32.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    vars(config).pop(FIELD, None)
+    # What transformers computes and does not save (the frequencies of rotary embeddings) is in buffers: those are real.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    model.tie_weights()
+    return model
+
+
+def quantizable(model: Any) -> list[str]:
+    """The linear layers of a model of transformers that are held in 4 bits: ``linear_names``, without those that
+    transformers never quantizes: tied ones, and those it keeps in float32."""
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    kept = model._keep_in_fp32_modules or ()
+    return [name for name in linear_names(model) if f"{name}.weight" not in tied and not _is_part_of(name, kept)]
+
+
+def skip_modules(model: Any, quantized: Collection[str]) -> tuple[str, ...] | None:
+    """What ``llm_int8_skip_modules`` has to be, so that bitsandbytes expects 4 bits in the right layers.
+
+    Args:
+        model: dense, quantized or a skeleton.
+        quantized: the layers in 4 bits, by their full paths.
+
+    Returns:
+        None when transformers leaves the others dense by itself: the output head, tied layers, the last module.
+        Otherwise the full paths of all dense layers.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    convertible = [name for name, m in model.named_modules() if type(m) in (nn.Linear, QuantizedLinear, Conv1D)]
+    dense = [name for name in convertible if name not in quantized]
+    head = model.get_output_embeddings()
+    left = {name for name, module in model.named_modules() if module is head}
+    left |= {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    left.add([*model.state_dict()][-1].removesuffix(".weight"))
+    expected = [name for name in convertible if any(_begins(name, other) for other in left)]
+    return None if dense == expected else tuple(dense)
+
+
+def saved_tensors(model: Any) -> dict[str, Tensor]:
+    """``model.state_dict()`` without the second name of what is tied."""
+    state = model.state_dict()
+    for target, source in model.all_tied_weights_keys.items():
+        if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
+            del state[target]
+    return state
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many parameters a model has, those in 4 bits included."""
+    packed = {id(m.weight): m.weight for m in model.modules() if isinstance(m, QuantizedLinear)}
+    return sum(p.numel() for p in (*model.parameters(), *packed.values()))
+
+
+def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the first floating-point tensor that is part of no 4-bit weight; float32 when there is none."""
+    dtypes = (checkpoint.describe(name)[0] for name in checkpoint.plain_names())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _described(model: Any, layers: dict[str, QuantizedLinear]) -> QuantizationConfig:
+    """The configuration that holds for all layers."""
+    kinds = {
+        (layer.weight.codebook, layer.weight.double_quant, layer.compute_dtype): name for name, layer in layers.items()
+    }
+    if len(kinds) > 1:
+        (a, first), (b, second), *_ = kinds.items()
+        raise ValueError(
+            f"{first} is in {_kind(*a)}, {second} in {_kind(*b)}; config.json has one for all: quantize_ them alike"
+        )
+    for name in layers:
+        if _is_part_of(name, model._keep_in_fp32_modules or ()):
+            raise ValueError(f"{name}: transformers keeps this layer in float32; give quantize_ skip=[{name!r}]")
+    ((codebook, double_quant, compute_dtype),) = kinds
+    if codebook not in quantization_config.KNOWN:
+        known = " and ".join(quantization_config.KNOWN)
+        raise ValueError(f"the layers are in {codebook}; bitsandbytes knows {known} only")
+    return QuantizationConfig(
+        codebook, double_quant, compute_dtype, skip_modules=skip_modules(model, layers.keys())
+    )  # fmt: skip
+
+
+def _kind(codebook: str, double_quant: bool, compute_dtype: torch.dtype) -> str:
+    return f"{codebook} {'with' if double_quant else 'without'} double quantization, computed in {_name(compute_dtype)}"
+
+
+def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> None:
+    """Put each tensor of a checkpoint in its place, in memory of its own.
+
+    Raises:
+        FormatError: a tensor has no place or does not fit it; a place stays empty.
+    """
+    places = model.state_dict()
+    missing = set(places)
+    kept = _kept_in_float32(model)
+    for name in checkpoint.quantized_names():
+        path = name.removesuffix(".weight")
+        model.set_submodule(path, _quantized_layer(model, path, name, checkpoint, compute_dtype))
+        missing.discard(name)
+    for name in checkpoint.plain_names():
+        if name not in places:
+            if not _is_ignored(model, name):
+                raise FormatError("is no tensor of the model", file=checkpoint.file_of(name), tensor=name)
+            continue
+        _check_shape(name, checkpoint.describe(name)[1], tuple(places[name].shape), checkpoint)
+        dtype = torch.float32 if kept and kept.search(name) else places[name].dtype
+        _assign(model, name, checkpoint.tensor(name), dtype)
+        missing.discard(name)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    if missing:
+        first, *others = (name for name in places if name in missing)
+        more = f", and so are {len(others)} others" if others else ""
+        raise FormatError(f"is missing: config.json asks for it{more}", file=checkpoint.files[0], tensor=first)
+
+
+def _quantized_layer(
+    model: Any, path: str, name: str, checkpoint: Checkpoint, compute_dtype: torch.dtype
+) -> QuantizedLinear:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = dict(model.named_modules()).get(path)
+    if path == name or not isinstance(layer, nn.Linear | Conv1D):
+        raise FormatError("is in 4 bits, but no weight of a linear layer", file=checkpoint.file_of(name), tensor=name)
+    weight = checkpoint.quantized(name)
+    # Conv1D, which GPT-2 is made of, is a linear layer that keeps its weight transposed; in 4 bits it is not.
+    shape = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+    _check_shape(name, tuple(weight.shape), tuple(shape), checkpoint)
+    return QuantizedLinear(weight, layer.bias, compute_dtype)
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], checkpoint: Checkpoint) -> None:
+    if found != expected:
+        message = f"is {list(found)}; config.json makes it {list(expected)}"
+        raise FormatError(message, file=checkpoint.file_of(name), tensor=name)
+
+
+def _assign(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
+    if last in module._buffers:
+        module._buffers[last] = tensor
+        return
+    if isinstance(module, QuantizedLinear):  # its bias; transformers rounds it twice as well
+        tensor = tensor.to(module.compute_dtype)
+    setattr(module, last, nn.Parameter(tensor, requires_grad=module.get_parameter(last).requires_grad))
+
+
+def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
+    """What transformers never holds in 16 bits: a pattern that is found in the names."""
+    kept: list[str] = []
+    if model.config.dtype in (torch.float16, torch.bfloat16):
+        kept += model._keep_in_fp32_modules_strict or ()
+    if model.config.dtype == torch.float16:
+        kept += model._keep_in_fp32_modules or ()
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
+
+
+def _is_ignored(model: Any, name: str) -> bool:
+    """Whether a tensor without a place is none that matters: one that older versions of transformers saved."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _is_part_of(name: str, modules: Iterable[str]) -> bool:
+    """Whether one of some names, of one or more components, stands in a path."""
+    return any(f".{module}." in f".{name}." for module in modules)
+
+
+def _begins(path: str, other: str) -> bool:
+    return path == other or path.startswith(f"{other}.")
+
+
+def _stated_dtype(fields: dict[str, Any]) -> torch.dtype | None:
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
