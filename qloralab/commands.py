@@ -187,7 +187,7 @@ def parity(
     Exit status 1 when something differs beyond what is documented.
     """
     with stopping_at_once():
-        from .parity_report import compare_and_show
+        from .parity.report import compare_and_show
 
     if not compare_and_show(weights, model, seed, json):
         raise typer.Exit(1)

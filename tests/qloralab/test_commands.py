@@ -52,7 +52,9 @@ def test_help(program):
     status, out, err = program()
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
-    assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == ["finetune", "generate"]
+    assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
+        "finetune", "generate", "quantize", "parity"
+    ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")
     assert status == 0

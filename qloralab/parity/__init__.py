@@ -1,0 +1,1 @@
+"""``qloralab parity``: this library beside an installed bitsandbytes; see ``compare.py``."""

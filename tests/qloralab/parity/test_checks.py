@@ -1,0 +1,325 @@
+"""Each check finds the fault that it is there for, and allows what it says and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from qloralab.nf4.blockwise import nearest, pack, unpack
+from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.tensor import QuantizedTensor, quantize
+from qloralab.parity import checks, peer
+from qloralab.parity.rows import DIFFERS, Row, Rows
+from qloralab.parity.tensors import Sample, hostile_samples, in_tail
+
+
+@pytest.fixture
+def rows() -> Rows:
+    return Rows()
+
+
+@pytest.fixture(autouse=True)
+def as_written():
+    """bitsandbytes' PyTorch code is not compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, block_size: int = 64) -> Sample:
+    return Sample("normal", torch.randn(shape).to(dtype), block_size)
+
+
+def verdicts(rows: Rows) -> dict[str, str]:
+    return {row.quantity: row.verdict for row in rows.all()}
+
+
+def only(rows: Rows, quantity: str) -> Row:
+    (row,) = (row for row in rows.all() if row.quantity == quantity)
+    return row
+
+
+def with_codes(q: QuantizedTensor, change) -> QuantizedTensor:
+    codes = unpack(q.packed, q.shape.numel()).clone()
+    change(codes)
+    return dataclasses.replace(q, packed=pack(codes, q.values))
+
+
+def faulty(monkeypatch, change) -> None:
+    """Our ``quantize`` gives something else."""
+    monkeypatch.setattr(checks, "quantize", lambda *arguments, **options: change(quantize(*arguments, **options)))
+
+
+@pytest.mark.parametrize("codebook", checks.CODEBOOKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_right_passes(rows, codebook, dtype):
+    checks.compare_weight(rows, normal(64, 256, dtype=dtype), codebook)
+    found = verdicts(rows)
+    assert found.pop("codes") == ("equal" if codebook == "nf4" else "same value")
+    assert found.pop("weights") == found.pop("scales") == found.get("decoded scales", "equal") == "equal"
+    assert DIFFERS not in found.values()
+
+
+def test_codebooks_are_equal_and_compared(rows, monkeypatch):
+    checks.compare_codebooks(rows)
+    assert [(row.detail, row.compared, row.equal) for row in rows.all()] == [
+        ("nf4", 16, 16), ("fp4", 16, 16), ("8-bit map", 256, 256)
+    ]  # fmt: skip
+    monkeypatch.setattr(checks, "codebook_values", lambda name: codebook_values(name).nextafter(torch.ones(())))
+    checks.compare_codebooks(off := Rows())
+    assert [row.verdict for row in off.all()] == [DIFFERS, DIFFERS, "equal"]
+
+
+def test_one_wrong_code_is_found(rows, monkeypatch):
+    def change(codes):
+        codes[77] = (codes[77] + 1) % 16
+
+    faulty(monkeypatch, lambda q: with_codes(q, change))
+    checks.compare_weight(rows, normal(64, 256), "nf4")
+    row = only(rows, "codes")
+    assert (row.compared - row.equal, row.beyond, row.verdict) == (1, 1, DIFFERS)
+    assert "[77]" in str(row.first)
+
+
+def test_the_padding_of_an_odd_count_is_compared_too(rows, monkeypatch):
+    faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.cat([q.packed[:-1], q.packed[-1:] ^ 1])))
+    checks.compare_weight(rows, normal(65), "nf4")
+    assert only(rows, "codes, extremes").beyond == 1
+
+
+def test_fp4s_second_zero_is_the_only_exchange_of_codes_allowed(rows, monkeypatch):
+    sample = normal(64, 256)
+    checks.compare_weight(rows, sample, "fp4")
+    row = only(rows, "codes")
+    assert row.allowed["second zero"] == row.compared - row.equal > 0
+
+    def change(codes):
+        codes[(codes == 0).nonzero()[0]] = 1
+
+    faulty(monkeypatch, lambda q: with_codes(q, change))
+    checks.compare_weight(off := Rows(), sample, "fp4")
+    assert only(off, "codes").beyond == 1
+
+
+def test_the_quotient_is_allowed_in_a_tail_and_nowhere_else(rows, monkeypatch):
+    weight = in_tail("nf4", torch.Generator().manual_seed(0))
+    checks.compare_weight(rows, Sample("tail", weight, 64), "nf4")
+    row = only(rows, "codes, extremes")
+    assert row.allowed["quotient"] == row.compared - row.equal > 0
+    # The same weights in a whole block, quantized by us as if they were a tail.
+    whole = torch.cat([weight[64:], torch.zeros(32)])
+    theirs = peer.quantize(weight[64:], "nf4", 64)[0]
+    faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.cat([theirs, q.packed[16:]])))
+    checks.compare_weight(off := Rows(), Sample("whole", whole, 64), "nf4")
+    assert only(off, "codes").beyond == row.allowed["quotient"]
+
+
+def test_a_wrong_code_in_a_tail_is_found(rows, monkeypatch):
+    faulty(monkeypatch, lambda q: with_codes(q, lambda codes: codes[-1:].bitwise_xor_(1)))
+    checks.compare_weight(rows, normal(100), "nf4")
+    assert only(rows, "codes, extremes").beyond == 1
+
+
+def test_under_an_extreme_scale_only_the_nearest_code_is_allowed(rows, monkeypatch):
+    weight = torch.linspace(-1, 1, 64) * 2.0**-128
+    checks.compare_weight(rows, Sample("subnormal", weight, 64, has_extremes=True), "nf4")
+    row = only(rows, "codes, extremes")
+    assert row.allowed["extreme scale"] == row.compared - row.equal > 0
+
+    def change(codes):
+        codes[3:5] += 2  # neither nearest nor theirs
+
+    faulty(monkeypatch, lambda q: with_codes(q, change))
+    checks.compare_weight(off := Rows(), Sample("subnormal", weight, 64, has_extremes=True), "nf4")
+    assert only(off, "codes, extremes").beyond == 2
+
+
+def test_where_theirs_flushes_to_zero_ours_has_to_be_the_oracles(rows, monkeypatch):
+    weight = torch.linspace(-1, 1, 64, dtype=torch.bfloat16) * torch.finfo(torch.float32).tiny
+    sample = Sample("small", weight, 64, has_extremes=True)
+    checks.compare_weight(rows, sample, "nf4")
+    row = only(rows, "weights, extremes")
+    assert row.verdict == ("as documented" if peer.functional().has_avx512bf16() else "equal")
+    right = QuantizedTensor.dequantize
+    monkeypatch.setattr(QuantizedTensor, "dequantize", lambda self, dtype=None: right(self, dtype) * 0.5)
+    checks.compare_weight(off := Rows(), sample, "nf4")
+    assert only(off, "weights, extremes").verdict == DIFFERS
+
+
+def test_an_offset_farther_from_the_mean_than_theirs_is_found(rows, monkeypatch):
+    right = checks.ops.quantize_scales
+
+    def off(absmax):
+        codes, absmax2, offset = right(absmax)
+        for _ in range(8):  # ulps: within the limit, but the mean of float64 is nearer
+            offset = offset.nextafter(torch.tensor(9.0))
+        return codes, absmax2, offset
+
+    monkeypatch.setattr(checks.ops, "quantize_scales", off)
+    checks.compare_weight(rows, normal(64, 256), "nf4")
+    assert only(rows, "second-level offset").verdict == DIFFERS
+
+
+def test_a_scale_one_ulp_off_is_found(rows, monkeypatch):
+    faulty(monkeypatch, lambda q: dataclasses.replace(q, scales=q.scales.nextafter(torch.tensor(9.0))))
+    checks.compare_weight(rows, normal(64, 256), "nf4")
+    row = only(rows, "scales")
+    assert (row.beyond, row.largest) == (256, 1.0)
+
+
+def test_a_tail_of_zeros_may_have_the_scale_0(rows):
+    checks.compare_weight(rows, Sample("zeros", torch.cat([torch.ones(64), torch.zeros(9)]), 64), "nf4")
+    assert only(rows, "scales").allowed == {"zero tail": 1}
+
+
+@pytest.mark.parametrize(("shape", "quantity"), [((64, 256), "weights"), ((64, 96), "weights, split rows")])
+def test_one_wrong_bit_of_a_weight_is_found(rows, monkeypatch, shape, quantity):
+    def off(self, dtype=None):
+        weight = right(self, dtype)
+        weight.view(torch.int32)[5, 7] ^= 1
+        return weight
+
+    right = QuantizedTensor.dequantize
+    monkeypatch.setattr(QuantizedTensor, "dequantize", off)
+    checks.compare_weight(rows, normal(*shape), "nf4")
+    row = only(rows, quantity)
+    assert row.verdict == DIFFERS
+    assert row.beyond >= 1
+
+
+def test_where_bitsandbytes_misreads_rows_the_oracle_says_who_is_right(rows):
+    checks.compare_weight(rows, normal(64, 96), "nf4")
+    row = only(rows, "weights, split rows")
+    assert row.verdict == ("equal" if row.equal == row.compared else "bitsandbytes wrong")
+    assert row.beyond == 0
+
+
+def test_a_negative_zero_of_ours_is_found(rows, monkeypatch):
+    right = QuantizedTensor.dequantize
+
+    def off(self, dtype=None):
+        weight = right(self, dtype)
+        return torch.where(weight == 0, -0.0, weight)
+
+    monkeypatch.setattr(QuantizedTensor, "dequantize", off)
+    checks.compare_weight(rows, Sample("zeros", torch.zeros(2, 64), 64), "nf4")
+    assert only(rows, "weights").beyond == 128
+
+
+def test_the_second_code_of_zero_is_not_ours(rows, monkeypatch):
+    faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.full_like(q.packed, 0x88)))
+    checks.compare_weight(rows, Sample("zeros", torch.zeros(2, 64), 64), "fp4")
+    assert only(rows, "codes").beyond == 128
+
+
+def test_a_second_level_code_that_is_not_the_nearest_is_found(rows, monkeypatch):
+    monkeypatch.setattr(checks, "nearest", lambda x, values: (nearest(x, values).int() - 1).clamp_(0).to(torch.uint8))
+    checks.compare_weight(rows, normal(64, 4096), "nf4")
+    row = only(rows, "second-level codes")
+    assert row.verdict == DIFFERS
+    assert row.beyond > row.compared // 2
+
+
+def test_our_second_level_codes_are_never_farther(rows):
+    checks.compare_weight(rows, normal(1024, 4096), "nf4")
+    row = only(rows, "second-level codes")
+    assert row.fails is False
+    assert row.verdict == "ours closer"
+    assert row.cases[0]["closer"] > 0
+
+
+def test_a_decoded_scale_one_ulp_off_is_found(rows, monkeypatch):
+    right = QuantizedTensor.absmax
+    monkeypatch.setattr(QuantizedTensor, "absmax", lambda self: right(self).nextafter(torch.tensor(9.0)))
+    checks.compare_weight(rows, normal(64, 256), "nf4")
+    assert only(rows, "decoded scales").beyond == 256
+
+
+def test_an_offset_or_second_level_scale_that_is_off_is_found(rows, monkeypatch):
+    right = checks.ops.quantize_scales
+
+    def off(absmax):
+        codes, absmax2, offset = right(absmax)
+        return codes, absmax2 * (1 + 2.0**-20), offset * (1 + 2.0**-16)
+
+    monkeypatch.setattr(checks.ops, "quantize_scales", off)
+    checks.compare_weight(rows, normal(64, 256), "nf4")
+    assert only(rows, "second-level offset").verdict == DIFFERS
+    # It may be off by what the offset is off, and that is more than 2**-20 of it.
+    assert only(rows, "second-level scales").verdict != DIFFERS
+    monkeypatch.setattr(
+        checks.ops, "quantize_scales", lambda absmax: (lambda c, a, o: (c, a * 1.01, o))(*right(absmax))
+    )
+    checks.compare_weight(again := Rows(), normal(64, 256), "nf4")
+    assert only(again, "second-level scales").verdict == DIFFERS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products(rows, monkeypatch, dtype):
+    sample = normal(96, 256, dtype=dtype)
+    checks.compare_products(rows, sample, "nf4", tokens=5, seed=0)
+    assert {row.verdict for row in rows.all()} <= {"equal", "no worse"}
+    assert only(rows, "forward").compared == 5 * 96
+    assert only(rows, "input gradient").compared == 5 * 256
+    right = checks.linear
+    monkeypatch.setattr(checks, "linear", lambda x, weight: right(x, weight) * 1.01)
+    checks.compare_products(off := Rows(), sample, "nf4", tokens=5, seed=0)
+    assert verdicts(off) == {"forward": DIFFERS, "input gradient": DIFFERS}
+
+
+@pytest.mark.parametrize("shape", [(48, 128), (128, 64)], ids=str)
+def test_the_backward_multiplies_with_the_weight_of_the_forward(rows, monkeypatch, shape):
+    sample = normal(*shape, dtype=torch.bfloat16)
+    checks.compare_backward_weights(rows, sample, "nf4", torch.float32)
+    (row,) = rows.all()
+    assert row.verdict == "as documented"
+    assert row.compared == shape[0] * shape[1]
+    right = checks.linear
+    monkeypatch.setattr(checks, "linear", lambda x, weight: right(x, weight) * (1 + 2.0**-20))
+    checks.compare_backward_weights(off := Rows(), sample, "nf4", torch.float32)
+    assert verdicts(off) == {"weights in backward": DIFFERS}
+
+
+@pytest.mark.parametrize("codebook", checks.CODEBOOKS)
+def test_files_byte_for_byte(rows, monkeypatch, codebook):
+    sample = normal(16, 128, dtype=torch.bfloat16)
+    checks.compare_files(rows, sample, codebook)
+    (row,) = rows.all()
+    assert row.verdict == "equal"
+    assert len(row.cases) == 2 * len(checks.STORAGES) + (len(checks.STORAGES) if codebook == "nf4" else 0)
+    right = QuantizedTensor.to_bitsandbytes
+
+    def off(self, prefix="weight", storage=torch.uint8):
+        tensors = right(self, prefix, storage)
+        tensors[f"{prefix}.quant_map"] = tensors[f"{prefix}.quant_map"].clone()
+        tensors[f"{prefix}.quant_map"].view(torch.uint8)[5] ^= 1
+        return tensors
+
+    monkeypatch.setattr(QuantizedTensor, "to_bitsandbytes", off)
+    checks.compare_files(wrong := Rows(), sample, codebook)
+    (row,) = wrong.all()
+    assert row.beyond == len(row.cases)
+    assert "weight.quant_map, byte 5" in str(row.first)
+
+
+def test_a_tensor_that_is_missing_or_of_another_dtype_counts_with_all_its_bytes():
+    row = Row("files", "")
+    theirs = {"a": torch.zeros(4), "b": torch.zeros(2, dtype=torch.uint8)}
+    checks._add_bytes(row, "case", {"b": torch.zeros(2, dtype=torch.int8), "c": torch.zeros(1)}, theirs)
+    assert (row.compared, row.equal) == (16 + 2 + 4, 0)
+    assert row.first == "case a is missing for f32 [4]"
+
+
+@pytest.mark.parametrize("codebook", checks.CODEBOOKS)
+def test_hostile_tensors_pass(rows, codebook):
+    for sample in hostile_samples(torch.bfloat16, 0):
+        checks.compare_weight(rows, sample, codebook)
+    assert [row for row in rows.all() if row.fails] == []
+    assert only(rows, "codes, extremes").allowed["extreme scale"] > 0
+
+
+def test_ulps():
+    a = torch.tensor([1.0, 0.0, -1.0, 1.0])
+    b = torch.tensor([1.0, -0.0, -1.0, 1.0]).nextafter(torch.tensor([2.0, -0.0, -2.0, 1.0]))
+    assert checks._ulps(a, b).tolist() == [1, 0, 1, 0]
