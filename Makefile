@@ -14,11 +14,11 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test sanitize bench finetune clean
+.PHONY: help install check format test fuzz sanitize bench finetune clean
 
 help: ## list these commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo "  ARGS='…' reaches the program behind test, sanitize, bench and finetune."
+	@echo "  ARGS='…' reaches the program behind test, fuzz, sanitize, bench and finetune."
 
 install: $(READY) ## create .venv and install everything, at the versions of constraints.txt
 
@@ -34,6 +34,9 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 test: $(READY) ## run the tests, print the coverage
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
+fuzz: $(READY) ## open 10,000 spoiled checkpoints
+	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/test_fuzz.py $(ARGS)
+
 # The sanitizers' runtime has to be in the process before anything else is, hence LD_PRELOAD; libstdc++ with it, or
 # the first exception of torch's ends the run. Memory that Python holds until its end is no leak of ours.
 SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -43,10 +46,12 @@ sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer an
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(BIN)/python -m pytest tests/kernels/cpu tests/kernels/test_adamw.py $(ARGS)
 
-bench: $(READY) ## measure, for a quarter of an hour: the job, the operators, generation, beside their peers
+bench: $(READY) ## measure, for twenty minutes: the job, the operators, generation, parity, beside their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.generate
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.parity
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quantize
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)
