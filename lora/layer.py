@@ -90,7 +90,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
         bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
         adapter = self.lora_A, self.lora_B, self.config.scaling
-        y, _ = ops.adapted_linear(x.to(base.compute_dtype), *base.weight.operands(), bias, *adapter, p, seed)
+        x_and_weight = x.to(base.compute_dtype), *base.weight.operands()
+        y, _ = ops.call(ops.adapted_linear, *x_and_weight, bias, *adapter, p, seed)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -28,13 +28,30 @@ is what is kept of it; see ``adapter.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import double, reference
 from .blockwise import packed_bytes
+
+
+def call(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """``operator(*arguments)``; where no argument wants a gradient, past autograd.
+
+    The derivative of a custom operator is reached through Python, and so is its implementation on CPUs. Past autograd
+    a call crosses from PyTorch's dispatcher to Python once and not twice.
+    """
+    if torch.compiler.is_compiling() or _wants_gradient(arguments):
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 @torch.library.custom_op("qloralab::quantize_blockwise", mutates_args=())

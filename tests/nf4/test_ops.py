@@ -301,3 +301,30 @@ def test_compiles_with_inductor():
     compiled, eager = compiled_and_eager("inductor", function, *inputs)
     for found, expected in zip(compiled, eager, strict=True):
         assert_near(found, expected.double(), TOLERANCE[torch.float32])
+
+
+def test_a_call_without_a_gradient_is_the_operator():
+    q, x = quantize(torch.randn(96, 128)), torch.randn(3, 128)
+    y = ops.call(ops.linear, x, *q.operands(), None)
+    assert not y.requires_grad
+    assert torch.equal(y, ops.linear(x, *q.operands(), None))
+    assert not y.is_inference()  # it may be used where a gradient is wanted later
+    w = torch.randn(96, requires_grad=True)
+    (y * w).sum().backward()
+    assert torch.equal(w.grad, y.sum(0))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("which", ["x", "bias"])
+def test_a_call_with_a_gradient_has_one(which):
+    q, x, bias = quantize(torch.randn(96, 128)), torch.randn(3, 128), torch.randn(96)
+    {"x": x, "bias": bias}[which].requires_grad_()
+    y = ops.call(ops.linear, x, *q.operands(), bias)
+    assert y.requires_grad
+    with torch.no_grad():
+        assert not ops.call(ops.linear, x, *q.operands(), bias).requires_grad
+
+
+def test_a_call_under_a_transform_is_refused_as_the_operator_is():
+    q, x = quantize(torch.randn(96, 128)), torch.randn(3, 128)
+    with pytest.raises(RuntimeError, match="functorch transforms"):  # and is no gradient of zeros
+        torch.func.grad(lambda x: ops.call(ops.linear, x, *q.operands(), None).sum())(x)
