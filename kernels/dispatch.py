@@ -1,7 +1,7 @@
 """Which implementation serves an operator, and why.
 
 Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
-use. ``QLORALAB_CPU`` chooses, read when the first operator runs:
+use; on NVIDIA GPUs one in Triton (``gpu/first_use.py``). ``QLORALAB_CPU`` chooses, read when the first operator runs:
 
 =========  ============================================================================================
 auto       C where it compiles; otherwise one warning that says what to install, and the reference runs
@@ -92,14 +92,24 @@ def use(choice: str) -> Iterator[None]:
         _mode = before
 
 
-def report() -> list[dict[str, str]]:
-    """What serves each operator on the CPU, and why: dictionaries with operator, device, implementation, why.
+def report(device: str = "cpu") -> list[dict[str, str]]:
+    """What serves each operator on a device, and why: dictionaries with operator, device, implementation, why.
 
     Compiles where the choice asks for it, as the first operator would, but neither warns nor raises `BuildError`.
 
+    Args:
+        device: "cpu" or "cuda"; the current one of the GPUs.
+
     Raises:
-        ValueError: QLORALAB_CPU is none of the three.
+        ValueError: another device, or QLORALAB_CPU (QLORALAB_GPU) is none of its three words.
     """
+    if device == "cuda":
+        from .gpu import operators as gpu_operators
+
+        there = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        return gpu_operators.report(_declared(), there)
+    if device != "cpu":
+        raise ValueError(f"the device is cpu or cuda, not {device!r}")
     from .cpu import operators  # noqa: F401  # registers them
 
     choice = mode()
@@ -150,10 +160,14 @@ def _warn_once(error: BuildError) -> None:
 
 
 def _operators() -> list[str]:
+    return [*_declared(), *CHUNK_UPDATES]
+
+
+def _declared() -> list[str]:
+    """The operators of nf4/ops.py."""
     from qloralab.nf4 import ops
 
-    declared = [name for name, value in vars(ops).items() if isinstance(value, CustomOpDef)]
-    return [*declared, *CHUNK_UPDATES]
+    return [name for name, value in vars(ops).items() if isinstance(value, CustomOpDef)]
 
 
 def _has_cpu_kernel(name: str) -> bool:

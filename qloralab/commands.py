@@ -193,6 +193,29 @@ def parity(
         raise typer.Exit(1)
 
 
+@app.command()
+def sass(
+    target: Annotated[str, typer.Option(help="Architecture: sm_80, sm_90, sm_100 or sm_120.")] = "sm_90",
+    kernel: Annotated[
+        str | None, typer.Option(help="Only this kernel, or those that begin so.", show_default="all")
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option(help="Print this kernel's main loop, line by line.", show_default=False)
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+) -> None:
+    """Count what the GPU kernels cost in machine code.
+
+    Compiles the Triton kernels, without a GPU, and disassembles bitsandbytes' beside them. Exit status 1 when a kernel
+    exceeds its budget.
+    """
+    with stopping_at_once():
+        from .sass_report import sass as count_and_show
+
+    if not count_and_show(target, kernel, json, explain):
+        raise typer.Exit(1)
+
+
 def run() -> int:
     """Do what the command line says.
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
+from qloralab.kernels.gpu import operators as _gpu_kernels  # noqa: F401  # and these on CUDA tensors
 from qloralab.lora.files import CONFIG_FILE, load_adapter_
 from qloralab.nf4.errors import FormatError
 from qloralab.nf4.quantization_config import is_bitsandbytes

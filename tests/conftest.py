@@ -23,6 +23,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
+
 SEED = 20230523  # the day of arXiv 2305.14314
 torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 

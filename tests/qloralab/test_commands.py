@@ -53,7 +53,7 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "quantize", "parity"
+        "finetune", "generate", "quantize", "parity", "sass"
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")

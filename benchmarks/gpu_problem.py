@@ -1,0 +1,170 @@
+"""What ``benchmarks/gpu.py`` asks of every provider: an operation, a weight in each form, the right answer.
+
+All operations but quantize start from the codes and scales of the definition, so there is one right answer. Products
+are checked on some rows of it, in float64: all rows of the largest would take longer than the measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qloralab as ql
+from qloralab.nf4 import blockwise, double
+from qloralab.nf4.codebook import codebook_values
+
+OPERATIONS = ("dequantize", "quantize", "linear", "input gradient")
+BLOCK_SIZE = 64
+SCALE = 0.02  # of the weights, about that of a trained model's
+ROWS = 256  # of a product that are checked
+FEWEST, MOST = 2, 32  # copies
+
+
+class WrongResultError(Exception):
+    """A result is not the operation's; the message says by how much."""
+
+
+class Weight:
+    """One weight, bfloat16 [N, K], in every form that a provider works on, each in copies to rotate over.
+
+    Args:
+        shape: (N, K).
+        device: where it lies.
+        cache: bytes of the device's last-level cache.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device, cache: int):
+        generator = torch.Generator(device).manual_seed(0)
+        self.shape, self.device, self.cache = shape, device, cache
+        self.original = (torch.randn(shape, generator=generator, device=device) * SCALE).bfloat16()
+        self.quantized = definition_of_quantize(self.original)
+        self.dequantized = definition_of_dequantize(self.quantized)
+        self._forms: dict[str, list[Any]] = {}
+
+    def copies(self, form: str, make: Any, count: int) -> list[Any]:
+        """At least ``count`` copies of a form, made by ``make()``; the first ``count`` of them."""
+        made = self._forms.setdefault(form, [])
+        made.extend(make() for _ in range(count - len(made)))
+        return made[:count]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation on one weight.
+
+    Attributes:
+        operation: one of OPERATIONS.
+        weight: [N, K].
+        M: rows of the input (of the gradient), or None where there is none.
+    """
+
+    operation: str
+    weight: Weight
+    M: int | None = None
+
+    @cached_property
+    def input(self) -> Tensor:
+        """bfloat16, N(0, 1): x [M, K], or the gradient of the output [M, N]."""
+        N, K = self.weight.shape
+        generator = torch.Generator(self.weight.device).manual_seed(1)
+        width = N if self.operation == "input gradient" else K
+        return torch.randn(self.M or 0, width, generator=generator, device=self.weight.device).bfloat16()
+
+    @property
+    def copies(self) -> int:
+        """How many copies of the weight to rotate over: what one turn touches fills the cache twice."""
+        return copies(self.work(dense=False)[0], self.weight.cache)
+
+    def work(self, dense: bool) -> tuple[int, int]:
+        """The least that a provider with a dense or a packed weight has to do: bytes moved, floating-point operations.
+
+        A multiplication and an addition count as two. Dequantization's arithmetic is not counted.
+        """
+        N, K = self.weight.shape
+        full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
+        if self.M is None:
+            return full + (full if dense else packed), 0
+        return (full if dense else packed) + 2 * self.M * (N + K), 2 * self.M * N * K
+
+    def memory(self, providers: int) -> int:
+        """Bytes that the point takes at most: the copies, and for each provider its outputs and a full weight."""
+        N, K = self.weight.shape
+        full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
+        M = self.M or 0
+        output = full if self.M is None else 2 * M * max(N, K)
+        held = self.copies * (2 * full + 3 * packed) + 2 * M * max(N, K)
+        check = 8 * N * K + 8 * min(M, ROWS) * (N + K) if self.M else 24 * N * K
+        return held + check + providers * (self.copies * output + full)
+
+    def check(self, result: Any, tolerance: float) -> float:
+        """Compare a result with the right one.
+
+        Args:
+            result: of dequantize or a product, a tensor; of quantize, the dequantized weight that its codes stand for.
+            tolerance: root-mean-square error over the root mean square of the right answer; 0 asks for every bit. Of
+                quantize it is what the error may have beyond the definition's.
+
+        Returns:
+            the error.
+
+        Raises:
+            WrongResultError: the result is not the operation's.
+        """
+        if self.operation == "quantize":
+            expected = self.weight.original
+            least = relative_error(self.weight.dequantized, expected)
+            return _within(result, expected, least * (1 + tolerance))
+        if self.operation == "dequantize":
+            return _within(result, self.weight.dequantized, tolerance)
+        N, K = self.weight.shape
+        width = K if self.operation == "input gradient" else N
+        if result.dtype != torch.bfloat16 or tuple(result.shape) != (self.M, width):
+            raise WrongResultError(f"{result.dtype} {list(result.shape)}, not bfloat16 {[self.M, width]}")
+        assert self.M is not None
+        rows = torch.linspace(0, self.M - 1, min(self.M, ROWS), device=self.weight.device).long()
+        W = self.weight.dequantized.double()
+        expected = self.input[rows].double() @ (W if self.operation == "input gradient" else W.T)
+        return _within(result[rows], expected, tolerance)
+
+
+def copies(nbytes: int, cache: int) -> int:
+    """How many buffers of nbytes fill a cache twice, within FEWEST and MOST."""
+    return max(FEWEST, min(MOST, math.ceil(2 * cache / nbytes)))
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """Root-mean-square error over the root mean square of what is expected, in float64."""
+    difference = torch.linalg.vector_norm(result.double() - expected.double())
+    return float(difference / torch.linalg.vector_norm(expected.double()))
+
+
+def _within(result: Tensor, expected: Tensor, tolerance: float) -> float:
+    if result.shape != expected.shape:
+        raise WrongResultError(f"{list(result.shape)}, not {list(expected.shape)}")
+    error = relative_error(result, expected)
+    if not error <= tolerance:  # NaN is not
+        raise WrongResultError(f"error {error:.2g}, {tolerance:.2g} allowed")
+    return error
+
+
+def definition_of_quantize(weight: Tensor) -> ql.QuantizedTensor:
+    """``ql.quantize`` by the functions that define it, whatever serves the operators."""
+    values = codebook_values("nf4").to(weight.device)
+    packed, absmax = blockwise.quantize_blockwise(weight, values, BLOCK_SIZE)
+    scales, absmax2, offset = double.quantize_scales(absmax)
+    return ql.QuantizedTensor(
+        packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook="nf4", block_size=BLOCK_SIZE
+    )
+
+
+def definition_of_dequantize(weight: ql.QuantizedTensor) -> Tensor:
+    """``QuantizedTensor.dequantize`` by the functions that define it."""
+    flat = blockwise.dequantize_blockwise(
+        weight.packed, weight.absmax(), weight.values, weight.block_size, weight.numel()
+    )
+    return flat.to(weight.dtype).view(weight.shape)

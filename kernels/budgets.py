@@ -1,0 +1,135 @@
+"""What each kernel may cost: instructions per weight, registers, and what its main loop may not do.
+
+The budgets are for sm_90 and hold for triton 3.6.0, whose code the design was counted with. `BUDGETS` is the table.
+Where another version of triton compiles a kernel to more, `NEWER` has its line, with the reason. The tests compile
+every case and hold it; ``qloralab sass`` prints the verdicts. Counts are those of ``kernels/sass.py``.
+
+Where the limits come from: an H100 issues 128 x 132 instructions for one thread each per clock and reads 3.0 TB/s. At
+1.755 GHz it has 5.6 instructions for each 4-bit weight that arrives (0.5625 bytes, with a float32 scale for 64), and 25
+where a bf16 weight is written or read as well (2.5625 bytes). A kernel within its budget is not bound by the issue of
+instructions, or nearly so; that is necessary for the speed of the memory, and does not prove it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .offline import Compiled
+from .sass import Counts
+
+TARGET = "sm_90"
+PACKED = 0.5  # bytes per weight: 4 bits
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of one case. Spilled registers and local memory are forbidden in all of them.
+
+    Attributes:
+        instructions: per weight, in the main loop, at most.
+        registers: per thread, at most. A multiprocessor has 65,536: at 128, it holds 512 threads.
+        loaded: bytes per weight that loads of `width` bits or more bring, at least: the weights, and with them what
+            they are multiplied with. Fewer, and the loads are narrower than meant, or the weights are miscounted.
+        width: bits per thread.
+        staged: bytes per weight that pass from registers to shared memory, at most. A dequantized weight has 2.
+        needs: opcodes that the loop holds.
+        forbids: opcodes that it does not.
+    """
+
+    instructions: float
+    registers: int = 255
+    loaded: float = PACKED
+    width: int = 128
+    staged: float = math.inf
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+def _product(instructions: float, tokens: int, registers: int = 255, width: int = 128) -> Budget:
+    """A matrix product in tiles of 128 weights along the output, so each bf16 of x is loaded once for 128 weights.
+
+    Dequantized weights stay in registers: no shuffles, and what is staged are the scales.
+    """
+    return Budget(
+        instructions,
+        registers=registers,
+        loaded=PACKED + (2 * tokens / 128 if width == 128 else 0),
+        width=width,
+        staged=0.1,
+        needs=("HGMMA",),
+        forbids=("SHFL",),
+    )
+
+
+BUDGETS: Mapping[str, Budget] = {
+    # 25 could be issued while 2.5625 bytes arrive and leave. 8 leaves two thirds of that to waiting.
+    "dequantize": Budget(8, registers=128, forbids=("SHFL",)),
+    # Its FADD turns -0.0 into +0.0: without a second level there is no other.
+    "dequantize one level": Budget(8, registers=128, needs=("FFMA", "FADD"), forbids=("SHFL",)),
+    "dequantize to float32": Budget(9, registers=128, forbids=("SHFL",)),  # writes twice the bytes of bf16
+    # The largest of each block, a quotient, the bin and one comparison per weight.
+    "quantize": Budget(22, registers=128, loaded=2),
+    "quantize from float32": Budget(22, registers=128, loaded=4),
+    "quantize any codebook": Budget(40, loaded=2),  # a search in 4 steps: values that no table of bins separates
+    "quantize extreme blocks": Budget(30, registers=128, loaded=2),  # scales whose reciprocal is no normal number
+    "quantize scales": Budget(3, registers=64, loaded=4 / 64, width=32),  # of the weights behind the scales, 64 each
+    # 5.6 can be issued while 0.5625 bytes arrive. From 64 tokens on, the tensor cores leave more.
+    "linear, 16 tokens": _product(4.3, 16, registers=128),
+    "linear, 32 tokens": _product(5, 32, registers=128),
+    "linear, 64 tokens": _product(5.5, 64, registers=168),
+    "linear, 128 tokens": _product(6, 128),
+    # Across the rows, a thread's share of the packed weights lies in pieces of 8 bytes.
+    "linear_grad_input, 16 tokens": _product(5, 16, registers=128, width=64),
+    "linear_grad_input, 32 tokens": _product(5, 32, registers=128, width=64),
+    "linear_grad_input, 64 tokens": _product(5.5, 64, registers=168, width=64),
+    "linear_grad_input, 128 tokens": _product(6, 128, width=64),
+}
+
+# (case, triton's major and minor version): from that version on, until the next line of the case.
+NEWER: Mapping[tuple[str, tuple[int, int]], Mapping[str, float | int]] = {}
+
+
+def budget(name: str, triton: str) -> Budget | None:
+    """The budget of a case.
+
+    Args:
+        name: of the case.
+        triton: the version that compiles, such as ``"3.6.0"``.
+
+    Returns:
+        the limits, or None: the case has none.
+    """
+    if name not in BUDGETS:
+        return None
+    major, minor = map(int, triton.split(".")[:2])
+    lines = [(since, line) for (case, since), line in NEWER.items() if case == name and since <= (major, minor)]
+    return replace(BUDGETS[name], **max(lines)[1]) if lines else BUDGETS[name]
+
+
+def exceeded(limits: Budget, compiled: Compiled, counts: Counts) -> list[str]:
+    """Each limit that a kernel does not keep, in words; empty: it keeps its budget."""
+    found = unsound(compiled, counts)
+    if counts.per_weight > limits.instructions:
+        found.append(f"{counts.per_weight:.2f} instructions per weight, more than {limits.instructions:g}")
+    if compiled.registers > limits.registers:
+        found.append(f"{compiled.registers} registers, more than {limits.registers}")
+    if (loaded := counts.loaded(limits.width)) < limits.loaded:
+        how = f"{limits.width // 8} at a time or more"
+        found.append(f"loads {loaded:.3g} bytes per weight, {how}; they are {limits.loaded:g}")
+    if counts.staged > limits.staged:
+        found.append(f"stages {counts.staged:.3g} bytes per weight in shared memory, more than {limits.staged:g}")
+    found += [f"no {name} in the loop" for name in limits.needs if name not in counts.opcodes]
+    found += [f"{counts.opcodes[name]} {name} in the loop" for name in limits.forbids if name in counts.opcodes]
+    return found
+
+
+def unsound(compiled: Compiled, counts: Counts) -> list[str]:
+    """What no kernel may do on any target: spill registers, or use local memory."""
+    found = []
+    if compiled.spilled:
+        found.append(f"{compiled.spilled} bytes of stack per thread")
+    if counts.local:
+        found.append(f"{counts.local} accesses to local memory")
+    return found

@@ -1,0 +1,87 @@
+"""The fused products behind the operators: a weight is converted to tiles once, at its first product.
+
+The operators take a weight in the canonical layout; ``linear.py`` and ``linear_grad_input.py`` read it in tiles
+(``packing.py``). The tiles of a weight are kept as long as its ``packed`` tensor lives, 4.75 bits a weight beside the
+4.13 of the canonical layout, which files, merging and the two-pass product still need. They are made again when
+``packed`` was written to.
+
+A product that ``choice.py`` wants fused is fused where x is bfloat16 and the weight can be tiled: K and the block size
+are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order. Everything else is two-pass.
+
+The fused kernels round the weight elsewhere than the definition does (``linear.py``), so a layer whose forward is fused
+and whose backward is two-pass, or the other way round, multiplies by weights that differ by a bfloat16 rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import packing
+from .linear import linear as _linear
+from .linear_grad_input import linear_grad_input as _linear_grad_input
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
+
+_lock = threading.Lock()
+_tiles = WeakTensorKeyDictionary()  # packed -> (its version, TiledWeight, or None where it cannot be tiled)
+
+
+def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor | None:
+    """x W' + bias, or None where the product is two-pass.
+
+    Args:
+        x: [..., K].
+        operands: W, as the operators of ``nf4/ops.py`` take it.
+        bias: the dtype of x, [N], or None.
+    """
+    weight = _weight(x, operands)
+    return None if weight is None else _linear(x, weight, bias)
+
+
+def linear_grad_input(grad: Tensor, operands: Operands) -> Tensor | None:
+    """grad W, or None where the product is two-pass.
+
+    Args:
+        grad: [..., N].
+        operands: W, as for ``linear``.
+    """
+    weight = _weight(grad, operands)
+    return None if weight is None else _linear_grad_input(grad, weight)
+
+
+def tiles(operands: Operands) -> packing.TiledWeight | None:
+    """The tiles of a weight, made at the first request; None where it cannot be tiled."""
+    packed, *_, values, shape, block_size = operands
+    with _lock:
+        found = _tiles.get(packed)
+        if found is None or found[0] != _version(packed):
+            fits = packing.why_not(values, shape, block_size) is None
+            found = _version(packed), packing.tile(*operands) if fits else None
+            _tiles[packed] = found
+        return found[1]
+
+
+def release() -> int:
+    """Drop all tiles; of how many weights there were any."""
+    with _lock:
+        count = sum(weight is not None for _, weight in _tiles.values())
+        _tiles.clear()
+        return count
+
+
+def _weight(x: Tensor, operands: Operands) -> packing.TiledWeight | None:
+    if x.dtype != torch.bfloat16:
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and operands[0] not in _tiles:
+        return None  # converting waits for the device
+    return tiles(operands)
+
+
+def _version(packed: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if packed.is_inference() else packed._version

@@ -1,0 +1,282 @@
+"""y = x W'^T + bias with a tiled 4-bit weight: dequantized in registers, multiplied there by the tensor cores.
+
+**The product is turned round.** ``y^T = W' x^T``: the weight is the left operand, which WGMMA (sm_90) takes from
+registers, and x the right one, from shared memory. So a dequantized weight never leaves the registers of the thread
+that looked it up: no store to shared memory, no shuffle. Tokens are the columns of the product, 16 at least.
+
+**One program** has 128 rows of W, a tile of tokens, and a range of K. A step of its loop is 64 columns::
+
+    words     1024 x 4 bytes, copied asynchronously (cp.async) some steps ahead, 16 bytes a time
+    decode    19 instructions for 8 weights                                            2.375 a weight
+    multiply  8 WGMMA of 64 rows x tokens x 16 columns                                 0.125
+    scale     to 32 tokens: the float32 sum of 64 products, times the scale            tokens / 64
+              above: two weights times their scale in bfloat16, one HMUL2              0.5
+    the rest  copies, barriers, addresses, the loop                                    1.1 to 2.1
+
+Counted for sm_90 with triton 3.6.0, in all: 3.8 for 16 tokens, 4.2 for 32, 4.7 for 64, 5.0 for 128. A scale of sums
+goes through shared memory, one word a thread and step; of the weights, only the packed words do.
+
+**Bytes.** 0.5 per weight and 0.0625 for its scale. With few tokens the weight is all the traffic there is, and the
+limits are memory and, close to it, the unit that PRMT and LOP3 share. With 128 tokens and more it is the tensor cores.
+
+**Accuracy.** Up to 32 tokens a weight is ``bf16(c v) * (s / c)`` with the float32 scale, where c is the factor of the
+table: off by 1.0e-3 for NF4 (root mean square, relative), less than a float32 product rounded to bfloat16 (1.65e-3).
+Above, the scale and the product are rounded to bfloat16 too: 2.5e-3. Sums are float32. One rounding to bfloat16
+follows. NF4 itself is 9e-2 away from the weight that was quantized.
+
+**Few programs.** Where the weight has too few rows to fill the GPU, K is split: each program writes its float32 sums to
+a workspace, and a second kernel adds them in a fixed order, so that equal inputs give equal bits.
+
+**Other targets.** sm_80, sm_100 and sm_120 have no WGMMA. The kernel compiles there, but the compiler exchanges weights
+between threads or through shared memory, and at 128 tokens it spills registers: there a tile has 64 at most.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..offline import Case
+from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode, rounded
+from .packing import TILE, TiledWeight
+
+ROWS = 128  # of a program
+PROGRAMS = 264  # two for each multiprocessor of an H100: what K is split for
+FEWEST_STEPS = 8  # of a program, when K is split
+TOKEN_TILES = (16, 32, 64, 128)
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_NOT_SPECIALIZED = ["M", "steps", *TABLE_ARGUMENTS]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _linear(
+    x,
+    words,
+    scales,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    steps,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    TOKENS: tl.constexpr,
+    SUMS_SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """out[m, n] = sum_k x[m, k] W'[n, k] + bias[n]; out[split, m, n] where K is split.
+
+    Names of dimensions as in ``packing.py``; "tile" is which of the two tiles of rows. Words are loaded in the order
+    (k32, tile, n32, n16, u, c, k16, p), which gives each warp the 16 rows of its part of the multiplication. Rows of
+    the product come in the order (p, tile, n32, i, n16, u) and are put in order before they are stored.
+    """
+    tiles = K // 64
+    first = tl.program_id(2) * steps
+    last = tl.minimum(first + steps, tiles)
+    top = tl.program_id(0) * 2
+    # Two tiles of rows, or one and the same twice, at the bottom: what is read again is not stored.
+    second = tl.minimum(top + 1, (N + 63) // 64 - 1) - top
+    tile = top.to(tl.int64) * tiles + first
+    words += tile * 512
+    scales += tile * 64
+    x += (tl.program_id(1) * TOKENS).to(tl.int64) * K + first * 64
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    x_at = tl.arange(0, TOKENS)[None, :] * K + tl.arange(0, 64)[:, None]
+    i = tl.arange(0, 1024)
+    words_at = i // 256 % 2 * second * (tiles * 512) + i // 128 % 2 * 256 + i // 512 * 128 + i % 128
+    r = tl.arange(0, 128)
+    scales_at = r // 32 % 2 * second * (tiles * 64) + r % 4 * 16 + r // 16 % 2 * 8
+    scales_at += r // 4 % 2 * 4 + r // 64 * 2 + r // 8 % 2
+    total = tl.zeros((128, TOKENS), tl.float32)
+    # Scales of sums do not feed the multiplication, so that triton does not load them ahead: done by hand.
+    ahead = tl.load(scales + scales_at)
+    for step in range(bound(first), bound(last)):
+        w = tl.load(words + words_at)
+        xs = tl.load(x + x_at, mask=m[None, :] < M, other=0.0)
+        if _INTERPRETED:
+            xs = xs.to(tl.float32)
+        d = decode(tl.reshape(w, (2, 2, 2, 2, 4, 4, 2, 2)), t0, t1, t2, t3, t4, t5, t6, t7)
+        # k32 tile n32 n16 u c k16 kp p i q -> p tile n32 i n16 u, k32 k16 q c kp
+        d = tl.reshape(tl.permute(d, (8, 1, 2, 9, 3, 4, 0, 6, 10, 5, 7)), (128, 64))
+        if SUMS_SCALED:
+            s = ahead
+            scales += 64
+            ahead = tl.load(scales + scales_at, mask=step + 1 < last, other=0.0)
+            total += tl.dot(d, xs) * s[:, None]
+        else:
+            s = tl.load(scales + scales_at)
+            scales += 64
+            if _INTERPRETED:
+                d = rounded(d * rounded(s)[:, None])
+            else:
+                d = d * s.to(tl.bfloat16)[:, None]
+            total = tl.dot(d, xs, total)
+        words += 512
+        x += 64
+    total = tl.permute(tl.reshape(total, (2, 2, 2, 2, 2, 4, TOKENS)), (1, 2, 4, 0, 5, 3, 6))
+    total = tl.reshape(total, (128, TOKENS))
+    n = tl.program_id(0) * 128 + tl.arange(0, 128)
+    if BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    row = tl.program_id(2).to(tl.int64) * M + m
+    at = out + row[None, :] * N + n[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _add_splits(parts, bias, out, size, N, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i % N], in this order."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(bound(splits)):
+        total += tl.load(parts + i, mask=i < size, other=0.0)
+        parts += size
+    if BIAS:
+        total += tl.load(bias + i % N, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+
+
+def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, splits: int | None = None) -> Tensor:
+    """x W'^T + bias.
+
+    Args:
+        x: bfloat16 [..., K], on the weight's device.
+        weight: W [N, K].
+        bias: bfloat16 [N] or None.
+        splits: into how many ranges K is cut; None: `split` decides.
+
+    Returns:
+        bfloat16 [..., N].
+
+    Raises:
+        ValueError: x or bias has another dtype, shape or device.
+    """
+    N, K = weight.shape
+    check("x", x, K, weight)
+    if bias is not None:
+        check("bias", bias, N, weight)
+        if bias.dim() != 1:
+            raise ValueError(f"bias must have 1 dimension, not {bias.dim()}")
+        bias = bias.contiguous()
+    flat = x.reshape(-1, K).contiguous()
+    M = len(flat)
+    out = empty_output(M, N, flat)
+    if M == 0 or N == 0 or K == 0:
+        return finished(out.zero_() if bias is None else out.copy_(bias.expand(M, N)), x, N)
+    tokens = token_tile(M, x.device)
+    down, token_tiles = -(-N // ROWS), -(-M // tokens)
+    steps = split(down * token_tiles, K // TILE, splits)
+    depth = -(-(K // TILE) // steps)
+    parts = out if depth == 1 else flat.new_empty((depth, M, N), dtype=torch.float32)
+    kernel: Any = _linear
+    kernel[(down, token_tiles, depth)](
+        flat,
+        weight.words,
+        weight.scales,
+        flat if bias is None else bias,
+        parts,
+        M,
+        N,
+        K,
+        steps,
+        *weight.table.words,
+        TOKENS=tokens,
+        SUMS_SCALED=tokens <= 32,
+        BIAS=bias is not None and depth == 1,
+        num_warps=4,
+        num_stages=4 if tokens <= 64 else 3,
+    )
+    if depth > 1:
+        add_splits(parts, bias, out)
+    return finished(out, x, N)
+
+
+def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = the sum of parts along the first dimension, plus bias.
+
+    Args:
+        parts: float32 [splits, M, N].
+        bias: bfloat16 [N] or None.
+        out: bfloat16 [M, N] (float32 in the interpreter).
+    """
+    size, block = out.numel(), 512
+    kernel: Any = _add_splits
+    kernel[(-(-size // block),)](
+        parts, out if bias is None else bias, out, size, out.shape[1], len(parts), BIAS=bias is not None, BLOCK=block
+    )
+
+
+def token_tile(M: int, device: torch.device) -> int:
+    """How many tokens a program takes: the smallest tile that holds them all, at most 128, or 64 without WGMMA."""
+    wgmma = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    tiles = TOKEN_TILES if wgmma else TOKEN_TILES[:-1]
+    return next((tokens for tokens in tiles if tokens >= M), tiles[-1])
+
+
+def split(programs: int, tiles: int, splits: int | None = None) -> int:
+    """How many of the tiles along the sum a program takes.
+
+    Args:
+        programs: that there are without a split.
+        tiles: along the sum.
+        splits: wished for; None: as many as bring the programs to `PROGRAMS`, with `FEWEST_STEPS` each.
+
+    Returns:
+        1 to tiles. Parts of this length cover the tiles, and none is empty.
+    """
+    if splits is None:
+        splits = max(min(PROGRAMS // programs, tiles // FEWEST_STEPS), 1)
+    return -(-tiles // min(max(splits, 1), tiles))
+
+
+def check(name: str, tensor: Tensor, columns: int, weight: TiledWeight) -> None:
+    """Raises ValueError unless a tensor is bfloat16 [..., columns] on the weight's device."""
+    if tensor.dtype != torch.bfloat16:
+        raise ValueError(f"{name} must be bfloat16, not {tensor.dtype}")
+    if tensor.dim() == 0 or tensor.shape[-1] != columns:
+        raise ValueError(f"the last dimension of {name} must be {columns}; its shape is {tuple(tensor.shape)}")
+    if tensor.device != weight.words.device:
+        raise ValueError(f"{name} is on {tensor.device}, the weight on {weight.words.device}")
+
+
+def empty_output(M: int, columns: int, like: Tensor) -> Tensor:
+    """[M, columns] for a kernel to write: bfloat16, or float32 in the interpreter, which cannot round to bfloat16."""
+    return like.new_empty((M, columns), dtype=torch.float32 if INTERPRETED else torch.bfloat16)
+
+
+def finished(out: Tensor, x: Tensor, columns: int) -> Tensor:
+    """The result of a kernel as bfloat16 [..., columns]."""
+    return out.to(torch.bfloat16).view(*x.shape[:-1], columns)
+
+
+def _case(tokens: int) -> Case:
+    return Case(
+        name=f"linear, {tokens} tokens",
+        kernel=_linear,
+        signature={
+            **dict.fromkeys(("x", "bias", "out"), "*bf16"),
+            "words": "*i32",
+            "scales": "*fp32",
+            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS), "i32"),
+        },
+        constexprs={"TOKENS": tokens, "SUMS_SCALED": tokens <= 32, "BIAS": True},
+        weights=ROWS * TILE,
+        num_stages=4 if tokens <= 64 else 3,
+        divisible=("x", "bias", "out", "words", "scales", "N", "K"),
+    )
+
+
+CASES = tuple(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64)
+CASES_SM_90 = (_case(128),)  # without WGMMA it spills registers

@@ -1,0 +1,174 @@
+"""dX = dY W' from the same tiled copy of the weight: the backward of ``linear.py``, equally without leaving registers.
+
+``dX^T = W'^T dY^T``: the rows of the product are now columns of W, the sum goes over its rows. The look-up joins
+pairs along n instead of k, which is another constant in two of its instructions (``lookup.py``); nothing else about the
+stored words changes. A step of the loop is 64 rows of W, of 128 columns that the program has.
+
+**Scales** change along the sum, so they cannot wait for it: each pair of weights is multiplied by the pair of its
+scales, in bfloat16, inside the look-up.
+
+**Counted**, per weight, for sm_90 with triton 3.6.0: 2.375 for the look-up, 0.5 for the scales, 0.125 for the
+multiplications, 1.6 to 2.6 for the rest of the loop; in all 4.6 for 16 tokens, 4.7 for 32, 5.0 for 64, 5.6 for 128.
+0.53 bytes: 0.5, and 1/32 for the scale. Words are read 8 bytes at a time, in whole segments of 256
+bytes: of the 16 bytes that a lane has forward, its own backward are two halves, in two lanes. The limits are those of
+the forward kernel.
+
+**Accuracy.** A weight is the bfloat16 product of the table's value and the rounded scale: off by 2.5e-3 (root mean
+square, relative). With more than 32 tokens these are the bits that the forward kernel multiplies; with fewer it is more
+exact than that.
+
+A sum over many rows and few columns is split as in the forward kernel, and added in a fixed order. Where N is no
+multiple of 64, dY is first copied and padded with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..offline import Case
+from .linear import TOKEN_TILES, add_splits, check, empty_output, finished, split, token_tile
+from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode_transposed
+from .packing import TILE, TiledWeight
+
+COLUMNS = 128  # of a program
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_NOT_SPECIALIZED = ["M", "steps", *TABLE_ARGUMENTS]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _linear_grad_input(
+    grad,
+    words,
+    scales,
+    out,
+    M,
+    N,
+    K,
+    steps,
+    t0,
+    t1,
+    t2,
+    t3,
+    t4,
+    t5,
+    t6,
+    t7,
+    TOKENS: tl.constexpr,
+):
+    """out[m, k] = sum_n grad[m, n] W'[n, k]; out[split, m, k] where the sum is split. N is a
+    multiple of 64: that of the tiles, and grad has as many columns.
+
+    Names of dimensions as in ``packing.py``; "tile" is which of the two tiles of columns. Words are loaded in the order
+    (n32, n16, tile, k32, k16, c, u, p), pairs of scales in (tile, n32, n16, u, p). Rows of the product come in the
+    order (q, tile, k32, kp, k16, c).
+    """
+    tiles = K // 64
+    first = tl.program_id(2) * steps
+    last = tl.minimum(first + steps, N // 64)
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    grad_at = grad + m.to(tl.int64)[None, :] * N + (first * 64 + tl.arange(0, 64))[:, None]
+    i = tl.arange(0, 1024)
+    # The tile right of the last one is the last once more, and not stored.
+    word_tile = first.to(tl.int64) * tiles + tl.minimum(tl.program_id(0) * 2 + i // 128 % 2, tiles - 1)
+    inside = i // 512 * 256 + i // 64 % 2 * 128 + i // 256 % 2 * 64 + i // 2 % 4 * 16 + i // 8 % 4 * 4
+    words_at = words + word_tile * 512 + inside + i // 32 % 2 * 2 + i % 2
+    r = tl.arange(0, 64)
+    scale_tile = first.to(tl.int64) * tiles + tl.minimum(tl.program_id(0) * 2 + r // 32, tiles - 1)
+    scales_at = scales + scale_tile * 32 + r // 2 % 4 * 8 + r // 16 % 2 * 4 + r // 8 % 2 * 2 + r % 2
+    total = tl.zeros((128, TOKENS), tl.float32)
+    for _ in range(bound(first), bound(last)):
+        w = tl.load(words_at)
+        s = tl.load(scales_at)
+        g = tl.load(grad_at, mask=m[None, :] < M, other=0.0)
+        if _INTERPRETED:
+            g = g.to(tl.float32)
+        w = tl.reshape(w, (2, 2, 2, 2, 2, 4, 4, 2))
+        s = tl.permute(tl.reshape(s, (2, 2, 2, 4, 2)), (1, 2, 0, 3, 4))
+        s = tl.broadcast_to(tl.reshape(s, (2, 2, 2, 1, 1, 1, 4, 2)), (2, 2, 2, 2, 2, 4, 4, 2))
+        d = decode_transposed(w, s, t0, t1, t2, t3, t4, t5, t6, t7)
+        # n32 n16 tile k32 k16 c u i p kp q -> q tile k32 kp k16 c, n32 n16 p u i
+        d = tl.permute(d, (10, 2, 3, 9, 4, 5, 0, 1, 8, 6, 7))
+        total = tl.dot(tl.reshape(d, (128, 64)), g, total)
+        words_at += tiles * 512
+        scales_at += tiles * 32
+        grad_at += 64
+    total = tl.permute(tl.reshape(total, (2, 2, 2, 2, 2, 4, TOKENS)), (1, 2, 4, 0, 5, 3, 6))
+    total = tl.reshape(total, (128, TOKENS))
+    k = tl.program_id(0) * 128 + tl.arange(0, 128)
+    row = tl.program_id(2).to(tl.int64) * M + m
+    at = out + row[None, :] * K + k[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (k[:, None] < K))
+
+
+def linear_grad_input(grad: Tensor, weight: TiledWeight, splits: int | None = None) -> Tensor:
+    """grad W': the gradient of ``linear`` with respect to x.
+
+    Args:
+        grad: bfloat16 [..., N], on the weight's device.
+        weight: W [N, K].
+        splits: into how many ranges N is cut; None: `split` decides.
+
+    Returns:
+        bfloat16 [..., K].
+
+    Raises:
+        ValueError: grad has another dtype, shape or device.
+    """
+    N, K = weight.shape
+    check("grad", grad, N, weight)
+    flat = pad(grad.reshape(-1, N), (0, -N % TILE)).contiguous()
+    M = len(flat)
+    out = empty_output(M, K, flat)
+    if M == 0 or N == 0 or K == 0:
+        return finished(out.zero_(), grad, K)
+    tokens = token_tile(M, grad.device)
+    tiles = -(-N // TILE)
+    across, token_tiles = -(-K // COLUMNS), -(-M // tokens)
+    steps = split(across * token_tiles, tiles, splits)
+    depth = -(-tiles // steps)
+    parts = out if depth == 1 else flat.new_empty((depth, M, K), dtype=torch.float32)
+    kernel: Any = _linear_grad_input
+    kernel[(across, token_tiles, depth)](
+        flat,
+        weight.words,
+        weight.scales_bf16.view(torch.int32),
+        parts,
+        M,
+        tiles * TILE,
+        K,
+        steps,
+        *weight.table.words,
+        TOKENS=tokens,
+        num_warps=4,
+        num_stages=4 if tokens <= 64 else 3,
+    )
+    if depth > 1:
+        add_splits(parts, None, out)
+    return finished(out, grad, K)
+
+
+def _case(tokens: int) -> Case:
+    return Case(
+        name=f"linear_grad_input, {tokens} tokens",
+        kernel=_linear_grad_input,
+        signature={
+            **dict.fromkeys(("grad", "out"), "*bf16"),
+            **dict.fromkeys(("words", "scales"), "*i32"),
+            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS), "i32"),
+        },
+        constexprs={"TOKENS": tokens},
+        weights=COLUMNS * TILE,
+        num_stages=4 if tokens <= 64 else 3,
+        divisible=("grad", "out", "words", "scales", "N", "K"),
+    )
+
+
+CASES = tuple(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64)
+CASES_SM_90 = (_case(128),)  # without WGMMA it spills registers

@@ -1,0 +1,151 @@
+"""The two-pass product: dequantize the weight into a workspace, then multiply by cuBLAS. Forward and input gradient.
+
+For a weight [N, K] and M tokens the first pass moves 2.52 bytes a weight (0.52 read, 2 written, in bfloat16) and the
+second is the product that an unquantized layer has. The price over that layer is the first pass: 335/M of the product
+on an H100 (``choice.py``), 8 % at 4,096 tokens, and all of the time at 16. Both directions multiply by the same bits,
+which are the definition's (``nf4/reference.py``), so the gradient is exactly that of the forward that ran.
+
+**The workspace** is one buffer for each device and dtype, as large as the largest weight that was multiplied. The next
+product writes over it: a model pays for one dequantized weight, whatever the number and shapes of its layers, at an
+address that stays, and nothing fragments the allocator's memory between layers. ``release`` gives the buffers back.
+
+**Streams.** The buffer is held by one product at a time.
+
+* On one stream, kernels run in the order of their launches: the next dequantization waits for the product before it.
+* On another stream than the last, the new stream first waits for all that the last one has been given.
+* Threads that launch at once take turns: a lock is held from the first launch of a product to its last. It is held for
+  the launches, not for their execution; nothing waits for the device.
+* Every stream that uses the buffer is made known to the allocator, so that memory given back is not handed out while a
+  stream still works on it.
+* A CUDA graph replays the addresses of its capture, on a stream of the caller's choice and behind the back of all this.
+  While one is captured, a buffer of the graph's own memory is used instead.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dequantize import dequantize
+
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
+
+
+def linear(x: Tensor, operands: Operands, bias: Tensor | None = None) -> Tensor:
+    """x W' + bias.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        operands: W, as the operators of ``nf4/ops.py`` take it: packed, scales, absmax2, offset, values, (N, K),
+            block_size.
+        bias: the dtype of x, [N], or None.
+
+    Returns:
+        the dtype of x, [..., N].
+    """
+    with _dequantized(operands, x) as W:
+        return F.linear(x, W, bias)
+
+
+def linear_grad_input(grad: Tensor, operands: Operands) -> Tensor:
+    """grad W.
+
+    Args:
+        grad: float32, bfloat16 or float16 [..., N].
+        operands: W, as for ``linear``.
+
+    Returns:
+        the dtype of grad, [..., K].
+    """
+    with _dequantized(operands, grad) as W:
+        return grad @ W
+
+
+def release() -> int:
+    """Give the workspaces back to PyTorch's allocator; the next product makes a new one.
+
+    Returns:
+        how many bytes they held.
+    """
+    with _lock:
+        workspaces = list(_workspaces.values())
+    return sum(workspace.release() for workspace in workspaces)
+
+
+class Workspace:
+    """One buffer that products take in turns.
+
+    Args:
+        device: where it lies.
+        dtype: of the dequantized weights.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._lock = threading.Lock()
+        self._buffer: Tensor | None = None
+        self._last: torch.cuda.Stream | None = None  # the stream that used the buffer last
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffer takes now."""
+        buffer = self._buffer
+        return 0 if buffer is None else buffer.nbytes
+
+    @contextmanager
+    def borrow(self, numel: int) -> Iterator[Tensor]:
+        """The buffer's first ``numel`` elements, flat; inside the body it is the caller's, on the current stream."""
+        with self._lock:
+            if self._buffer is None or self._buffer.numel() < numel:
+                self._buffer = self._last = None  # the old one goes first: both at once may not fit
+                self._buffer = torch.empty(numel, dtype=self.dtype, device=self.device)
+            self._order(self._buffer)
+            yield self._buffer[:numel]
+
+    def release(self) -> int:
+        """Drop the buffer; how many bytes it held."""
+        with self._lock:
+            freed, self._buffer, self._last = self.nbytes, None, None
+            return freed
+
+    def _order(self, buffer: Tensor) -> None:
+        """Let the current stream wait for the last one."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream == self._last:
+            return
+        if self._last is not None:
+            stream.wait_stream(self._last)
+        buffer.record_stream(stream)
+        self._last = stream
+
+
+_lock = threading.Lock()
+_workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
+
+
+def workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
+    """The one of this device and dtype."""
+    found = _workspaces.get((device, dtype))
+    if found is None:
+        with _lock:
+            found = _workspaces.setdefault((device, dtype), Workspace(device, dtype))
+    return found
+
+
+@contextmanager
+def _dequantized(operands: Operands, like: Tensor) -> Iterator[Tensor]:
+    """The weight in the dtype of a tensor, [N, K], for the length of the body."""
+    shape = operands[5]
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        yield dequantize(*operands, like.dtype)
+        return
+    with workspace(like.device, like.dtype).borrow(math.prod(shape)) as buffer:
+        yield dequantize(*operands, like.dtype, out=buffer.view(tuple(shape)))

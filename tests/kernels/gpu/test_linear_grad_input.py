@@ -1,0 +1,65 @@
+"""dX = dY W' from the tiles of the forward kernel: exact sums bit for bit, the accuracy of its weights, splits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qloralab.kernels.gpu.linear import linear
+from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
+from qloralab.kernels.gpu.packing import tile
+from qloralab.nf4 import blockwise
+from qloralab.nf4.codebook import normal_float
+
+from .test_linear import cases, dequantized, few, rounded, tiled, whole_weight
+from .test_linear import guarded_twice as guarded_twice
+
+
+@cases
+def test_exact_sums(M, N, K, block_size, splits, guarded_twice):
+    operands = whole_weight(N, K, block_size)
+    grad = few(M, N)
+    found = linear_grad_input(guarded_twice(grad), tiled(operands, guarded_twice), splits)
+    expected = grad.double() @ dequantized(operands)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.cpu().double(), rounded(expected))
+
+
+def test_accuracy_and_the_bits_of_the_forward_kernel(device):
+    """With a unit matrix both kernels give W'. For more than 32 tokens the bits are the same."""
+    N = K = 128
+    packed, absmax = blockwise.quantize_blockwise(torch.randn(N, K), normal_float(), 64)
+    weight = tile(packed.to(device), absmax.to(device), None, None, normal_float().to(device), (N, K), 64)
+    unit = torch.eye(N, dtype=torch.bfloat16, device=device)
+    W = linear_grad_input(unit, weight)
+    assert torch.equal(W, linear(unit, weight).T)
+    assert torch.equal(W[:5], linear_grad_input(unit[:5], weight))
+    exact = dequantized((packed, absmax, None, None, normal_float(), (N, K), 64))
+    assert 1.7e-3 < (W.cpu().double() - exact).norm() / exact.norm() < 2.7e-3
+
+
+def test_splits_are_added_in_a_fixed_order(device):
+    packed, absmax = blockwise.quantize_blockwise(torch.randn(256, 64), normal_float(), 64)
+    weight = tile(packed.to(device), absmax.to(device), None, None, normal_float().to(device), (256, 64), 64)
+    grad = torch.randn(2, 256).bfloat16().to(device)
+    assert torch.equal(linear_grad_input(grad, weight, splits=4), linear_grad_input(grad, weight, splits=4))
+
+
+def test_leading_dimensions_and_nothing(guarded):
+    operands = whole_weight(70, 64, 64)
+    weight = tiled(operands, guarded)
+    grad = few(2, 3, 70)
+    found = linear_grad_input(guarded(grad), weight)
+    assert torch.equal(found.cpu().double(), rounded(grad.double() @ dequantized(operands)))
+    assert linear_grad_input(guarded(few(0, 70)), weight).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [(torch.zeros(1, 70), "grad must be bfloat16"), (few(1, 64), "last dimension of grad must be 70")],
+    ids=["dtype", "columns"],
+)
+def test_refused(grad, message, guarded):
+    weight = tiled(whole_weight(70, 64, 64), guarded)
+    with pytest.raises(ValueError, match=message):
+        linear_grad_input(grad.to(weight.words.device), weight)

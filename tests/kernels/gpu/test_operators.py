@@ -1,0 +1,321 @@
+"""Which kernel serves which case on CUDA. The functions are called directly, on the interpreter's CPU tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import qloralab as ql
+from benchmarks import gpu_canaries
+from benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
+from qloralab.kernels import dispatch
+from qloralab.kernels.gpu import first_use, operators, two_pass
+from qloralab.nf4 import ops, reference
+from qloralab.nf4.codebook import codebook_values
+
+ROOT = Path(__file__).resolve().parents[3]
+NAMES = ("quantize_blockwise", "quantize_scales", "dequantize", "linear", "linear_grad_input")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(first_use.VARIABLE, raising=False)
+    monkeypatch.setattr(first_use, "_passed", {})
+    monkeypatch.setattr(first_use, "_warned", set())
+    yield
+    two_pass.release()
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[str]:
+    """The names of the kernels that were launched, in order."""
+    launched: list[str] = []
+    find = first_use._launcher
+
+    def launcher(name: str):
+        launch = find(name)
+
+        @functools.wraps(launch)
+        def noted(*args, **kwargs):
+            launched.append(name)
+            return launch(*args, **kwargs)
+
+        return noted
+
+    def dequantize(*args, **kwargs):
+        launched.append("dequantize")
+        return find("dequantize")(*args, **kwargs)
+
+    for name in first_use.MODULES:
+        monkeypatch.setitem(first_use._passed, (name, torch.device("cpu")), "")
+        monkeypatch.setitem(first_use._passed, (name, torch.device("cuda", 0)), "")
+    monkeypatch.setattr(first_use, "_launcher", launcher)
+    monkeypatch.setattr(two_pass, "dequantize", dequantize)
+    return launched
+
+
+def weight(device: str, shape=(63, 65), **options) -> ql.QuantizedTensor:
+    return ql.quantize(torch.randn(shape), **options).to(device)
+
+
+def same(result, expected) -> bool:
+    pairs = zip(result, expected, strict=True) if isinstance(expected, tuple) else [(result, expected)]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+def test_quantize_is_served(dtype, device, served):
+    w, values = torch.randn(33, 35, device=device).to(dtype), codebook_values("nf4").to(device)
+    codes, absmax = operators.quantize_blockwise(w.T, values, 64)
+    assert same((codes, absmax), reference.quantize_blockwise(w.T.contiguous(), values, 64))
+    assert same(operators.quantize_scales(absmax), reference.quantize_scales(absmax))
+    assert served == ["quantize_blockwise", "quantize_scales"]
+
+
+@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 4096}, {"codebook": "fp4"}], ids=str)
+def test_dequantize_and_the_products_are_served(dtype, options, device, served):
+    quantized = weight(device, **options)
+    operands = quantized.operands()
+    x, grad = torch.randn(2, 65, device=device).to(dtype), torch.randn(2, 63, device=device).to(dtype)
+    W = reference.dequantize(*operands, dtype)
+    assert same(operators.dequantize(*operands, dtype), W)
+    assert same(operators.linear(x, *operands, None), torch.nn.functional.linear(x, W))
+    assert same(operators.linear_grad_input(grad, *operands), grad @ W)
+    assert served == ["dequantize"] * 3
+
+
+def test_a_weight_of_one_dimension_is_dequantized(device, served):
+    quantized = weight(device, shape=(129,))
+    result = operators.dequantize(*quantized.operands(), torch.float32)
+    assert same(result, reference.dequantize(*quantized.operands(), torch.float32))
+    assert served == ["dequantize"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_codes_of_other_widths_go_to_the_reference(bits, device, served):
+    quantized = ql.quantize(torch.randn(8, 64), codebook=f"nf{bits}").to(device)
+    operands = quantized.operands()
+    x = torch.randn(2, 64, device=device)
+    assert same(operators.dequantize(*operands, torch.float32), reference.dequantize(*operands, torch.float32))
+    assert operators.linear(x, *operands, None).shape == (2, 8)
+    operators.quantize_blockwise(torch.randn(8, 64, device=device), quantized.values, 64)
+    assert served == []
+
+
+def test_nothing_to_do_goes_to_the_reference(device, served):
+    values = codebook_values("nf4").to(device)
+    codes, absmax = operators.quantize_blockwise(torch.empty(0, 64, device=device), values, 64)
+    second = operators.quantize_scales(absmax)
+    result = operators.dequantize(codes, *second, values, (0, 64), 64, torch.bfloat16)
+    assert (result.shape, result.dtype) == ((0, 64), torch.bfloat16)
+    assert served == []
+
+
+def test_a_weight_that_is_not_contiguous_goes_to_the_reference(device, served):
+    quantized = weight(device, shape=(16, 64))
+    packed = torch.cat([quantized.packed, quantized.packed], 1)[:, :1]
+    assert not packed.is_contiguous()
+    operands = dataclasses.replace(quantized, packed=packed).operands()
+    expected = reference.dequantize(*quantized.operands(), torch.float32)
+    assert same(operators.dequantize(*operands, torch.float32), expected)
+    assert served == []
+
+
+SPOILED = {
+    "packed too short": lambda w: dataclasses.replace(w, packed=w.packed[:-1]),
+    "scales too short": lambda w: dataclasses.replace(w, scales=w.scales[:-1]),
+    "scales in float64": lambda w: dataclasses.replace(w, scales=w.scales.double()),
+    "second level too short": lambda w: dataclasses.replace(w, absmax2=w.absmax2[:0]),
+    "no offset": lambda w: dataclasses.replace(w, offset=None),
+    "offset of two": lambda w: dataclasses.replace(w, offset=w.offset.repeat(2)),
+    "block size": lambda w: dataclasses.replace(w, block_size=48),
+    "values in float64": lambda w: dataclasses.replace(w, values=w.values.double()),
+    "codes in int32": lambda w: dataclasses.replace(w, packed=w.packed.int()),
+    "scales elsewhere": lambda w: dataclasses.replace(w, scales=w.scales.to("meta")),
+    "second level elsewhere": lambda w: dataclasses.replace(w, absmax2=w.absmax2.to("meta")),
+    "offset elsewhere": lambda w: dataclasses.replace(w, offset=w.offset.to("meta")),
+    "codebook elsewhere": lambda w: dataclasses.replace(w, values=w.values.to("meta")),
+}
+
+
+@pytest.mark.parametrize("change", SPOILED.values(), ids=SPOILED)
+def test_no_kernel_sees_operands_that_do_not_fit(change, device):
+    quantized = weight(device)
+    assert operators._is_weight(quantized.operands(), torch.bfloat16)
+    assert not operators._is_weight(change(quantized).operands(), torch.bfloat16)
+
+
+def test_no_kernel_writes_another_dtype(device):
+    assert not operators._is_weight(weight(device).operands(), torch.float64)
+
+
+def test_an_input_of_another_width_is_refused_in_words(device, served):
+    quantized = weight(device)
+    with pytest.raises(RuntimeError, match="shape"):
+        operators.linear(torch.randn(2, 64, device=device), *quantized.operands(), None)
+    with pytest.raises(RuntimeError, match="shape"):
+        operators.linear_grad_input(torch.randn(2, 65, device=device), *quantized.operands())
+
+
+def test_autocast_does_not_change_a_product(device, served):
+    quantized = weight(device)
+    x = torch.randn(2, 65, device=device)
+    y = operators.linear(x, *quantized.operands(), None)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert same(operators.linear(x, *quantized.operands(), None), y)
+        assert operators.linear_grad_input(y, *quantized.operands()).dtype == torch.float32
+
+
+def test_the_reference_serves_where_it_is_asked_for(device, served, monkeypatch):
+    monkeypatch.setenv(first_use.VARIABLE, "reference")
+    quantized = weight(device)
+    assert same(operators.dequantize(*quantized.operands(), torch.bfloat16), quantized.dequantize(torch.bfloat16))
+    operators.linear(torch.randn(2, 65, device=device), *quantized.operands(), None)
+    assert served == []
+
+
+def test_the_functions_are_registered_for_cuda():
+    for name in NAMES:
+        assert hasattr(ops, name)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qloralab::{name}", "CUDA"), name
+        assert getattr(operators, name).__name__ == name
+
+
+def rows(device: torch.device | None) -> dict[str, tuple[str, str]]:
+    declared = dispatch._declared()
+    found = operators.report(declared, device)
+    assert [row["operator"] for row in found] == declared
+    assert all(set(row) == {"operator", "device", "implementation", "why"} for row in found)
+    assert {row["device"] for row in found} == {"cuda"}
+    return {row["operator"]: (row["implementation"], row["why"]) for row in found}
+
+
+def test_the_report_says_what_serves(device):
+    found = rows(torch.device(device))
+    for name in ("quantize_blockwise", "quantize_scales", "dequantize"):
+        assert found[name] == ("triton", "it agrees with the definition on this device, bit for bit")
+    for name in ("linear", "linear_grad_input"):
+        assert found[name][0] == "two-pass"
+        assert found[name][1].endswith("fused where a record says that it takes less time (gpu-choice.json)")
+    for name in ("dropout", "adapted_linear", "adapted_linear_backward"):
+        assert found[name] == ("reference", "there is no Triton kernel for it")
+
+
+@pytest.mark.parametrize(("choice", "implementation"), [("auto", "reference"), ("triton", "none")])
+def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setenv(first_use.VARIABLE, choice)
+    monkeypatch.setitem(first_use.CHECKS, "dequantize", broken)
+    found = rows(torch.device(device))
+    for name in ("dequantize", "linear", "linear_grad_input"):
+        assert found[name] == (implementation, "RuntimeError: no such instruction")
+    assert found["quantize_scales"][0] == "triton"
+
+
+def test_the_report_where_the_reference_is_asked_for(device, monkeypatch):
+    monkeypatch.setenv(first_use.VARIABLE, "reference")
+    assert set(rows(torch.device(device)).values()) == {("reference", "it was asked for (QLORALAB_GPU=reference)")}
+    assert first_use._passed == {}
+
+
+def test_the_report_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {(row["implementation"], row["why"]) for row in dispatch.report("cuda")}
+    assert found == {("none", "there is no GPU: torch.cuda.is_available() is False")}
+
+
+def test_the_report_refuses_another_device():
+    with pytest.raises(ValueError, match="cpu or cuda, not 'tpu'"):
+        dispatch.report("tpu")
+
+
+def test_importing_and_working_on_the_cpu_does_not_import_triton():
+    code = """
+import sys, torch, qloralab as ql
+import qloralab.models
+from qloralab.kernels import dispatch
+from qloralab.kernels.gpu import choice, operators
+ql.linear(torch.randn(2, 64), ql.quantize(torch.randn(8, 64)))
+dispatch.report()
+choice.decide("linear", 8, 64, 2, "a GPU")
+print([name for name in sys.modules if name.split(".")[0] == "triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+SMALL = [
+    dataclasses.replace(one, run=functools.partial(gpu_canaries._two_streams, shape=(64, 64), turns=3))
+    if one.name.startswith("two")
+    else one
+    for one in canaries([(63, 65), (1, 1)], [(72, 128)])
+]
+
+
+@pytest.mark.parametrize("canary", SMALL, ids=lambda canary: canary.name)
+def test_a_canary_holds(canary, device):
+    assert verdict(canary, torch.device(device)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("canary", list(canaries()), ids=lambda canary: canary.name)
+def test_a_canary_of_full_size_holds(canary):
+    assert verdict(canary, torch.device("cuda")) is None
+
+
+def test_a_canary_sees_a_wrong_bit(device, monkeypatch):
+    from qloralab.kernels.gpu import dequantize as module
+
+    right = module.dequantize
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        result.view(torch.int16)[-1, -1] ^= 1
+        return result
+
+    monkeypatch.setattr(module, "dequantize", wrong)
+    canary = next(one for one in SMALL if one.name == "dequantize 63x65 bfloat16, 8-bit scales")
+    assert verdict(canary, torch.device(device)) == "CanaryError: weights: 1 of 4,095 elements differ"
+
+
+def test_a_canary_sees_a_wrong_product(device, monkeypatch):
+    right = two_pass.linear
+    monkeypatch.setattr(two_pass, "linear", lambda *args: right(*args) * 1.01)
+    canary = next(one for one in SMALL if one.name == "linear 63x65")
+    assert str(verdict(canary, torch.device(device))).startswith("CanaryError: error 0.01, 0.003 allowed")
+
+
+@pytest.mark.parametrize(("place", "side"), [(-1, "before"), (64, "after")])
+def test_a_canary_sees_what_is_written_beside_a_tensor(place, side, device):
+    def beside(guard: Guard) -> None:
+        guard.empty((4,), torch.float32)
+        memory = guard.empty((64,), torch.uint8)
+        memory.as_strided((1,), (1,), memory.storage_offset() + place).fill_(0)
+
+    assert verdict(Canary("beside", beside), torch.device(device)) == (f"CanaryError: something wrote {side} tensor 1")
+
+
+def test_a_canary_sees_a_workspace_that_two_products_share(device, monkeypatch):
+    shared = torch.empty(64 * 64, dtype=torch.bfloat16, device=device)
+
+    def dequantize(*args, out: torch.Tensor) -> torch.Tensor:
+        out.copy_(reference.dequantize(*args))  # the interpreter is for one thread only
+        time.sleep(0.001)
+        return out
+
+    monkeypatch.setattr(two_pass, "dequantize", dequantize)
+    monkeypatch.setattr(two_pass.Workspace, "borrow", lambda self, numel: nullcontext(shared[:numel]))
+    canary = Canary("streams", functools.partial(gpu_canaries._two_streams, shape=(64, 64), turns=40))
+    assert "products differ" in str(verdict(canary, torch.device(device)))

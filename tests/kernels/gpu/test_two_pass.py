@@ -1,0 +1,127 @@
+"""Dequantize into the workspace, then multiply: the definition's results, one buffer, nothing left in it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import qloralab as ql
+from qloralab.kernels.gpu import two_pass
+from qloralab.kernels.gpu.two_pass import Workspace, release, workspace
+from qloralab.nf4 import reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def no_workspaces():
+    release()
+    yield
+    release()
+
+
+def weight(shape: tuple[int, int], device: str, **options) -> ql.QuantizedTensor:
+    return ql.quantize(torch.randn(shape), **options).to(device)
+
+
+def expected(quantized: ql.QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    return reference.dequantize(*quantized.operands(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block_size"), [((63, 65), 64), ((64, 128), 128), ((1, 1), 32)])
+@pytest.mark.parametrize("double_quant", [True, False], ids=["8-bit scales", "float32 scales"])
+def test_both_products_are_those_of_the_definitions_weight(dtype, shape, block_size, double_quant, device):
+    quantized = weight(shape, device, block_size=block_size, double_quant=double_quant)
+    W = expected(quantized, dtype)
+    x, bias = torch.randn(3, shape[1], device=device).to(dtype), torch.randn(shape[0], device=device).to(dtype)
+    grad = torch.randn(3, shape[0], device=device).to(dtype)
+    assert torch.equal(two_pass.linear(x, quantized.operands(), bias), F.linear(x, W, bias))
+    assert torch.equal(two_pass.linear(x, quantized.operands()), F.linear(x, W))
+    assert torch.equal(two_pass.linear_grad_input(grad, quantized.operands()), grad @ W)
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (2, 3), (1, 0, 2)], ids=str)
+def test_any_shape_of_tokens(tokens, device):
+    quantized = weight((32, 64), device)
+    x, grad = torch.randn(*tokens, 64, device=device), torch.randn(*tokens, 32, device=device)
+    W = expected(quantized, torch.float32)
+    torch.testing.assert_close(two_pass.linear(x, quantized.operands()), F.linear(x, W))
+    torch.testing.assert_close(two_pass.linear_grad_input(grad, quantized.operands()), grad @ W)
+
+
+def test_one_buffer_serves_weights_of_every_shape_and_grows_to_the_largest(device):
+    there = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    x = torch.randn(2, 64, device=device)
+    sizes = []
+    for rows in (16, 64, 8, 64):
+        quantized = weight((rows, 64), device)
+        y = two_pass.linear(x, quantized.operands())
+        assert torch.equal(y, F.linear(x, expected(quantized, torch.float32)))  # nothing of the larger one before
+        sizes.append(workspace(there, torch.float32).nbytes)
+    assert sizes == [16 * 64 * 4, 64 * 64 * 4, 64 * 64 * 4, 64 * 64 * 4]
+    assert release() == 64 * 64 * 4
+    assert release() == 0
+    assert torch.equal(two_pass.linear(x, quantized.operands()), y)
+
+
+def test_each_dtype_has_its_own(device):
+    quantized = weight((16, 64), device)
+    for dtype in DTYPES:
+        two_pass.linear(torch.randn(2, 64, device=device).to(dtype), quantized.operands())
+    assert release() == 16 * 64 * (2 + 2 + 4)
+
+
+def test_a_result_does_not_change_with_the_next_product(device):
+    first, second = weight((16, 64), device), weight((16, 64), device)
+    x = torch.eye(64, device=device)
+    y = two_pass.linear(x, first.operands())
+    kept = y.clone()
+    two_pass.linear(x, second.operands())
+    assert torch.equal(y, kept)
+
+
+def test_the_buffer_is_one_products_at_a_time():
+    there = Workspace(torch.device("cpu"), torch.float32)
+    order = []
+
+    def second() -> None:
+        order.append("asks")
+        with there.borrow(4):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with there.borrow(4):
+        thread.start()
+        thread.join(0.2)  # it cannot have it yet
+        order.append("first is done")
+    thread.join()
+    assert order == ["asks", "first is done", "second"]
+
+
+def test_a_failing_product_gives_the_buffer_back():
+    there = Workspace(torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="no product"), there.borrow(4):
+        raise RuntimeError("no product")
+    with there.borrow(8) as buffer:
+        assert buffer.shape == (8,)
+    assert there.release() == 32
+
+
+@pytest.mark.gpu
+def test_a_captured_product_keeps_a_buffer_of_its_own():
+    quantized = weight((64, 64), "cuda")
+    x = torch.randn(4, 64, device="cuda")
+    y = two_pass.linear(x, quantized.operands())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = two_pass.linear(x, quantized.operands())
+    release()
+    torch.full((64, 64), float("nan"), device="cuda")  # may get the memory that was given back
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, y)

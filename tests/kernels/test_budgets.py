@@ -1,0 +1,118 @@
+"""Every kernel keeps its budget on sm_90, and compiles without spilled registers for the other targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from qloralab.kernels import budgets
+from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded, unsound
+from qloralab.kernels.offline import KERNEL_FILES, TARGETS, Compiled, compile_cases
+from qloralab.kernels.sass import Counts, Instruction, count
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
+OTHERS = [target for target in TARGETS if target != TARGET]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Compiled]:
+    """Every case for `TARGET`, by name."""
+    return {one.name: one for one in compile_cases([TARGET])}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_kernel_keeps_its_budget(compiled, name):
+    one = compiled[name]
+    limits = budget(name, one.triton)
+    assert limits is not None
+    assert exceeded(limits, one, count(one.sass, one.weights_per_thread)) == []
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_has_a_budget(compiled):
+    assert set(compiled) == set(BUDGETS)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_every_kernel_compiles_for_the_other_targets():
+    found = compile_cases(OTHERS)
+    names = {target: {one.name for one in found if one.target == target} for target in OTHERS}
+    assert all(some <= set(BUDGETS) for some in names.values())
+    assert all(any(name.startswith(file) for name in some) for some in names.values() for file in KERNEL_FILES)
+    reasons = [(one.name, one.target, unsound(one, count(one.sass, one.weights_per_thread))) for one in found]
+    assert [wrong for wrong in reasons if wrong[2]] == []
+
+
+def test_every_file_with_cases_is_listed():
+    folder = Path(budgets.__file__).parent / "gpu"
+    assert {path.stem for path in folder.glob("*.py") if "\nCASES" in path.read_text()} == set(KERNEL_FILES)
+
+
+def test_every_line_for_a_newer_triton_changes_a_budget():
+    for (name, since), line in NEWER.items():
+        assert since > (3, 6)
+        assert replace(BUDGETS[name], **line) != BUDGETS[name]
+
+
+LIMITS = Budget(3, registers=64, loaded=PACKED, width=128, staged=0.5, needs=("HGMMA",), forbids=("SHFL",))
+OPCODES = ["LDG.E.128", "PRMT", "HGMMA.64x16x16.F32.BF16", "BRA"]
+
+
+def kernel(opcodes: list[str] = OPCODES, weights: float = 32, local: int = 0, **changes) -> tuple[Compiled, Counts]:
+    """A kernel whose loop has these opcodes, and what is counted in it."""
+    loop = [Instruction(16 * n, opcode, "", None, ()) for n, opcode in enumerate(opcodes)]
+    one = Compiled("kernel", TARGET, "3.6.0", weights, registers=64, spilled=0, shared=0, sass="")
+    return replace(one, **changes), Counts(loop, True, weights, local)
+
+
+def test_within_the_limits():
+    assert exceeded(LIMITS, *kernel()) == []
+    assert exceeded(replace(LIMITS, instructions=4 / 32), *kernel()) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "one", "reason"),
+    [
+        (replace(LIMITS, instructions=0.12), kernel(), "0.12 instructions per weight, more than 0.12"),
+        (LIMITS, kernel(registers=65), "65 registers, more than 64"),
+        (LIMITS, kernel(weights=33), "loads 0.485 bytes per weight, 16 at a time or more; they are 0.5"),
+        (
+            LIMITS,
+            kernel(["LDG.E.64", *OPCODES[2:], "LDG.E.64"]),
+            "loads 0 bytes per weight, 16 at a time or more; they are 0.5",
+        ),
+        (LIMITS, kernel(["LDG.E.128", "HMMA.16816.F32.BF16"]), "no HGMMA in the loop"),
+        (LIMITS, kernel([*OPCODES, "SHFL.IDX", "SHFL.BFLY"]), "2 SHFL in the loop"),
+        (
+            LIMITS,
+            kernel([*OPCODES, "STS.128", "STS"]),
+            "stages 0.625 bytes per weight in shared memory, more than 0.5",
+        ),
+        (LIMITS, kernel(spilled=8), "8 bytes of stack per thread"),
+        (LIMITS, kernel(local=3), "3 accesses to local memory"),
+    ],
+    ids=["instructions", "registers", "loaded", "width", "needs", "forbids", "staged", "spilled", "local"],
+)
+def test_each_limit_is_held(limits, one, reason):
+    assert exceeded(limits, *one) == [reason]
+
+
+def test_the_line_of_the_triton_in_use_counts(monkeypatch):
+    monkeypatch.setattr(budgets, "BUDGETS", {"one": Budget(8, registers=100), "two": Budget(5)})
+    monkeypatch.setattr(
+        budgets,
+        "NEWER",
+        {("one", (3, 10)): {"instructions": 7}, ("one", (3, 7)): {"registers": 99}, ("two", (3, 7)): {"loaded": 1}},
+    )
+    assert budget("one", "3.6.0") == Budget(8, registers=100)
+    assert budget("one", "3.7.1") == budget("one", "3.9.0+git") == Budget(8, registers=99)
+    assert budget("one", "3.10.0") == budget("one", "4.0.0") == Budget(7, registers=100)
+    assert budget("two", "3.7.0") == Budget(5, loaded=1)
+    assert budget("three", "3.6.0") is None
