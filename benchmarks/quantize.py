@@ -69,7 +69,7 @@ def make(directory: Path, shape: Shape) -> int:
     Returns:
         bytes of all tensors.
     """
-    from transformers import LlamaConfig  # here, so that the process that measures stays small
+    from transformers import LlamaConfig  # slow to import, and needed for this alone
 
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -124,6 +124,18 @@ def check(dense: Path, quantized: Path, shape: Shape) -> None:
             raise WrongResultError(f"{name} is not a copy")
 
 
+# Started by a large process, a process begins with that one's peak; so a small one stands between. It prints the peak
+# of its child in KiB, and passes on the child's output, as its own errors, and its exit status.
+_BETWEEN = """
+import os, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(child.pid, 0)
+child.returncode = os.waitstatus_to_exitcode(status)
+print(usage.ru_maxrss)
+sys.exit(child.returncode)
+"""
+
+
 def measure(dense: Path, quantized: Path, kernels: str) -> dict[str, Any]:
     """Run the command as a process of its own.
 
@@ -133,25 +145,24 @@ def measure(dense: Path, quantized: Path, kernels: str) -> dict[str, Any]:
         kernels: one of KERNELS.
 
     Returns:
-        seconds of the whole process; peak_mb, its largest resident memory in 10**6 bytes. A process begins with the
-        peak of the one that starts it, so that has to be small.
+        seconds of the whole process; peak_mb, its largest resident memory in 10**6 bytes.
 
     Raises:
-        CalledProcessError: the command failed.
+        CalledProcessError: the command failed; it has the output.
     """
     command = [sys.executable, "-m", "qloralab", "quantize", "--model", str(dense), "--out", str(quantized)]
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "QLORALAB_CPU": kernels}, stdout=subprocess.PIPE, text=True
+    done = subprocess.run(
+        [sys.executable, "-c", _BETWEEN, *command],
+        cwd=ROOT,
+        env={**os.environ, "QLORALAB_CPU": kernels},
+        capture_output=True,
+        text=True,
     )
-    assert process.stdout is not None
-    with process.stdout as pipe:
-        output = pipe.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, output)
-    return {"seconds": time.perf_counter() - start, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stderr)
+    return {"seconds": seconds, "peak_mb": int(done.stdout) * 1024 / 1e6}
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -204,7 +215,7 @@ def run(folder: Path, shape: Shape) -> list[dict[str, Any]]:
 
 
 def _worker(job: str, dense: Path, shape: Shape, quantized: Path | None = None) -> str:
-    """A job that takes memory, in a process of its own: this one stays small (see ``measure``)."""
+    """A job that takes memory, in a process of its own: what it takes is gone when the command runs."""
     words = [job, str(dense), json.dumps(dataclasses.asdict(shape)), str(quantized)]
     command = [sys.executable, "-m", "benchmarks.quantize", "--worker", *words]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

@@ -88,10 +88,12 @@ def test_the_committed_records_keep_the_bound():
 
 @pytest.mark.slow
 def test_the_command_is_measured_as_a_process(tmp_path):
+    ballast = torch.ones(3 * 10**8)  # 1.2 GB, in this process
     records = run(tmp_path, SMALL)
+    del ballast
     assert [one["kernels"] for one in records] == list(KERNELS)
     for one in records:
-        assert 100 < one["peak_mb"] < 2000
+        assert 100 < one["peak_mb"] < 1000
         assert one["seconds"] > 0
         files = (tmp_path / one["kernels"]).glob("*.safetensors")
         assert one["bytes_after"] == sum(file.stat().st_size for file in files) > 0
