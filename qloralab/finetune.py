@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from .models import (
     load_tokenizer,
     model_name,
 )
+from .output_directory import check_writable
 from .quantized_model import parameter_count
 from .report import plot_loss, write_samples
 from .run_directory import Metrics, RunDirectory
@@ -133,11 +133,7 @@ def _check_paths(settings: Settings) -> None:
         )
     if settings.adapter:
         check_adapter(settings.adapter)
-    there = next(folder for folder in (settings.out, *settings.out.absolute().parents) if os.path.exists(folder))
-    if not there.is_dir():
-        raise UserError(f"{settings.out} cannot be written: {there} is not a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{settings.out} cannot be written: no permission to write in {there}")
+    check_writable(settings.out, settings.out.absolute())
 
 
 def _as_trained(settings: Settings, model: Any) -> Settings:

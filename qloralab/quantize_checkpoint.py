@@ -38,6 +38,7 @@ from .errors import UserError
 from .interrupt import StopRequest
 from .memory import peak_mb
 from .models import check_model, load_model, load_tokenizer, model_name, quiet, reading
+from .output_directory import check_writable, size_text, written_beside
 from .quantized_model import (
     CONFIG_FILE,
     floating_dtype,
@@ -217,7 +218,7 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
     start = time.perf_counter()
     held, weight_map, total = 0, {}, 0
     stop = StopRequest(lambda: None)
-    with _beside(out, needed) as part, stop, _progress(display, len(descriptions)) as step:
+    with written_beside(out, needed) as part, stop, _progress(display, len(descriptions)) as step:
         for writer, names in stream.shards(part):
             with writer:
                 for name in names:
@@ -289,7 +290,7 @@ def _load_and_save(path: Path, out: Path, options: Options, display: Display) ->
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
     after = sum(t.nbytes for t in saved_tensors(model).values())
-    with _beside(out, after) as part, quiet():
+    with written_beside(out, after) as part, quiet():
         tokenizer.save_pretrained(part)
         save_quantized(model, part)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -308,36 +309,7 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} exists and is not empty; give --out the name of a new directory")
     if os.path.lexists(out) and not out.is_dir():
         raise UserError(f"{out} is not a directory; give --out the name of a new one")
-    there = _existing(out.absolute().parent)
-    if not there.is_dir():
-        raise UserError(f"{out} cannot be written: {there} is not a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{out} cannot be written: no permission to write in {there}")
-
-
-@contextlib.contextmanager
-def _beside(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden directory beside out, which becomes out at the end; whatever ends it otherwise, nothing is left.
-
-    Raises:
-        UserError: the disk has less than the needed bytes free.
-    """
-    out = out.absolute()
-    free = shutil.disk_usage(_existing(out.parent)).free
-    if needed > free:
-        raise UserError(f"{out} needs {_size(needed)}, and {_size(free)} are free on its disk")
-    made = [folder for folder in out.parents if not folder.exists()]
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        part.rename(out)  # over an empty directory, if there is one
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    check_writable(out, out.absolute().parent)
 
 
 @contextlib.contextmanager
@@ -368,12 +340,12 @@ def _progress(display: Display, total: int | None) -> Iterator[Any]:
 
 
 def _summarize(result: Result, display: Display) -> None:
-    held = result.weights * result.bits / 8
+    held = size_text(result.weights * result.bits / 8)
     display.fact(
         "4 bits",
-        f"{result.layers} linear layers, {result.weights / 1e6:.1f} M weights at {result.bits:.3f} bits: {_size(held)}",
+        f"{result.layers} linear layers, {result.weights / 1e6:.1f} M weights at {result.bits:.3f} bits: {held}",
     )
-    display.fact("size", f"{_size(result.bytes_before)} -> {_size(result.bytes_after)}")
+    display.fact("size", f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}")
     speed = result.bytes_before / 1e6 / result.seconds
     memory = f"{result.peak_mb / 1000:.2f} GB of memory"
     display.fact("speed", f"{result.seconds:.1f} s, {speed:,.0f} MB/s, {memory}")
@@ -400,12 +372,3 @@ def _is_small_file(file: Path) -> bool:
         and not file.name.endswith(_WEIGHTS)
         and file.name not in (CONFIG_FILE, "training_args.bin")
     )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    return next(there for there in (folder, *folder.parents) if os.path.lexists(there))
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
