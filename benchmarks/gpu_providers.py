@@ -1,15 +1,16 @@
 """Who does the work in ``benchmarks/gpu.py``.
 
-==============  =====================================================================================================
-ours            nf4's operators as they are registered for CUDA, held to the two-pass product
-ours, fused     the fused kernels, from tiles made before
-bf16            the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
-bitsandbytes    ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
-                the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
-unsloth         ``fast_dequantize``; ``fast_gemv`` for one row, otherwise ``fast_dequantize`` and a product, as its
-                ``fast_linear_forward`` has it. It launches on the stream that was current when it was imported, so it
-                is not captured
-==============  =====================================================================================================
+===============  ====================================================================================================
+ours             nf4's operators as they are registered for CUDA, held to the two-pass product
+ours, fused      the fused kernels, from tiles made before
+ours, canonical  the kernels without tiles, for few tokens
+bf16             the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
+bitsandbytes     ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
+                 the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
+unsloth          ``fast_dequantize``; ``fast_gemv`` for one row, otherwise ``fast_dequantize`` and a product, as its
+                 ``fast_linear_forward`` has it. It launches on the stream that was current when it was imported, so it
+                 is not captured
+===============  ====================================================================================================
 
 Gradients are called as functions, not through autograd, whose backward runs on threads and streams of its own. All hold
 the same codes and scales.
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 import qloralab as ql
 from benchmarks.gpu_problem import BLOCK_SIZE, OPERATIONS, Problem, definition_of_dequantize
 from benchmarks.timing import Run
+from qloralab.kernels.gpu.choice import FEW
 
 ONCE = 0.003  # rounding the output to bfloat16 makes 0.0017; cuBLAS may add partial sums in bfloat16
 FUSED = 0.005  # the weights, too, are rounded to bfloat16 once more: 0.0026 at most (``linear.py``)
@@ -50,6 +52,7 @@ class Provider:
         package: that it needs.
         triton: whether it runs on a GPU only.
         graph: whether a CUDA graph may capture it.
+        tokens: the most that it is meant for; None: any number.
     """
 
     name: str
@@ -62,6 +65,11 @@ class Provider:
     package: str | None = None
     triton: bool = False
     graph: bool = True
+    tokens: int | None = None
+
+    def does(self, operation: str, M: int | None) -> bool:
+        """Whether it takes part in an operation on so many tokens."""
+        return operation in self.operations and (self.tokens is None or M is None or self.tokens >= M)
 
     def missing(self) -> str | None:
         """Why it cannot take part, or None."""
@@ -99,6 +107,15 @@ def _fused(problem: Problem) -> list[Run]:
     if problem.operation == "linear":
         return [partial(linear.linear, x, part) for part in tiled]
     return [partial(linear_grad_input.linear_grad_input, x, part) for part in tiled]
+
+
+def _canonical(problem: Problem) -> list[Run]:
+    from qloralab.kernels.gpu import canonical
+
+    x = problem.input
+    packed = problem.weight.copies("packed", problem.weight.quantized.clone, problem.copies)
+    product = canonical.linear if problem.operation == "linear" else canonical.linear_grad_input
+    return [partial(product, x, part.operands()) for part in packed]
 
 
 def _quantized(weight: torch.Tensor, values: torch.Tensor) -> ql.QuantizedTensor:
@@ -188,6 +205,7 @@ def parameter(weight: ql.QuantizedTensor) -> Any:
 PROVIDERS = [
     Provider("ours", _ours),
     Provider("ours, fused", _fused, operations=("linear", "input gradient"), tolerance=FUSED, triton=True),
+    Provider("ours, canonical", _canonical, operations=("linear", "input gradient"), triton=True, tokens=FEW),
     Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient"), dense=True),
     Provider(
         "bitsandbytes", _bitsandbytes, _bitsandbytes_weight, tolerance=PEER, table=0.002, package="bitsandbytes"

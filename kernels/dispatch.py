@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 VARIABLE = "QLORALAB_CPU"
 MODES = ("auto", "native", "reference")
 # Operators that are functions of kernels/, not of nf4/ops.py.
-CHUNK_UPDATES = ("adamw",)
+CHUNK_UPDATES = ("adamw", "adamw_8bit")
 
 _lock = threading.Lock()
 _mode: str | None = None

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 # Modules with CASES, below kernels/gpu.
-KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input")
+KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input", "adapter", "canonical", "adamw", "adamw_8bit")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")

@@ -27,7 +27,7 @@ int4       two's complement, q / 7; -8 is in the table and never chosen
 
 **The dynamic map** (Dettmers, arXiv 1511.04561; used by bitsandbytes for second-level scales and optimizer states)
 spends its 256 values on seven decades: 2, 4, ..., 128 values (both signs together) in (1e-7, 1e-6], ..., (0.1, 1],
-each decade cut evenly, plus 0 and 1.
+each decade cut evenly, plus 0 and 1. Unsigned, all of them are positive.
 
 A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending.
 """
@@ -79,18 +79,21 @@ def _normal_quantile(probability: Tensor) -> Tensor:
     return torch.from_numpy(ndtri(probability.double().numpy())).float()
 
 
-def dynamic_map() -> Tensor:
-    """The signed 8-bit dynamic map.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map.
+
+    Args:
+        signed: False for numbers that are never negative: the values of the other sign make each decade twice as fine.
 
     Returns:
-        float32 [256], ascending, from -0.99297 to 1, with an exact 0 at index 127: the ``nested_quant_map`` of
-        bitsandbytes, bit for bit.
+        float32 [256], ascending: the map of ``create_dynamic_map`` of bitsandbytes, bit for bit. Signed, from -0.99297
+        to 1, with an exact 0 at index 127 (its ``nested_quant_map``); unsigned, from an exact 0 at index 0 to 1.
     """
     values = [_linspace(0, 1, 2)]
     for decade in range(7):
-        edges = _linspace(0.1, 1, 2**decade + 1)
+        edges = _linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
-        values += [middles, -middles]
+        values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
 
 

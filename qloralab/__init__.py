@@ -19,6 +19,7 @@ if _TYPE_CHECKING:
     from qloralab.nf4.codebook import normal_float
     from qloralab.nf4.errors import FormatError
     from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
+    from qloralab.optim.paged_adamw import PagedAdamW
 
     from .quantized_model import load_quantized, save_quantized
 
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FormatError",
     "LoraConfig",
+    "PagedAdamW",
     "QuantizedTensor",
     "inject_",
     "linear",
@@ -57,6 +59,7 @@ _MODULES = {
     "nf4.codebook": ("normal_float",),
     "nf4.errors": ("FormatError",),
     "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
+    "optim.paged_adamw": ("PagedAdamW",),
     "quantized_model": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -82,6 +82,10 @@ def finetune(
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
     held_out: Annotated[int, typer.Option(help="Examples kept for validation.")] = Settings.held_out,
     eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = Settings.eval_every,
+    state_bits: Annotated[int, typer.Option(help="Of AdamW's moments: 32 or 8.")] = Settings.state_bits,
+    state_budget: Annotated[
+        int | None, typer.Option(help="MB of the moments to hold in memory; the rest pages.", show_default="all")
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations: less memory, slower.")
     ] = False,
@@ -114,6 +118,8 @@ def finetune(
         max_grad_norm=max_grad_norm,
         held_out=held_out,
         eval_every=eval_every,
+        state_bits=state_bits,
+        state_budget=state_budget,
         checkpointing=checkpointing,
         seed=seed,
     )

@@ -48,8 +48,8 @@ class Display:
             yield
         self._bar = None
 
-    def step(self, metrics: Metrics, steps: int) -> None:
-        """The numbers of a step."""
+    def step(self, metrics: Metrics, steps: int, paging: str = "") -> None:
+        """The numbers of a step, and a word on paging."""
         if metrics.val_loss is not None:
             self._last_val = metrics.val_loss
         numbers = [] if metrics.loss is None else [f"loss {metrics.loss:.2f}"]
@@ -58,6 +58,8 @@ class Display:
         if metrics.tokens_per_s is not None:
             numbers.append(f"{metrics.tokens_per_s:,.0f} tok/s")
         numbers.append(f"{metrics.rss_mb / 1000:.2f} GB")
+        if paging:
+            numbers.append(paging)
         text = "  ".join(numbers)
         if self._bar is not None:
             self._bar.update(self._task, completed=metrics.step, numbers=text)

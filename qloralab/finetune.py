@@ -84,7 +84,7 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, display)
     settings = _as_trained(settings, model)
-    trainer = Trainer(model, tokenizer, train, held_out, settings)
+    trainer = _trainer(model, tokenizer, train, held_out, settings)
     samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
     with display.busy("answering held-out prompts before training"):
         before = _answer(trainer, samples)
@@ -102,6 +102,15 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
         raise UserError(f"{settings.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         run.close()
+
+
+def _trainer(
+    model: Any, tokenizer: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings
+) -> Trainer:
+    try:
+        return Trainer(model, tokenizer, train, held_out, settings)
+    except (OSError, MemoryError) as error:  # no room for the state of the optimizer
+        raise UserError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def prompt_and_answer(example: Encoded) -> Sample:
@@ -227,7 +236,7 @@ def _train(
                 metrics = dataclasses.replace(metrics, val_loss=val_after)
                 trainer.save(run.path)
             run.log(metrics)
-            display.step(metrics, settings.steps)
+            display.step(metrics, settings.steps, trainer.paging())
     saved = trainer.save(run.path)
     interrupted = trainer.step < settings.steps
     answers = {"before": before}

@@ -11,6 +11,7 @@ from .errors import UserError
 Method = Literal["qlora", "lora", "full"]
 METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
 STDLIB = "stdlib"
+LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
 _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
@@ -38,6 +39,8 @@ class Settings:
         max_grad_norm: gradients are scaled down to this norm.
         held_out: examples kept from training, for the validation loss and the samples.
         eval_every: steps between validations; there is one before the first step and one after the last in any case.
+        state_bits: of the moments of AdamW, 32 or 8.
+        state_budget: of them, 10**6 bytes that may be in memory at a time; the rest pages. None: all.
         checkpointing: keep no activations inside a transformer block, compute them again in backward.
         seed: of the split, the order, the adapters and the dropout.
     """
@@ -60,6 +63,8 @@ class Settings:
     max_grad_norm: float = 0.3
     held_out: int = 64
     eval_every: int = 50
+    state_bits: int = 32
+    state_budget: int | None = None
     checkpointing: bool = False
     seed: int = 0
 
@@ -72,6 +77,10 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive and finite")
+        if self.state_bits not in (32, 8):
+            raise UserError(f"--state-bits is {self.state_bits}; it must be 32 or 8")
+        if self.state_budget is not None and self.state_budget < LEAST_STATE_BUDGET:
+            raise UserError(f"--state-budget is {self.state_budget} MB; it must be at least {LEAST_STATE_BUDGET}")
         if self.method == "full" and self.adapter:
             raise UserError("--adapter goes with --method qlora or lora; full fine-tuning has no adapter")
         if not -(2**63) <= self.seed < 2**64:

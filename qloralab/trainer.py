@@ -18,6 +18,7 @@ from torch import nn
 
 from qloralab.lora.files import save_adapter
 from qloralab.lora.inject import trainable
+from qloralab.optim.paged_adamw import PagedAdamW
 
 from .batches import collate, length_grouped_batches
 from .encoding import NO_LABEL, Encoded
@@ -45,8 +46,13 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.loss = AnswerLoss(model)
         self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        budget = None if settings.state_budget is None else settings.state_budget * 10**6
+        self.optimizer = PagedAdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=0.0,
+            state_bits=32 if settings.state_bits == 32 else 8,
+            budget=budget,
         )
         self.step = 0
         self.tokens = 0
@@ -104,6 +110,13 @@ class Trainer:
         self.tokens += tokens
         self.seconds += seconds
         return Metrics(self.step, self.tokens, total, None, lr, norm, tokens / seconds, resident_mb())
+
+    def paging(self) -> str:
+        """How much of the optimizer's state is in memory, in words; empty without a budget."""
+        if self.settings.state_budget is None:
+            return ""
+        paging = self.optimizer.paging()
+        return f"state {paging.resident_bytes / 1e6:.0f}/{paging.state_bytes / 1e6:.0f} MB, {paging.stalls} stalls"
 
     def _set_lr(self) -> float:
         lr = self.settings.learning_rate * schedule(self.step, self.settings.steps)

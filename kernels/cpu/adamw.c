@@ -1,43 +1,40 @@
-/* The AdamW update of one chunk (torch.optim.AdamW's order: the decay first). */
-#include "pool.h"
+/* The AdamW update of a chunk, moments in float32: the steps of kernels/adamw.py, once over the memory. */
+#include "adamw.h"
 
-#include <math.h>
+enum { TASK = 1 << 16, PIECE = 512 };
 
-enum { CHUNK = 1 << 14 };
-
-typedef struct {
-    float *restrict param;
-    const float *restrict grad;
-    float *restrict m;
-    float *restrict v;
-    int64_t numel;
-    float decay, beta1, beta2, one_minus_beta1, one_minus_beta2, step_size, root_correction2, eps;
-} adamw_job;
-
-static void adamw_chunk(void *data, int64_t index)
+/* A piece is widened into memory that the first cache keeps. */
+static void update_narrow(const chunk *c, int64_t s, int64_t n, dtype type, uint16_t *p, const uint16_t *g, float *m,
+                          float *v)
 {
-    const adamw_job *job = data;
-    int64_t first = index * CHUNK, n = min64(CHUNK, job->numel - first);
-    float *restrict p = job->param + first, *restrict m = job->m + first, *restrict v = job->v + first;
-    const float *restrict g = job->grad + first;
-    float decay = job->decay, beta2 = job->beta2, a1 = job->one_minus_beta1, a2 = job->one_minus_beta2;
-    float step_size = job->step_size, root2 = job->root_correction2, eps = job->eps;
-    for (int64_t i = 0; i < n; i++) {
-        float mi = m[i] + a1 * (g[i] - m[i]);
-        float vi = beta2 * v[i] + a2 * g[i] * g[i];
-        m[i] = mi;
-        v[i] = vi;
-        p[i] = p[i] * decay - step_size * mi / (sqrtf(vi) / root2 + eps);
+    float wide_p[PIECE], wide_g[PIECE];
+    for (int64_t i = 0; i < n; i += PIECE) {
+        int64_t some = min64(PIECE, n - i);
+        widen(p + i, some, type, wide_p);
+        widen(g + i, some, type, wide_g);
+        update(c, s, some, wide_p, wide_g, m + i, v + i);
+        narrow(wide_p, some, type, p + i);
     }
 }
 
-/* In place, float32 [numel]. step counts from 1. */
-EXPORT void qloralab_adamw(float *param, const float *grad, float *m, float *v, int64_t numel, int64_t step, double lr,
-                           double beta1, double beta2, double eps, double weight_decay, int threads)
+static void update_task(void *data, int64_t index)
 {
-    double correction1 = 1.0 - pow(beta1, (double)step), correction2 = 1.0 - pow(beta2, (double)step);
-    adamw_job job = {param, grad, m, v, numel, (float)(1.0 - lr * weight_decay), (float)beta1, (float)beta2,
-                     (float)(1.0 - beta1), (float)(1.0 - beta2), (float)(lr / correction1), (float)sqrt(correction2),
-                     (float)eps};
-    for_each(ceil_div(numel, CHUNK), threads, adamw_chunk, &job);
+    const chunk *c = data;
+    int64_t at = index * TASK, end = min64(at + TASK, c->ends[c->count - 1]);
+    for (int64_t s = segment_of(c, at); at < end; s++) {
+        int64_t first = at - (c->ends[s] - c->numels[s]), n = min64(end, c->ends[s]) - at;
+        float *m = (float *)c->m[s] + first, *v = (float *)c->v[s] + first;
+        dtype type = (dtype)c->types[s];
+        if (type == FLOAT32)
+            update(c, s, n, (float *)c->params[s] + first, (const float *)c->grads[s] + first, m, v);
+        else
+            update_narrow(c, s, n, type, (uint16_t *)c->params[s] + first, (const uint16_t *)c->grads[s] + first, m, v);
+        at += n;
+    }
+}
+
+/* In place. `ends` counts elements. A task has as many of them as any other, in however many segments. */
+EXPORT void qloralab_adamw(const chunk *c, int threads)
+{
+    for_each(c->count ? ceil_div(c->ends[c->count - 1], TASK) : 0, threads, update_task, (void *)c);
 }

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,6 +20,9 @@ from torch.nn.functional import pad
 
 from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
 
+from ..adamw import Rates
+from ..adamw_8bit import BLOCK_SIZE as MOMENTS_PER_BLOCK
+from ..adamw_8bit import moment_tables
 from . import pool
 from .build import cpu_features, load
 
@@ -25,9 +30,7 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
 FEW_TOKENS = 16  # the most that few_tokens.c takes
 
-_int, _long, _float, _double, _pointer = (
-    ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double, ctypes.c_void_p
-)  # fmt: skip
+_int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 class Weight(ctypes.Structure):
@@ -46,7 +49,19 @@ class Weight(ctypes.Structure):
     )
 
 
+class Segments(ctypes.Structure):
+    """The segments of a chunk, as adamw.h has them."""
+
+    _fields_ = (
+        ("count", _long),
+        *((name, _pointer) for name in ("params", "grads", "m", "v", "m_absmax", "v_absmax")),
+        *((name, _pointer) for name in ("numels", "ends", "types", "step_sizes", "roots")),
+        *((name, _float) for name in ("decay", "beta2", "one_minus_beta1", "one_minus_beta2", "eps")),
+    )
+
+
 _weight = ctypes.POINTER(Weight)
+_chunk = ctypes.POINTER(Segments)
 _SIGNATURES = {
     "set_pool": (_pointer,),
     "quantize": (_pointer, _int, _long, _long, *[_pointer] * 4, _int),
@@ -54,7 +69,8 @@ _SIGNATURES = {
     "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
     "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
     "linear_few": (_weight, _pointer, _long, _pointer, _pointer, _int),
-    "adamw": (*[_pointer] * 4, _long, _long, *[_double] * 5, _int),
+    "adamw": (_chunk, _int),
+    "adamw_8bit": (_chunk, *[_pointer] * 3, _int),
 }
 _PRODUCT_SIGNATURES = {
     "adapted_linear": (
@@ -171,22 +187,32 @@ class Library:
 
     def adamw(
         self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        step: int,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[int],
+        rates: Rates,
     ) -> None:
         """The update of ``kernels/adamw.py``, in place."""
-        self._c.qloralab_adamw(
-            param.data_ptr(), grad.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), param.numel(), step, lr,
-            beta1, beta2, eps, weight_decay, threads(),
-        )  # fmt: skip
+        chunk = _Chunk(params, [grads, exp_avgs, exp_avg_sqs], steps, rates)
+        self._c.qloralab_adamw(chunk.structure, threads())
+
+    def adamw_8bit(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        absmaxes: Sequence[Tensor],
+        absmax_sqs: Sequence[Tensor],
+        steps: Sequence[int],
+        rates: Rates,
+    ) -> None:
+        """The update of ``kernels/adamw_8bit.py``, in place."""
+        chunk = _Chunk(params, [grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs], steps, rates)
+        values, limits, below = moment_tables()
+        self._c.qloralab_adamw_8bit(chunk.structure, values.data_ptr(), limits.data_ptr(), below.data_ptr(), threads())
 
     def _workspace(self, weight: Weight, tokens: int, r: int) -> Tensor:
         size = self._c.qloralab_product_workspace(weight.rows, weight.columns, tokens, r)
@@ -220,6 +246,34 @@ def weight_of(
         packed.data_ptr(), scales.data_ptr(), _address(absmax2), _address(offset), _MAP.data_ptr(), values.data_ptr(),
         rows, columns, block_size,
     )  # fmt: skip
+
+
+class _Chunk:
+    """The segments of a chunk, as the C sees them. The tensors must outlive it.
+
+    Attributes:
+        structure: that points into arrays, which live as long as this object.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], others: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: Rates
+    ):
+        numels = [param.numel() for param in params]
+        has_absmax = len(others) > 3
+        lengths = [-(-n // MOMENTS_PER_BLOCK) for n in numels] if has_absmax else numels
+        step_sizes, roots = rates.of_segments(steps)
+        self._arrays = [
+            *(array("q", [tensor.data_ptr() for tensor in tensors]) for tensors in (params, *others)),
+            *([] if has_absmax else [array("q"), array("q")]),
+            array("q", numels),
+            array("q", accumulate(lengths)),
+            array("i", [DTYPES[param.dtype] for param in params]),
+            array("f", step_sizes),
+            array("f", roots),
+        ]
+        addresses = [one.buffer_info()[0] for one in self._arrays]
+        constants = rates.decay, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps
+        self.structure = Segments(len(params), *addresses, *constants)
 
 
 def threads() -> int:

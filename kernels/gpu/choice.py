@@ -1,8 +1,10 @@
-"""Two ways to multiply by a packed weight, and which of them a product takes.
+"""Three ways to multiply by a packed weight, and which of them a product takes.
 
 ==========  ========================================================================================================
 two-pass    ``two_pass.py``: dequantize into a workspace, then cuBLAS. Any size, dtype and codebook.
-fused       ``linear.py``, ``linear_grad_input.py``: dequantize in registers on the way into the tensor cores.
+fused       ``linear.py``, ``linear_grad_input.py``: dequantize in registers on the way into the tensor cores. For x in
+            bfloat16 and a weight that can be tiled.
+canonical   ``canonical.py``: likewise, from the canonical layout, for the weights that cannot. For few tokens.
 ==========  ========================================================================================================
 
 **What the hardware says.** A weight in the dtype of x takes 2 bytes, a packed one 0.516. For M tokens, with a copy rate
@@ -16,12 +18,12 @@ the fused kernel wins below M = 335 e / (1 - e) (``crossing``): 1,004 tokens at 
 is in it. The model leaves out launches and the tail of a small grid.
 
 **What is chosen.** The model is an expectation, and no kernel here is trusted before its device has measured it:
-``decide`` answers "fused" only where a record in the cache says that both ran there and fused took less time; without a
-record it answers "two-pass", and ``Decision.why`` says so. ``python -m benchmarks.gpu --save`` writes the record,
-``<cache>/gpu-choice.json`` (``<cache>`` as in ``kernels/cpu/build.py``)::
+``decide`` answers "fused" or "canonical" only where a record in the cache says that it and two-pass ran there and it
+took less time; without a record it answers "two-pass", and ``Decision.why`` says so. ``python -m benchmarks.gpu
+--save`` writes the record, ``<cache>/gpu-choice.json`` (``<cache>`` as in ``kernels/cpu/build.py``)::
 
     {"fingerprint": "...", "devices": {"NVIDIA H100 80GB HBM3":
-        {"linear 4096x4096": {"16": {"fused": 0.004, "two-pass": 0.021}, ...}, ...}}}
+        {"linear 4096x4096": {"16": {"fused": 0.004, "canonical": 0.009, "two-pass": 0.021}, ...}, ...}}}
 
 in milliseconds, by operation, N x K, and the largest M of a bucket. A record of other kernels, another Triton or
 another PyTorch has another fingerprint and counts for nothing. A process reads the file once and keeps each decision;
@@ -49,7 +51,8 @@ import torch
 from ..cpu.build import cache_folder
 
 OPERATIONS = ("linear", "linear_grad_input")
-KERNELS = ("fused", "two-pass")
+KERNELS = ("fused", "canonical", "two-pass")
+FEW = 64  # tokens, up to which ``canonical.py`` expects to be the faster
 BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # the largest M of each; the last takes all above it
 PACKED = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: its code, an 8-bit scale for 64, a float32 for 256 of these
 DENSE = 2.0  # bytes a weight, bfloat16
@@ -106,7 +109,7 @@ class Decision:
         N, K: of the weight.
         bucket: the largest M that the decision is for; the last bucket has no largest.
         device: its name.
-        kernel: "fused" or "two-pass".
+        kernel: one of KERNELS.
         expected: what the model at the top of this file expects of an H100.
         why: in words.
     """
@@ -121,7 +124,7 @@ class Decision:
     why: str
 
 
-_decisions: dict[tuple[str, int, int, int, str], Decision] = {}
+_decisions: dict[tuple[str, int, int, int, str, str], Decision] = {}
 _record: Mapping[str, Measured] | None = None
 _asked: str | None = None
 
@@ -131,7 +134,7 @@ def bucket(M: int) -> int:
     return BUCKETS[min(bisect_left(BUCKETS, M), len(BUCKETS) - 1)]
 
 
-def decide(operation: str, N: int, K: int, M: int, device: str) -> Decision:
+def decide(operation: str, N: int, K: int, M: int, device: str, instead: str = "fused") -> Decision:
     """The kernel for a product with a packed [N, K] weight; the same for every M of a bucket.
 
     Args:
@@ -139,11 +142,12 @@ def decide(operation: str, N: int, K: int, M: int, device: str) -> Decision:
         N, K: of the weight.
         M: rows of the input.
         device: its name, as ``torch.cuda.get_device_name`` has it.
+        instead: what can be had instead of two-pass, "fused" or "canonical".
 
     Raises:
         ValueError: another operation.
     """
-    key = (operation, N, K, bucket(M), device)
+    key = (operation, N, K, bucket(M), device, instead)
     found = _decisions.get(key)
     if found is None:
         if operation not in OPERATIONS:
@@ -152,14 +156,16 @@ def decide(operation: str, N: int, K: int, M: int, device: str) -> Decision:
     return found
 
 
-def _decide(operation: str, N: int, K: int, M: int, device: str) -> Decision:
-    expected = "fused" if H100.fused_ms(N, K, M) < H100.two_pass_ms(N, K, M) else "two-pass"
+def _decide(operation: str, N: int, K: int, M: int, device: str, instead: str) -> Decision:
+    faster = M <= FEW if instead == "canonical" else H100.fused_ms(N, K, M) < H100.two_pass_ms(N, K, M)
+    expected = instead if faster else "two-pass"
     if _asked is not None:
         return Decision(operation, N, K, M, device, _asked, expected, "it was asked for")
     times = _read().get(device, {}).get(weight_key(operation, N, K), {}).get(str(M), {})
-    if set(times) >= set(KERNELS):
-        kernel = min(KERNELS, key=lambda name: times[name])
-        why = "measured: " + ", ".join(f"{name} {times[name]:.4f} ms" for name in KERNELS)
+    able = instead, "two-pass"
+    if set(times) >= set(able):
+        kernel = min(able, key=lambda name: times[name])
+        why = "measured: " + ", ".join(f"{name} {times[name]:.4f} ms" for name in able)
     else:
         kernel, why = "two-pass", f"not measured on {device}; the roofline of an H100 expects {expected}"
     return Decision(operation, N, K, M, device, kernel, expected, why)
@@ -181,7 +187,7 @@ def use(kernel: str) -> Iterator[None]:
     """Decide for one kernel inside the body, whatever was measured: for benchmarks and tests. It is the whole process'.
 
     Args:
-        kernel: "fused" or "two-pass".
+        kernel: one of KERNELS.
 
     Raises:
         ValueError: another word.

@@ -49,14 +49,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qloralab.nf4 import double
 from qloralab.nf4.codebook import dynamic_map
-from qloralab.nf4.double import BLOCK_SIZE as SCALES_PER_BLOCK
 
 from ..offline import Case
 from .rounding import round_to
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
-_SCALES_PER_BLOCK = tl.constexpr(SCALES_PER_BLOCK)
+SCALES_PER_BLOCK = tl.constexpr(double.BLOCK_SIZE)  # of the second level
+
+
+@triton.jit
+def product(value, scale):
+    """A weight: value times scale, float32, and never -0.0."""
+    return tl.fma(value, scale, 0.0) + 0.0
+
+
+@triton.jit
+def second_level(code, shared, offset, scale_map):
+    """A scale: the number of its 8-bit code times what the block shares, plus the offset, each rounded to float32."""
+    return tl.fma(tl.load(scale_map + code.to(tl.int32)), shared, 0.0) + tl.load(offset)
 
 
 @triton.jit
@@ -92,10 +104,10 @@ def _dequantize(
     is_block = block * BLOCK_SIZE < left
     scale = tl.load(scales + tile * BLOCKS + block, mask=is_block, other=0)
     if DOUBLE_QUANT:
-        shared = tl.load(absmax2 + tile * BLOCKS // _SCALES_PER_BLOCK)
-        scale = tl.fma(tl.load(scale_map + scale.to(tl.int32)), shared, 0.0) + tl.load(offset)
+        shared = tl.load(absmax2 + tile * BLOCKS // SCALES_PER_BLOCK)
+        scale = second_level(scale, shared, offset, scale_map)
 
-    weight = tl.fma(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None], 0.0) + 0.0
+    weight = product(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None])
     i = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(out + tile * TILE + i, round_to(weight, out.dtype.element_ty), mask=i < left)
 
@@ -143,7 +155,7 @@ def dequantize(
             scales,
             absmax2,
             offset,
-            _scale_map(packed.device) if double_quant else None,
+            map_on(packed.device) if double_quant else None,
             values,
             out,
             numel,
@@ -154,7 +166,8 @@ def dequantize(
 
 
 @functools.cache
-def _scale_map(device: torch.device) -> Tensor:
+def map_on(device: torch.device) -> Tensor:
+    """What the 8-bit codes of scales stand for, float32 [256] on a device; copied there once."""
     return dynamic_map().to(device)
 
 

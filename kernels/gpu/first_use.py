@@ -9,7 +9,8 @@ reference  plain PyTorch; Triton is not even imported
 **The check.** The tests run the kernels in Triton's interpreter, which is a model of a GPU and no GPU: layouts, the
 order of threads and the compiler itself are not in it. So the first call of an operator on a device computes a small
 weight twice, by the kernel and by the definition in ``nf4/``, and the kernel serves only if no bit differs. That takes
-one compilation, which the program needs anyway, and some milliseconds. What failed is not tried again.
+one compilation, which the program needs anyway, and some milliseconds. What failed is not tried again. The products of
+an adapter are checked on whole numbers, whose sums are the same in any order.
 
 The check waits for the device, which is not allowed while a CUDA graph is captured: a first call within a capture
 raises ``NotServedError``. Graphs ask for a call before the capture anyway: kernels are loaded at their first call.
@@ -29,13 +30,22 @@ import torch
 from torch import Tensor
 
 from qloralab.nf4 import blockwise, double
+from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import codebook_values
 
 VARIABLE = "QLORALAB_GPU"
 MODES = ("auto", "triton", "reference")
 SHAPE = (67, 127)  # of the weight of the check: an odd count, blocks that cross rows, a short last block
 BLOCK_SIZE = 64
-MODULES = {"quantize_blockwise": "quantize", "quantize_scales": "quantize", "dequantize": "dequantize"}
+RANK, DROPOUT = 3, 0.3  # of the adapter of the check
+MODULES = {
+    "quantize_blockwise": "quantize",
+    "quantize_scales": "quantize",
+    "dequantize": "dequantize",
+    "project": "adapter",
+    "grad_A": "adapter",
+    "masked_low_rank": "adapter",
+}
 
 _lock = threading.RLock()
 _passed: dict[tuple[str, torch.device], str] = {}  # why it does not serve, "" where it does
@@ -149,10 +159,49 @@ def _check_dequantize(launch: Callable[..., Any], device: torch.device) -> bool:
     return _same((result,), (expected.view(SHAPE),))
 
 
+def _whole(rows: int, columns: int, device: torch.device) -> Tensor:
+    """A few whole numbers, the same every time: float32 [rows, columns]."""
+    n = torch.arange(rows * columns, dtype=torch.float32, device=device)
+    return (n * 0.7390851).sin().mul(4).round().view(rows, columns)
+
+
+def _adapter(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x bfloat16, G bfloat16, A float32, a seed, and x without what its mask drops."""
+    x, G, A = _whole(*SHAPE, device), _whole(SHAPE[0], RANK, device), _whole(RANK, SHAPE[1], device)
+    seed = torch.tensor(0x0123456789ABCDEF, device=device)
+    kept = torch.where(keep_mask(seed, *SHAPE, DROPOUT), x, 0)
+    return x.bfloat16(), G.bfloat16(), A, seed, kept
+
+
+def _check_project(launch: Callable[..., Any], device: torch.device) -> bool:
+    x, _, A, seed, kept = _adapter(device)
+    expected = _product(kept, A.T).mul(0.5).bfloat16()
+    return _same((launch(x, A, seed, DROPOUT, 0.5),), (expected,))
+
+
+def _check_grad_A(launch: Callable[..., Any], device: torch.device) -> bool:
+    x, G, _, seed, kept = _adapter(device)
+    return _same((launch(G, x, seed, DROPOUT),), (_product(G.T.float(), kept),))
+
+
+def _check_masked_low_rank(launch: Callable[..., Any], device: torch.device) -> bool:
+    _, G, A, seed, _ = _adapter(device)
+    expected = torch.where(keep_mask(seed, *SHAPE, DROPOUT), _product(G.float(), A), 0)
+    return _same((launch(G, A, seed, DROPOUT),), (expected.bfloat16(),))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, exactly: whole numbers in float64, whatever the user allows for products in float32. float32."""
+    return (a.double() @ b.double()).float()
+
+
 CHECKS: dict[str, Callable[[Callable[..., Any], torch.device], bool]] = {
     "quantize_blockwise": _check_quantize_blockwise,
     "quantize_scales": _check_quantize_scales,
     "dequantize": _check_dequantize,
+    "project": _check_project,
+    "grad_A": _check_grad_A,
+    "masked_low_rank": _check_masked_low_rank,
 }
 
 

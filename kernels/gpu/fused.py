@@ -6,7 +6,7 @@ The operators take a weight in the canonical layout; ``linear.py`` and ``linear_
 ``packed`` was written to.
 
 A product that ``choice.py`` wants fused is fused where x is bfloat16 and the weight can be tiled: K and the block size
-are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order. Everything else is two-pass.
+are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order.
 
 The fused kernels round the weight elsewhere than the definition does (``linear.py``), so a layer whose forward is fused
 and whose backward is two-pass, or the other way round, multiplies by weights that differ by a bfloat16 rounding.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import packing
+from .adapter_operands import LowRank, MaskedLowRank
 from .linear import linear as _linear
 from .linear_grad_input import linear_grad_input as _linear_grad_input
 
@@ -31,27 +32,29 @@ _lock = threading.Lock()
 _tiles = WeakTensorKeyDictionary()  # packed -> (its version, TiledWeight, or None where it cannot be tiled)
 
 
-def linear(x: Tensor, operands: Operands, bias: Tensor | None) -> Tensor | None:
-    """x W' + bias, or None where the product is two-pass.
+def linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
+    """x W' + bias, plus h B' of an adapter; or None where the product is two-pass.
 
     Args:
         x: [..., K].
         operands: W, as the operators of ``nf4/ops.py`` take it.
         bias: the dtype of x, [N], or None.
+        adapter: added before the result is rounded, or None.
     """
     weight = _weight(x, operands)
-    return None if weight is None else _linear(x, weight, bias)
+    return None if weight is None else _linear(x, weight, bias, adapter=adapter)
 
 
-def linear_grad_input(grad: Tensor, operands: Operands) -> Tensor | None:
-    """grad W, or None where the product is two-pass.
+def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor | None:
+    """grad W, plus keep∘(G A) of an adapter; or None where the product is two-pass.
 
     Args:
         grad: [..., N].
         operands: W, as for ``linear``.
+        adapter: added before the result is rounded, or None.
     """
     weight = _weight(grad, operands)
-    return None if weight is None else _linear_grad_input(grad, weight)
+    return None if weight is None else _linear_grad_input(grad, weight, adapter=adapter)
 
 
 def tiles(operands: Operands) -> packing.TiledWeight | None:

@@ -27,6 +27,10 @@ follows. NF4 itself is 9e-2 away from the weight that was quantized.
 **Few programs.** Where the weight has too few rows to fill the GPU, K is split: each program writes its float32 sums to
 a workspace, and a second kernel adds them in a fixed order, so that equal inputs give equal bits.
 
+**An adapter** adds h B', and its term is where the sums start: before the loop, one or more products of 128 rows of B,
+rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes 100 to 400 instructions of a thread, once, no
+pass over y, and no registers in the loop, which is the same. Where K is split, the first part has it.
+
 **Other targets.** sm_80, sm_100 and sm_120 have no WGMMA. The kernel compiles there, but the compiler exchanges weights
 between threads or through shared memory, and at 128 tokens it spills registers: there a tile has 64 at most.
 """
@@ -41,8 +45,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..offline import Case
+from .adapter_operands import LowRank, operand, rank_tiles
 from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode, rounded
 from .packing import TILE, TiledWeight
+from .rounding import round_to
 
 ROWS = 128  # of a program
 PROGRAMS = 264  # two for each multiprocessor of an H100: what K is split for
@@ -72,11 +78,16 @@ def _linear(
     t5,
     t6,
     t7,
+    h,
+    B,
+    r,
     TOKENS: tl.constexpr,
     SUMS_SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
-    """out[m, n] = sum_k x[m, k] W'[n, k] + bias[n]; out[split, m, n] where K is split.
+    """out[m, n] = sum_j B[n, j] h[m, j] + sum_k x[m, k] W'[n, k] + bias[n]; out[split, m, n] where K is split.
 
     Names of dimensions as in ``packing.py``; "tile" is which of the two tiles of rows. Words are loaded in the order
     (k32, tile, n32, n16, u, c, k16, p), which gives each warp the 16 rows of its part of the multiplication. Rows of
@@ -96,10 +107,12 @@ def _linear(
     x_at = tl.arange(0, TOKENS)[None, :] * K + tl.arange(0, 64)[:, None]
     i = tl.arange(0, 1024)
     words_at = i // 256 % 2 * second * (tiles * 512) + i // 128 % 2 * 256 + i // 512 * 128 + i % 128
-    r = tl.arange(0, 128)
-    scales_at = r // 32 % 2 * second * (tiles * 64) + r % 4 * 16 + r // 16 % 2 * 8
-    scales_at += r // 4 % 2 * 4 + r // 64 * 2 + r // 8 % 2
+    row = tl.arange(0, 128)
+    scales_at = row // 32 % 2 * second * (tiles * 64) + row % 4 * 16 + row // 16 % 2 * 8
+    scales_at += row // 4 % 2 * 4 + row // 64 * 2 + row // 8 % 2
     total = tl.zeros((128, TOKENS), tl.float32)
+    if RANKS:
+        total = _low_rank(total, h, B, M, N, r, m, RANK, RANKS)
     # Scales of sums do not feed the multiplication, so that triton does not load them ahead: done by hand.
     ahead = tl.load(scales + scales_at)
     for step in range(bound(first), bound(last)):
@@ -130,9 +143,25 @@ def _linear(
     n = tl.program_id(0) * 128 + tl.arange(0, 128)
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    row = tl.program_id(2).to(tl.int64) * M + m
-    at = out + row[None, :] * N + n[:, None]
+    place = tl.program_id(2).to(tl.int64) * M + m
+    at = out + place[None, :] * N + n[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
+def _low_rank(total, h, B, M, N, r, m, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """total + B h', its rows in the order of the product; of the parts of a split sum, the first has it."""
+    if tl.program_id(2) == 0:
+        row = tl.arange(0, 128)
+        n = row // 32 % 2 * 64 + row // 16 % 2 * 32 + row // 4 % 2 * 16 + row // 64 * 8 + row % 4 * 2 + row // 8 % 2
+        n = tl.program_id(0).to(tl.int64) * 128 + n
+        h_at = h + m.to(tl.int64)[None, :] * r
+        for first in tl.range(0, RANK * RANKS, RANK, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            j = first + tl.arange(0, RANK)
+            b = tl.load(B + n[:, None] * r + j[None, :], mask=(n[:, None] < N) & (j[None, :] < r), other=0.0)
+            hs = tl.load(h_at + j[:, None], mask=(m[None, :] < M) & (j[:, None] < r), other=0.0)
+            total = tl.dot(operand(b, tl.bfloat16), operand(hs, tl.bfloat16), total)
+    return total
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -145,23 +174,30 @@ def _add_splits(parts, bias, out, size, N, splits, BIAS: tl.constexpr, BLOCK: tl
         parts += size
     if BIAS:
         total += tl.load(bias + i % N, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=i < size)
 
 
-def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, splits: int | None = None) -> Tensor:
-    """x W'^T + bias.
+def linear(
+    x: Tensor,
+    weight: TiledWeight,
+    bias: Tensor | None = None,
+    splits: int | None = None,
+    adapter: LowRank | None = None,
+) -> Tensor:
+    """x W'^T + bias, plus h B' of an adapter.
 
     Args:
         x: bfloat16 [..., K], on the weight's device.
         weight: W [N, K].
         bias: bfloat16 [N] or None.
         splits: into how many ranges K is cut; None: `split` decides.
+        adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:
         bfloat16 [..., N].
 
     Raises:
-        ValueError: x or bias has another dtype, shape or device.
+        ValueError: x, bias or the adapter has another dtype, shape or device.
     """
     N, K = weight.shape
     check("x", x, K, weight)
@@ -172,9 +208,13 @@ def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, splits: i
         bias = bias.contiguous()
     flat = x.reshape(-1, K).contiguous()
     M = len(flat)
+    if adapter is not None:
+        adapter.check(flat, M, N)
     out = empty_output(M, N, flat)
     if M == 0 or N == 0 or K == 0:
         return finished(out.zero_() if bias is None else out.copy_(bias.expand(M, N)), x, N)
+    r = 0 if adapter is None else adapter.B.shape[1]
+    rank, ranks = rank_tiles(r)
     tokens = token_tile(M, x.device)
     down, token_tiles = -(-N // ROWS), -(-M // tokens)
     steps = split(down * token_tiles, K // TILE, splits)
@@ -192,9 +232,14 @@ def linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, splits: i
         K,
         steps,
         *weight.table.words,
+        None if adapter is None else adapter.h.contiguous(),
+        None if adapter is None else adapter.B.contiguous(),
+        r,
         TOKENS=tokens,
         SUMS_SCALED=tokens <= 32,
         BIAS=bias is not None and depth == 1,
+        RANK=rank,
+        RANKS=ranks,
         num_warps=4,
         num_stages=4 if tokens <= 64 else 3,
     )
@@ -209,7 +254,7 @@ def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     Args:
         parts: float32 [splits, M, N].
         bias: bfloat16 [N] or None.
-        out: bfloat16 [M, N] (float32 in the interpreter).
+        out: float32, bfloat16 or float16 [M, N].
     """
     size, block = out.numel(), 512
     kernel: Any = _add_splits
@@ -261,22 +306,30 @@ def finished(out: Tensor, x: Tensor, columns: int) -> Tensor:
     return out.to(torch.bfloat16).view(*x.shape[:-1], columns)
 
 
-def _case(tokens: int) -> Case:
+def _case(tokens: int, rank: int = 0) -> Case:
     return Case(
-        name=f"linear, {tokens} tokens",
+        name=f"linear, {tokens} tokens" + (f", rank {rank}" if rank else ""),
         kernel=_linear,
         signature={
             **dict.fromkeys(("x", "bias", "out"), "*bf16"),
             "words": "*i32",
             "scales": "*fp32",
-            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS), "i32"),
+            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r"), "i32"),
+            **({"h": "*bf16", "B": "*fp32"} if rank else {}),
         },
-        constexprs={"TOKENS": tokens, "SUMS_SCALED": tokens <= 32, "BIAS": True},
+        constexprs={
+            "TOKENS": tokens,
+            "SUMS_SCALED": tokens <= 32,
+            "BIAS": True,
+            **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
+            **({} if rank else {"h": None, "B": None}),
+        },
         weights=ROWS * TILE,
         num_stages=4 if tokens <= 64 else 3,
-        divisible=("x", "bias", "out", "words", "scales", "N", "K"),
+        divisible=("x", "bias", "out", "words", "scales", "N", "K", *(("h", "B", "r") if rank else ())),
     )
 
 
-CASES = tuple(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64)
-CASES_SM_90 = (_case(128),)  # without WGMMA it spills registers
+CASES = (*(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64), _case(16, rank=64))
+# Without WGMMA, 128 tokens spill registers.
+CASES_SM_90 = (_case(128), _case(128, rank=64), _case(128, rank=128))

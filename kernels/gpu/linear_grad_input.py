@@ -17,6 +17,9 @@ the forward kernel.
 square, relative). With more than 32 tokens these are the bits that the forward kernel multiplies; with fewer it is more
 exact than that.
 
+**An adapter** adds keep∘(G A), again where the sums start, since the mask is on this term alone. The mask is made in
+registers (``adapter_mask.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes 180.
+
 A sum over many rows and few columns is split as in the forward kernel, and added in a fixed order. Where N is no
 multiple of 64, dY is first copied and padded with zeros.
 """
@@ -32,6 +35,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..offline import Case
+from .adapter_mask import halves, limit, quad_terms, row_terms, row_words, threshold
+from .adapter_operands import MaskedLowRank, operand, rank_tiles
 from .linear import TOKEN_TILES, add_splits, check, empty_output, finished, split, token_tile
 from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode_transposed
 from .packing import TILE, TiledWeight
@@ -39,7 +44,7 @@ from .packing import TILE, TiledWeight
 COLUMNS = 128  # of a program
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_NOT_SPECIALIZED = ["M", "steps", *TABLE_ARGUMENTS]
+_NOT_SPECIALIZED = ["M", "steps", "threshold", *TABLE_ARGUMENTS]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -60,10 +65,19 @@ def _linear_grad_input(
     t5,
     t6,
     t7,
+    G,
+    A,
+    seed,
+    r,
+    row_words,
+    threshold,
     TOKENS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
-    """out[m, k] = sum_n grad[m, n] W'[n, k]; out[split, m, k] where the sum is split. N is a
-    multiple of 64: that of the tiles, and grad has as many columns.
+    """out[m, k] = keep[m, k] sum_j A[j, k] G[m, j] + sum_n grad[m, n] W'[n, k]; out[split, m, k] where the second sum
+    is split. N is a multiple of 64: that of the tiles, and grad has as many columns.
 
     Names of dimensions as in ``packing.py``; "tile" is which of the two tiles of columns. Words are loaded in the order
     (n32, n16, tile, k32, k16, c, u, p), pairs of scales in (tile, n32, n16, u, p). Rows of the product come in the
@@ -73,16 +87,18 @@ def _linear_grad_input(
     first = tl.program_id(2) * steps
     last = tl.minimum(first + steps, N // 64)
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    total = tl.zeros((128, TOKENS), tl.float32)
+    if RANKS:
+        total = _low_rank(total, G, A, seed, M, K, r, row_words, threshold, m, TOKENS, RANK, RANKS, DROPOUT)
     grad_at = grad + m.to(tl.int64)[None, :] * N + (first * 64 + tl.arange(0, 64))[:, None]
     i = tl.arange(0, 1024)
     # The tile right of the last one is the last once more, and not stored.
     word_tile = first.to(tl.int64) * tiles + tl.minimum(tl.program_id(0) * 2 + i // 128 % 2, tiles - 1)
     inside = i // 512 * 256 + i // 64 % 2 * 128 + i // 256 % 2 * 64 + i // 2 % 4 * 16 + i // 8 % 4 * 4
     words_at = words + word_tile * 512 + inside + i // 32 % 2 * 2 + i % 2
-    r = tl.arange(0, 64)
-    scale_tile = first.to(tl.int64) * tiles + tl.minimum(tl.program_id(0) * 2 + r // 32, tiles - 1)
-    scales_at = scales + scale_tile * 32 + r // 2 % 4 * 8 + r // 16 % 2 * 4 + r // 8 % 2 * 2 + r % 2
-    total = tl.zeros((128, TOKENS), tl.float32)
+    row = tl.arange(0, 64)
+    scale_tile = first.to(tl.int64) * tiles + tl.minimum(tl.program_id(0) * 2 + row // 32, tiles - 1)
+    scales_at = scales + scale_tile * 32 + row // 2 % 4 * 8 + row // 16 % 2 * 4 + row // 8 % 2 * 2 + row % 2
     for _ in range(bound(first), bound(last)):
         w = tl.load(words_at)
         s = tl.load(scales_at)
@@ -102,33 +118,96 @@ def _linear_grad_input(
     total = tl.permute(tl.reshape(total, (2, 2, 2, 2, 2, 4, TOKENS)), (1, 2, 4, 0, 5, 3, 6))
     total = tl.reshape(total, (128, TOKENS))
     k = tl.program_id(0) * 128 + tl.arange(0, 128)
-    row = tl.program_id(2).to(tl.int64) * M + m
-    at = out + row[None, :] * K + k[:, None]
+    place = tl.program_id(2).to(tl.int64) * M + m
+    at = out + place[None, :] * K + k[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (k[:, None] < K))
 
 
-def linear_grad_input(grad: Tensor, weight: TiledWeight, splits: int | None = None) -> Tensor:
-    """grad W': the gradient of ``linear`` with respect to x.
+@triton.jit
+def _low_rank(
+    total,
+    G,
+    A,
+    seed,
+    M,
+    K,
+    r,
+    row_words,
+    threshold,
+    m,
+    TOKENS: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """keep∘(total + A' G'), its rows in the order of the product; of the parts of a split sum, the first has it."""
+    if tl.program_id(2) == 0:
+        k = tl.program_id(0) * 128 + tl.arange(0, 128)
+        G_at = G + m.to(tl.int64)[None, :] * r
+        for first in tl.range(0, RANK * RANKS, RANK, num_stages=1):  # pyright: ignore[reportGeneralTypeIssues]
+            j = first + tl.arange(0, RANK)
+            a_at = A + j.to(tl.int64)[None, :] * K + k[:, None]
+            a = tl.load(a_at, mask=(k[:, None] < K) & (j[None, :] < r), other=0.0)
+            g = tl.load(G_at + j[:, None], mask=(m[None, :] < M) & (j[:, None] < r), other=0.0)
+            # tile k32 k16 q c kp -> q tile k32 kp k16 c
+            a = tl.permute(tl.reshape(operand(a, tl.bfloat16), (2, 2, 2, 2, 4, 2, RANK)), (3, 0, 1, 5, 2, 4, 6))
+            total = tl.dot(tl.reshape(a, (128, RANK)), operand(g, tl.bfloat16), total)
+        if DROPOUT:
+            total = _kept(total, seed, m, row_words, threshold, TOKENS)
+    return total
+
+
+@triton.jit
+def _kept(total, seed, m, row_words, threshold, TOKENS: tl.constexpr):
+    """total where the mask keeps it.
+
+    A thread has rows kp = 0 and 1, which are half of a word of the mask: each word is hashed by two threads, which
+    takes fewer registers than to exchange it, and there are none to spare.
+    """
+    i = tl.arange(0, 64)  # q tile k32 k16 c
+    quad = i // 16 % 2 * 16 + i // 8 % 2 * 8 + i // 4 % 2 * 4 + i // 32 * 2 + i // 2 % 2
+    quad += tl.program_id(0) * 32
+    low, high = halves(  # pyright: ignore[reportGeneralTypeIssues]
+        row_terms(seed, m.to(tl.int64), row_words)[None, :] + quad_terms(quad)[:, None]
+    )
+    half = tl.where((i % 2 == 0)[:, None], low, high)
+    keep = tl.join((half << 16) >= limit(threshold), half >= limit(threshold))
+    # q tile k32 k16 c tokens kp -> q tile k32 kp k16 c tokens
+    keep = tl.permute(tl.reshape(keep, (2, 2, 2, 2, 4, TOKENS, 2)), (0, 1, 2, 6, 3, 4, 5))
+    return tl.where(tl.reshape(keep, (128, TOKENS)), total, 0.0)
+
+
+def linear_grad_input(
+    grad: Tensor, weight: TiledWeight, splits: int | None = None, adapter: MaskedLowRank | None = None
+) -> Tensor:
+    """grad W', plus keep∘(G A) of an adapter: the gradient of ``linear`` with respect to x.
 
     Args:
         grad: bfloat16 [..., N], on the weight's device.
         weight: W [N, K].
         splits: into how many ranges N is cut; None: `split` decides.
+        adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:
         bfloat16 [..., K].
 
     Raises:
-        ValueError: grad has another dtype, shape or device.
+        ValueError: grad or the adapter has another dtype, shape or device.
     """
     N, K = weight.shape
     check("grad", grad, N, weight)
     flat = pad(grad.reshape(-1, N), (0, -N % TILE)).contiguous()
     M = len(flat)
+    if adapter is not None:
+        adapter.check(flat, M, K)
     out = empty_output(M, K, flat)
     if M == 0 or N == 0 or K == 0:
         return finished(out.zero_(), grad, K)
+    r, dropped = (0, 0) if adapter is None else (adapter.A.shape[0], threshold(adapter.p))
+    rank, ranks = rank_tiles(r)
     tokens = token_tile(M, grad.device)
+    if dropped and ranks > 1:
+        tokens = min(tokens, 64)  # with 128, a loop over the rank and the mask together spill registers
     tiles = -(-N // TILE)
     across, token_tiles = -(-K // COLUMNS), -(-M // tokens)
     steps = split(across * token_tiles, tiles, splits)
@@ -145,7 +224,16 @@ def linear_grad_input(grad: Tensor, weight: TiledWeight, splits: int | None = No
         K,
         steps,
         *weight.table.words,
+        None if adapter is None else adapter.G.contiguous(),
+        None if adapter is None else adapter.A.contiguous(),
+        None if adapter is None else adapter.seed,
+        r,
+        row_words(K),
+        dropped,
         TOKENS=tokens,
+        RANK=rank,
+        RANKS=ranks,
+        DROPOUT=dropped > 0,
         num_warps=4,
         num_stages=4 if tokens <= 64 else 3,
     )
@@ -154,21 +242,28 @@ def linear_grad_input(grad: Tensor, weight: TiledWeight, splits: int | None = No
     return finished(out, grad, K)
 
 
-def _case(tokens: int) -> Case:
+def _case(tokens: int, rank: int = 0) -> Case:
+    pointers = {"G": "*bf16", "A": "*fp32", "seed": "*i64"}
     return Case(
-        name=f"linear_grad_input, {tokens} tokens",
+        name=f"linear_grad_input, {tokens} tokens" + (f", rank {rank}" if rank else ""),
         kernel=_linear_grad_input,
         signature={
             **dict.fromkeys(("grad", "out"), "*bf16"),
             **dict.fromkeys(("words", "scales"), "*i32"),
-            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS), "i32"),
+            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r", "row_words", "threshold"), "i32"),
+            **(pointers if rank else {}),
         },
-        constexprs={"TOKENS": tokens},
+        constexprs={
+            "TOKENS": tokens,
+            **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
+            "DROPOUT": rank > 0,
+            **({} if rank else dict.fromkeys(pointers)),
+        },
         weights=COLUMNS * TILE,
         num_stages=4 if tokens <= 64 else 3,
-        divisible=("grad", "out", "words", "scales", "N", "K"),
+        divisible=("grad", "out", "words", "scales", "N", "K", *((*pointers, "r", "row_words") if rank else ())),
     )
 
 
-CASES = tuple(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64)
-CASES_SM_90 = (_case(128),)  # without WGMMA it spills registers
+CASES = (*(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64), _case(16, rank=64), _case(64, rank=128))
+CASES_SM_90 = (_case(128), _case(128, rank=64))  # without WGMMA it spills registers

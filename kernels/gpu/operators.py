@@ -7,9 +7,9 @@ tensor arrives.
 quantize_blockwise              ``quantize.py``, one pass
 quantize_scales                 ``quantize.py``
 dequantize                      ``dequantize.py``, both levels of scales in one launch
-linear, linear_grad_input       ``two_pass.py``, from the canonical layout: the kernel above, then cuBLAS
+linear, linear_grad_input       ``two_pass.py``: the kernel above, then cuBLAS
+adapted_linear and its backward ``adapter.py``, and the products above with the adapter's term inside
 dropout                         the reference, on any device
-adapted_linear and its backward the reference, on the operators above
 ==============================  ====================================================================================
 
 They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfloat16 and float16; blocks of 32 to
@@ -17,9 +17,9 @@ They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfl
 
 Each kernel serves on a device only after it has passed a check there (``first_use.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``fused.py``) stand behind ``choice.py``. They read the weight through inline assembly that only
-a GPU can run, so no product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the
-record of it is there. Without one, which is how the library comes, all products are two-pass.
+**The fused products** (``fused.py``, and ``canonical.py`` for weights that cannot be tiled) stand behind ``choice.py``.
+No product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the record of it is
+there. Without one, which is how the library comes, all products are two-pass.
 """
 
 from __future__ import annotations
@@ -27,27 +27,34 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.library import impl
 
 from qloralab.nf4 import ops, reference
+from qloralab.nf4.adapter import rate
 from qloralab.nf4.autocast import without_autocast
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.double import BLOCK_SIZE
 
 from . import choice, first_use
 
+if TYPE_CHECKING:
+    from .adapter_operands import LowRank, MaskedLowRank
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What each operator needs from ``first_use``; the two without an entry of their own there are built on dequantize.
+TILE = 64  # of ``packing.py``, which imports Triton
+# What each operator needs from ``first_use``; the products are built on dequantize.
 KERNELS = {
-    "quantize_blockwise": "quantize_blockwise",
-    "quantize_scales": "quantize_scales",
-    "dequantize": "dequantize",
-    "linear": "dequantize",
-    "linear_grad_input": "dequantize",
+    "quantize_blockwise": ("quantize_blockwise",),
+    "quantize_scales": ("quantize_scales",),
+    "dequantize": ("dequantize",),
+    "linear": ("dequantize",),
+    "linear_grad_input": ("dequantize",),
+    "adapted_linear": ("dequantize", "project"),
+    "adapted_linear_backward": ("dequantize", "grad_A", "masked_low_rank"),
 }
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
@@ -126,18 +133,11 @@ def linear(
     block_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """``two_pass.py``, or ``fused.py``."""
+    """``two_pass.py``, or one of the fused kernels."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    if not _multiplies(x, operands, 1) or first_use.kernel("dequantize", x.device) is None:
+    if not _multiplies(x, operands, 1) or not _are_served("linear", x.device):
         return reference.linear(x, *operands, bias)
-    from . import two_pass
-
-    y = None
-    if _is_fused("linear", x, shape):
-        from . import fused
-
-        y = fused.linear(x, operands, bias)
-    return two_pass.linear(x, operands, bias) if y is None else y
+    return _linear(x, operands, bias)
 
 
 @_serves("linear_grad_input")
@@ -152,18 +152,120 @@ def linear_grad_input(
     shape: Sequence[int],
     block_size: int,
 ) -> Tensor:
-    """``two_pass.py``, or ``fused.py``."""
+    """``two_pass.py``, or one of the fused kernels."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    if not _multiplies(grad, operands, 0) or first_use.kernel("dequantize", grad.device) is None:
+    if not _multiplies(grad, operands, 0) or not _are_served("linear_grad_input", grad.device):
         return reference.linear_grad_input(grad, *operands)
+    return _linear_grad_input(grad, operands)
+
+
+@_serves("adapted_linear")
+@without_autocast
+def adapted_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``adapter.project``, then a product with h B' inside."""
+    operands = packed, scales, absmax2, offset, values, shape, block_size
+    if (
+        not _multiplies(x, operands, 1)
+        or not _is_bias(bias, x, shape)
+        or not _is_adapter(A, B, seed, x, shape)
+        or not _are_served("adapted_linear", x.device)
+    ):
+        return reference.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
+    from .adapter import project
+    from .adapter_operands import LowRank
+
+    h = project(_rows(x), A, seed, p, scaling / (1 - rate(p)))
+    return _linear(x, operands, bias, LowRank(h, B)), h
+
+
+@_serves("adapted_linear_backward")
+@without_autocast
+def adapted_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cuBLAS, ``adapter.grad_A``, then a product with keep∘(G A) inside."""
+    operands = packed, scales, absmax2, offset, values, shape, block_size
+    if (
+        not _multiplies(x, operands, 1)
+        or not (grad.dtype == h.dtype == x.dtype and grad.device == h.device == x.device)
+        or grad.shape != (*x.shape[:-1], shape[0])
+        or not _is_adapter(A, B, seed, x, shape)
+        or h.shape != (math.prod(x.shape[:-1]), len(A))
+        or not _are_served("adapted_linear_backward", x.device)
+    ):
+        return reference.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, needs_input)
+    from .adapter import grad_A
+    from .adapter_operands import MaskedLowRank
+
+    g = _rows(grad)
+    G = torch.empty_like(h)
+    torch.addmm(G, g, B.to(x.dtype), beta=0, alpha=scaling / (1 - rate(p)), out=G)  # beta 0: what G holds is not read
+    dA, dB = grad_A(G, _rows(x), seed, p), (g.T @ h).to(B.dtype)
+    if not needs_input:
+        return x.new_empty(0), dA, dB
+    return _linear_grad_input(grad, operands, MaskedLowRank(G, A, seed, p)), dA, dB
+
+
+def _linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor:
+    """x W' + bias, plus h B' of an adapter, in the way that was measured to be the faster."""
     from . import two_pass
 
-    dx = None
-    if _is_fused("linear_grad_input", grad, shape):
+    way, y = _way("linear", x, operands), None
+    if way == "fused":
         from . import fused
 
-        dx = fused.linear_grad_input(grad, operands)
-    return two_pass.linear_grad_input(grad, operands) if dx is None else dx
+        y = fused.linear(x, operands, bias, adapter)
+    elif way == "canonical":
+        from . import canonical
+
+        y = canonical.linear(x, operands, bias, adapter=adapter)
+    return two_pass.linear(x, operands, bias, adapter) if y is None else y
+
+
+def _linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor:
+    """grad W, plus keep∘(G A) of an adapter, likewise."""
+    from . import two_pass
+
+    way, dx = _way("linear_grad_input", grad, operands), None
+    if way == "fused":
+        from . import fused
+
+        dx = fused.linear_grad_input(grad, operands, adapter)
+    elif way == "canonical":
+        from . import canonical
+
+        dx = canonical.linear_grad_input(grad, operands, adapter=adapter)
+    return two_pass.linear_grad_input(grad, operands, adapter) if dx is None else dx
 
 
 def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, str]]:
@@ -181,20 +283,21 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
     mode = first_use.mode()
     rows = []
     for name in names:
-        kernel = KERNELS.get(name)
+        kernels = KERNELS.get(name, ())
         if device is None:
             implementation, why = "none", "there is no GPU: torch.cuda.is_available() is False"
         elif mode == "reference":
             implementation, why = "reference", f"it was asked for ({first_use.VARIABLE}=reference)"
-        elif kernel is None:
+        elif not kernels:
             implementation, why = "reference", "there is no Triton kernel for it"
-        elif failed := first_use.reason(kernel, device):
+        elif failed := next(filter(None, (first_use.reason(kernel, device) for kernel in kernels)), ""):
             implementation, why = "none" if mode == "triton" else "reference", failed
-        elif name == kernel:
+        elif kernels == (name,):
             implementation, why = "triton", "it agrees with the definition on this device, bit for bit"
         else:
             implementation = "two-pass"
-            why = f"Triton's {kernel}, then cuBLAS; fused where a record says that it takes less time ({choice.FILE})"
+            why = f"Triton's {', '.join(kernels)}, then cuBLAS; "
+            why += f"fused where a record says that it takes less time ({choice.FILE})"
         rows.append({"operator": name, "device": "cuda", "implementation": implementation, "why": why})
     return rows
 
@@ -237,11 +340,42 @@ def _multiplies(x: Tensor, operands: Operands, axis: int) -> bool:
     )
 
 
-def _is_fused(operation: str, x: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the fused kernel was measured to be the faster; whether it can do it, ``fused.py`` knows."""
+def _are_served(name: str, device: torch.device) -> bool:
+    """Whether all kernels that an operator needs may run on a device."""
+    return all(first_use.kernel(kernel, device) is not None for kernel in KERNELS[name])
+
+
+def _is_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> bool:
+    return bias is None or (bias.shape == (shape[0],) and bias.dtype == x.dtype and bias.device == x.device)
+
+
+def _is_adapter(A: Tensor, B: Tensor, seed: Tensor, x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether A and B are a float32 adapter of a weight of this shape; the reference takes other dtypes too."""
     N, K = shape
+    return (
+        A.dtype == B.dtype == torch.float32
+        and A.shape[1:] == (K,)
+        and len(A) > 0
+        and B.shape == (N, len(A))
+        and (seed.dtype, seed.numel()) == (torch.int64, 1)
+        and A.device == B.device == seed.device == x.device
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] -> [tokens, K]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _way(operation: str, x: Tensor, operands: Operands) -> str:
+    """One of ``choice.KERNELS``; whether a codebook can be ordered for the fused one, ``fused.py`` knows."""
+    (N, K), block_size = operands[5], operands[6]
+    if x.dtype == torch.float32:  # never measured, and bound by arithmetic
+        return "two-pass"
+    tiled = x.dtype == torch.bfloat16 and K % TILE == 0 and block_size % TILE == 0
     tokens = math.prod(x.shape[:-1])
-    return choice.decide(operation, N, K, tokens, choice.device_name(x.device)).kernel == "fused"
+    instead = "fused" if tiled else "canonical"
+    return choice.decide(operation, N, K, tokens, choice.device_name(x.device), instead).kernel
 
 
 def _is_block_size(block_size: int) -> bool:

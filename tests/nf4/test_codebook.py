@@ -14,6 +14,7 @@ from scipy.stats import norm
 from qloralab.nf4 import codebook
 
 NF4_SHA256 = "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a"
+UNSIGNED_SHA256 = "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"
 DYNAMIC_SHA256 = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
 
 # Appendix E of the paper, as printed.
@@ -108,6 +109,15 @@ def test_dynamic_map_is_the_published_one_bit_for_bit():
     assert values.dtype == torch.float32
     assert sha256(values) == DYNAMIC_SHA256
     assert torch.equal(values, bnb.create_dynamic_map())
+
+
+def test_the_unsigned_dynamic_map_is_the_published_one_bit_for_bit():
+    values = codebook.dynamic_map(signed=False)
+    assert sha256(values) == UNSIGNED_SHA256
+    assert torch.equal(values, bnb.create_dynamic_map(signed=False))
+    assert (values.diff() > 0).all()
+    assert values[0] == 0
+    assert values[255] == 1
 
 
 def test_dynamic_map_is_seven_evenly_cut_decades():

@@ -20,7 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import adamw_reference_
+from qloralab.kernels.adamw import DTYPES as PARAMETER_DTYPES
+from qloralab.kernels.adamw import Rates, adamw_rounded_
+from qloralab.kernels.adamw_8bit import adamw_8bit_reference_
 from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
 from qloralab.nf4 import adapter, blockwise, reference
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.compiler
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = normal_float(4)
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]  # what weight_of takes
-ADAMW = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = Rates(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 PROT_NONE = 0  # of <sys/mman.h>
 TINY = torch.finfo(torch.float32).tiny  # 2**-126
 
@@ -575,9 +577,10 @@ def everything(library: Library) -> list[Tensor]:
     dropped, few = torch.empty_like(x), torch.empty(5, 260, dtype=torch.bfloat16)
     library.dropout(x, 7, 30_000, 2.0, dropped)
     library.linear_few(weight_of(*operands), torch.randn(5, 1088).bfloat16(), None, few)
-    state = [torch.rand(50_000) for _ in range(4)]
-    library.adamw(*state, step=3, **ADAMW)
-    results += [dropped, few, *state]
+    wide, narrow = segments([50_000, 200_000, 7]), segments([50_000, 20_000, 7], torch.bfloat16, bits=8)
+    library.adamw(*wide, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
+    library.adamw_8bit(*narrow, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
+    results += [dropped, few, *(tensor for some in (*wide, *narrow) for tensor in some)]
     if library.has_product:
         results += Layer(operands, 50, 70, 0.1, 5_000, bias=True, draw=torch.randn).run(library).values()
     return results
@@ -602,23 +605,42 @@ def test_without_a_pool_the_calling_thread_does_it_all(library):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("numel", [1, 7, 33, 16_384, 50_001])
-@pytest.mark.parametrize("step", [1, 1000])
-def test_adamw_rounds_every_step_of_its_formula_to_float32(library, numel, step, empty):
-    lr, beta1, beta2, eps, weight_decay = ADAMW.values()
-    start = [torch.randn(numel), torch.randn(numel), torch.randn(numel), torch.rand(numel)]
-    found = [empty(numel).copy_(tensor) for tensor in start]
-    library.adamw(*found, step=step, **ADAMW)
-    p, g, m, v = (tensor.numpy() for tensor in start)
-    m = m + np.float32(1 - beta1) * (g - m)
-    v = np.float32(beta2) * v + np.float32(1 - beta2) * g * g
-    root = np.sqrt(v) / np.float32(math.sqrt(1 - beta2**step)) + np.float32(eps)
-    p = p * np.float32(1 - lr * weight_decay) - np.float32(lr / (1 - beta1**step)) * m / root
-    for one, other in zip(found, [p, g, m, v], strict=True):
-        assert same_bits(one, torch.from_numpy(other))
-    adamw_reference_(*start, step=step, **ADAMW)
-    for one, other in zip(found, start, strict=True):  # which rounds less often in places
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+def segments(sizes: Sequence[int], dtype: torch.dtype = torch.float32, bits: int = 32, put=Tensor.clone):
+    """p, g, m and v, and with 8 bits the scales of m and v: a list for each, with a tensor for each segment."""
+    lists = [[put(torch.randn(n).to(dtype)) for n in sizes] for _ in range(2)]
+    if bits == 32:
+        return [*lists, *([put(torch.rand(n)) for n in sizes] for _ in range(2))]
+    lists += [[put(torch.randint(256, (n,), dtype=torch.uint8)) for n in sizes] for _ in range(2)]
+    return [*lists, *([put(torch.rand(-(-n // 256))) for n in sizes] for _ in range(2))]
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("sizes", [[1], [7, 0, 33], [65_536, 255, 1], [100_001, 512]], ids=str)
+def test_adamw_rounds_every_step_of_its_formula_to_float32(library, sizes, dtype, empty):
+    def put(tensor: Tensor) -> Tensor:
+        return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    found, steps = segments(sizes, dtype, put=put), [1, 1000, 3][: len(sizes)]
+    expected = [[tensor.clone() for tensor in some] for some in found]
+    library.adamw(*found, steps, ADAMW)
+    for p, g, m, v, step in zip(*expected, steps, strict=True):
+        adamw_rounded_(p, g, m, v, step, ADAMW)
+    for one, other in zip(found, expected, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("sizes", [[1], [7, 0, 33], [65_536, 255, 1], [10_001, 512]], ids=str)
+def test_adamw_8bit_gives_the_bits_of_the_reference(library, sizes, dtype, empty):
+    def put(tensor: Tensor) -> Tensor:
+        return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    found, steps = segments(sizes, dtype, bits=8, put=put), [1, 1000, 3][: len(sizes)]
+    p, g, m, v, m_absmax, v_absmax = ([tensor.clone() for tensor in some] for some in found)
+    library.adamw_8bit(*found, steps, ADAMW)
+    adamw_8bit_reference_(p, g, m, v, m_absmax, v_absmax, steps, ADAMW)
+    for one, other in zip(found, [p, g, m, v, m_absmax, v_absmax], strict=True):
+        assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -698,7 +720,9 @@ def between_fences(library: Library, shape: tuple[int, int], block_size: int, do
         library.dropout(x, 3, 30_000, 2.0, new(N, K, dtype=dtype))
     print("quantize_scales, adamw", case, flush=True)
     scales_quantized(library, put(torch.rand(N)), 0.5, new)
-    library.adamw(*(put(torch.rand(N * K)) for _ in range(4)), step=1, **ADAMW)
+    for dtype in DTYPES:
+        library.adamw(*segments([N * K, 3, K], dtype, put=put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
+        library.adamw_8bit(*segments([N * K, 3, K], dtype, 8, put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
     bias = put(torch.randn(N).bfloat16())
     for tokens in (1, 2, 3, 8):
         print("linear_few", tokens, case, flush=True)

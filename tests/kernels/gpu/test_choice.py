@@ -84,6 +84,20 @@ def test_a_record_decides_for_its_bucket_operation_weight_and_device():
         assert decide(*other).why.startswith("not measured on ")
 
 
+def test_what_a_weight_cannot_have_does_not_count():
+    save(DEVICE, {"linear 64x128": {"16": {"fused": 1.0, "canonical": 2.0, "two-pass": 3.0}}})
+    decision = decide("linear", 64, 128, 7, DEVICE, "canonical")
+    assert (decision.kernel, decision.why) == ("canonical", "measured: canonical 2.0000 ms, two-pass 3.0000 ms")
+    assert decide("linear", 64, 128, 7, DEVICE).kernel == "fused"
+    save(DEVICE, {"linear 64x128": {"16": times(1.0, 3.0)}})
+    assert decide("linear", 64, 128, 7, DEVICE, "canonical").kernel == "two-pass"
+
+
+@pytest.mark.parametrize(("M", "expected"), [(64, "canonical"), (128, "two-pass")])
+def test_without_tiles_fusing_is_expected_to_pay_for_few_tokens(M, expected):
+    assert decide("linear", 4096, 4100, M, DEVICE, "canonical").expected == expected
+
+
 def test_one_time_of_two_decides_nothing():
     save(DEVICE, {"linear 64x128": {"16": {"fused": 1.0}}})
     assert decide("linear", 64, 128, 7, DEVICE).kernel == "two-pass"
@@ -164,7 +178,7 @@ def test_use_decides_whatever_was_measured_and_gives_it_back():
             assert decide("linear", 64, 64, 16, DEVICE).kernel == "fused"
         assert decide("linear", 64, 64, 16, DEVICE).kernel == "two-pass"
     assert decide("linear", 64, 128, 16, DEVICE).kernel == "fused"
-    with pytest.raises(ValueError, match="fused, two-pass, not 'fast'"), choice.use("fast"):
+    with pytest.raises(ValueError, match="fused, canonical, two-pass, not 'fast'"), choice.use("fast"):
         pass
 
 

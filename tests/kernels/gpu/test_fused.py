@@ -1,15 +1,16 @@
-"""A measured decision sends the operators' products to the fused kernels; nothing else does."""
+"""A measured decision sends the operators' products to the fused kernels, tiled or not; nothing else does."""
 
 from __future__ import annotations
 
 import gc
+import itertools
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import qloralab as ql
-from qloralab.kernels.gpu import choice, fused, operators, two_pass
+from qloralab.kernels.gpu import canonical, choice, fused, operators, two_pass
 from qloralab.nf4 import reference
 
 SHAPE = (64, 128)
@@ -31,14 +32,17 @@ def own_record(monkeypatch, tmp_path):
 def launched(monkeypatch) -> list[str]:
     """The names of the fused kernels that were launched."""
     names: list[str] = []
-    for name in ("_linear", "_linear_grad_input"):
-        right = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *args, name=name, right=right: names.append(name) or right(*args))
+    for module, name in itertools.product((fused, canonical), ("linear", "linear_grad_input")):
+        place, what = (name, f"canonical {name}") if module is canonical else (f"_{name}", f"fused {name}")
+        right = getattr(module, place)
+        monkeypatch.setattr(
+            module, place, lambda *args, what=what, right=right, **named: names.append(what) or right(*args, **named)
+        )
     return names
 
 
-def decide_for_fused(device: str, fused_ms: float = 1.0) -> None:
-    buckets = {"4": {"fused": fused_ms, "two-pass": 2.0}}
+def decide_for_fused(device: str, ms: float = 1.0, kernel: str = "fused") -> None:
+    buckets = {"4": {kernel: ms, "two-pass": 2.0}}
     keys = [choice.weight_key(operation, *SHAPE) for operation in choice.OPERATIONS]
     choice.save(choice.device_name(torch.device(device)), dict.fromkeys(keys, buckets))
 
@@ -62,10 +66,27 @@ def test_a_decision_for_fused_is_followed(device, launched):
     x, grad, bias = inputs(device)
     W = reference.dequantize(*operands, torch.float32)
     y, dx = operators.linear(x, *operands, bias), operators.linear_grad_input(grad, *operands)
-    assert launched == ["_linear", "_linear_grad_input"]
+    assert launched == ["fused linear", "fused linear_grad_input"]
     assert error(y, F.linear(x.float(), W, bias.float())) < CLOSE
     assert error(dx, grad.float() @ W) < CLOSE
     assert two_pass.release() == 0  # it was not used
+
+
+def test_an_adapter_is_in_the_fused_products(device, launched):
+    decide_for_fused(device)
+    operands = weight(device).operands()
+    x, grad, bias = inputs(device)
+    A, B = torch.randn(5, 128, device=device) / 8, torch.randn(64, 5, device=device) / 8
+    seed, p, scaling = torch.tensor(3, device=device), 0.2, 2.0
+    y, h = operators.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
+    dx, dA, dB = operators.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
+    assert launched == ["fused linear", "fused linear_grad_input"]
+    assert two_pass.release() == 0  # it was not used
+    expected = reference.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
+    gradients = reference.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
+    for found, right in zip((y, h, dx, dA, dB), (*expected, *gradients), strict=True):
+        assert (found.dtype, found.shape) == (right.dtype, right.shape)
+        assert error(found, right) < CLOSE
 
 
 @pytest.mark.parametrize("decision", [None, 3.0], ids=["not measured", "measured slower"])
@@ -81,13 +102,66 @@ def test_without_one_products_are_two_pass(decision, device, launched):
     assert fused.release() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_other_dtypes_are_two_pass(dtype, device, launched):
+NOT_TILED = {"blocks of 32": (torch.bfloat16, 32), "float16": (torch.float16, 64)}
+not_tiled = pytest.mark.parametrize(("dtype", "block_size"), NOT_TILED.values(), ids=NOT_TILED)
+
+
+@not_tiled
+def test_what_cannot_be_tiled_is_canonical_where_that_was_measured_to_be_faster(dtype, block_size, device, launched):
+    decide_for_fused(device, kernel="canonical")
+    operands = weight(device, block_size=block_size).operands()
+    x, grad, bias = inputs(device, dtype)
+    A, B = torch.randn(5, 128, device=device) / 8, torch.randn(64, 5, device=device) / 8
+    rest = A, B, 2.0, 0.2, torch.tensor(3, device=device)
+    W = reference.dequantize(*operands, dtype).float()
+    y, dx = operators.linear(x, *operands, bias), operators.linear_grad_input(grad, *operands)
+    adapted, h = operators.adapted_linear(x, *operands, bias, *rest)
+    gradients = operators.adapted_linear_backward(grad, x, h, *operands, *rest, True)
+    assert launched == ["canonical linear", "canonical linear_grad_input"] * 2
+    assert two_pass.release() == 0  # it was not used
+    right = reference.adapted_linear_backward(grad, x, h, *operands, *rest, True)
+    expected = reference.adapted_linear(x, *operands, bias, *rest)
+    for found, other in zip((y, dx), (F.linear(x.float(), W, bias.float()), grad.float() @ W), strict=True):
+        assert error(found, other) < CLOSE
+    for found, other in zip((adapted, h, *gradients), (*expected, *right), strict=True):
+        assert (found.dtype, found.shape) == (other.dtype, other.shape)
+        assert error(found, other) < CLOSE
+
+
+@not_tiled
+def test_a_decision_for_tiles_is_not_one_for_what_cannot_be_tiled(dtype, block_size, device, launched):
     decide_for_fused(device)
-    operands = weight(device).operands()
-    x, _, bias = inputs(device, dtype)
-    assert operators.linear(x, *operands, bias).dtype == dtype
+    operands = weight(device, block_size=block_size).operands()
+    x, grad, _ = inputs(device, dtype)
+    W = reference.dequantize(*operands, dtype)
+    assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
+    assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)
     assert launched == []
+    assert fused.release() == 0
+
+
+@pytest.mark.parametrize("kernel", ["fused", "canonical"])
+def test_float32_is_two_pass(kernel, device, launched):
+    decide_for_fused(device, kernel=kernel)
+    operands = weight(device).operands()
+    x, _, bias = inputs(device, torch.float32)
+    assert operators.linear(x, *operands, bias).dtype == torch.float32
+    assert launched == []
+
+
+def test_a_codebook_that_cannot_be_ordered_is_two_pass(device, launched):
+    decide_for_fused(device)
+    packed, scales, absmax2, offset, values, shape, block_size = weight(device).operands()
+    values = values.abs() + 0.1
+    values[0] = -1  # its signs do not pair
+    operands = packed, scales, absmax2, offset, values, shape, block_size
+    x, grad, _ = inputs(device)
+    W = reference.dequantize(*operands, torch.bfloat16)
+    for _ in range(2):  # the second time it is known
+        assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
+    assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)
+    assert launched == []
+    assert fused.release() == 0
 
 
 def test_tiles_of_inference_tensors(device):
@@ -96,18 +170,6 @@ def test_tiles_of_inference_tensors(device):
         assert quantized.packed.is_inference()
         made = fused.tiles(quantized.operands())
     assert fused.tiles(quantized.operands()) is made is not None
-
-
-def test_a_weight_that_cannot_be_tiled_is_two_pass(device, launched):
-    decide_for_fused(device)
-    operands = weight(device, block_size=32).operands()
-    x, grad, _ = inputs(device)
-    W = reference.dequantize(*operands, torch.bfloat16)
-    for _ in range(2):  # the second time it is known
-        assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
-    assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)
-    assert launched == []
-    assert fused.release() == 0
 
 
 def test_tiles_are_made_once_and_go_with_the_weight(device):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qloralab.kernels.gpu.adapter_operands import LowRank
 from qloralab.kernels.gpu.linear import FEWEST_STEPS, PROGRAMS, linear, split, token_tile
 from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
@@ -130,6 +131,48 @@ def test_exact_sums(M, N, K, block_size, splits, biased, guarded_twice):
     expected = x.double() @ dequantized(operands).T + (bias.double() if biased else 0)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.cpu().double(), rounded(expected))
+
+
+@cases
+@pytest.mark.parametrize("r", [1, 4, 16, 33, 64, 100])
+def test_exact_sums_with_an_adapter(M, N, K, block_size, splits, r, guarded_twice):
+    operands = whole_weight(N, K, block_size)
+    x, bias, h, B = few(M, K), few(N), few(M, r), few(N, r).float()
+    term = LowRank(guarded_twice(h), guarded_twice(B))
+    found = linear(guarded_twice(x), tiled(operands, guarded_twice), guarded_twice(bias), splits, term)
+    expected = x.double() @ dequantized(operands).T + h.double() @ B.double().T + bias.double()
+    assert torch.equal(found.cpu().double(), rounded(expected))
+
+
+def test_an_adapters_matrix_is_rounded_and_the_sum_is_rounded_once(device):
+    """Beside a weight of zeros y is h B', of B in bfloat16."""
+    M, N, K, r = 5, 70, 64, 20
+    packed, absmax = blockwise.quantize_blockwise(torch.zeros(N, K), normal_float(), 64)
+    weight = tile(packed.to(device), absmax.to(device), None, None, normal_float().to(device), (N, K), 64)
+    h, B = torch.randn(M, r).bfloat16(), torch.randn(N, r)
+    x = torch.randn(M, K).bfloat16().to(device)
+    found = linear(x, weight, adapter=LowRank(h.to(device), B.to(device))).cpu().double()
+    exact = h.double() @ B.bfloat16().double().T
+    assert torch.allclose(found, exact, rtol=2**-8, atol=1e-5)
+    assert (found - exact).norm() / exact.norm() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("h", "B", "message"),
+    [
+        (few(2, 4), few(70, 4), r"B must be torch.float32 \[70, 4\]"),
+        (few(2, 4), torch.zeros(64, 4), r"B must be torch.float32 \[70, 4\]"),
+        (few(2, 3), torch.zeros(70, 4), r"h must be torch.bfloat16 \[2, 4\]"),
+        (torch.zeros(2, 4), torch.zeros(70, 4), r"h must be torch.bfloat16 \[2, 4\]"),
+        (few(2, 0), torch.zeros(70, 0), "B must be a matrix of 1 column or more"),
+    ],
+    ids=["dtype of B", "rows of B", "columns of h", "dtype of h", "no rank"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(h, B, message, guarded):
+    weight = tiled(whole_weight(70, 64, 64), guarded)
+    on = weight.words.device
+    with pytest.raises(ValueError, match=message):
+        linear(few(2, 64).to(on), weight, adapter=LowRank(h.to(on), B.to(on)))
 
 
 @pytest.mark.parametrize(("M", "limit"), [(4, 1.15e-3), (32, 1.15e-3), (40, 2.7e-3), (65, 2.7e-3)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qloralab.kernels.gpu.adapter_operands import MaskedLowRank
 from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
 from qloralab.kernels.gpu.packing import tile
 from qloralab.nf4 import blockwise
+from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import normal_float
 
 from .test_linear import cases, dequantized, few, rounded, tiled, whole_weight
@@ -23,6 +25,35 @@ def test_exact_sums(M, N, K, block_size, splits, guarded_twice):
     expected = grad.double() @ dequantized(operands)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.cpu().double(), rounded(expected))
+
+
+@cases
+@pytest.mark.parametrize(("r", "p"), [(1, 0.1), (16, 0.0), (16, 0.5), (33, 0.999), (64, 0.1), (100, 0.0), (100, 0.1)])
+def test_exact_sums_with_an_adapter(M, N, K, block_size, splits, r, p, guarded_twice):
+    operands = whole_weight(N, K, block_size)
+    grad, G, A, seed = few(M, N), few(M, r), few(r, K).float(), torch.tensor(-1234567891011)
+    term = MaskedLowRank(guarded_twice(G), guarded_twice(A), guarded_twice(seed), p)
+    found = linear_grad_input(guarded_twice(grad), tiled(operands, guarded_twice), splits, term)
+    low_rank = torch.where(keep_mask(seed, M, K, p), G.double() @ A.double(), 0)
+    assert torch.equal(found.cpu().double(), rounded(grad.double() @ dequantized(operands) + low_rank))
+
+
+@pytest.mark.parametrize(
+    ("G", "A", "seed", "message"),
+    [
+        (few(2, 4), few(4, 64), torch.tensor(1), r"A must be torch.float32 \[4, 64\]"),
+        (few(2, 4), torch.zeros(3, 64), torch.tensor(1), r"A must be torch.float32 \[4, 64\]"),
+        (few(1, 4), torch.zeros(4, 64), torch.tensor(1), r"G must be torch.bfloat16 \[2, 4\]"),
+        (few(2, 4), torch.zeros(4, 64), torch.tensor(1.0), "seed must be one torch.int64"),
+    ],
+    ids=["dtype of A", "rows of A", "tokens of G", "seed"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(G, A, seed, message, guarded):
+    weight = tiled(whole_weight(70, 64, 64), guarded)
+    on = weight.words.device
+    term = MaskedLowRank(G.to(on), A.to(on), seed.to(on), 0.1)
+    with pytest.raises(ValueError, match=message):
+        linear_grad_input(few(2, 70).to(on), weight, adapter=term)
 
 
 def test_accuracy_and_the_bits_of_the_forward_kernel(device):

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,19 @@ import qloralab as ql
 from benchmarks import gpu_canaries
 from benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import dispatch
-from qloralab.kernels.gpu import first_use, operators, two_pass
+from qloralab.kernels.gpu import adapter, first_use, operators, two_pass
 from qloralab.nf4 import ops, reference
+from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 
 ROOT = Path(__file__).resolve().parents[3]
-NAMES = ("quantize_blockwise", "quantize_scales", "dequantize", "linear", "linear_grad_input")
+NAMES = tuple(operators.KERNELS)
+# Called with several unpacked tuples, whose lengths a type checker does not follow.
+adapted_linear: Any = operators.adapted_linear
+adapted_linear_backward: Any = operators.adapted_linear_backward
+dequantized: Any = reference.dequantize
+definition_of_linear: Any = reference.adapted_linear
+definition_of_backward: Any = reference.adapted_linear_backward
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +68,8 @@ def served(monkeypatch) -> list[str]:
         monkeypatch.setitem(first_use._passed, (name, torch.device("cuda", 0)), "")
     monkeypatch.setattr(first_use, "_launcher", launcher)
     monkeypatch.setattr(two_pass, "dequantize", dequantize)
+    for module, name in ((adapter, "project"), (adapter, "grad_A"), (two_pass, "masked_low_rank")):
+        monkeypatch.setattr(module, name, launcher(name))
     return launched
 
 
@@ -99,6 +109,138 @@ def test_a_weight_of_one_dimension_is_dequantized(device, served):
     result = operators.dequantize(*quantized.operands(), torch.float32)
     assert same(result, reference.dequantize(*quantized.operands(), torch.float32))
     assert served == ["dequantize"]
+
+
+ADAPTED = {
+    "as it is": {},
+    "no dropout": {"p": 0.0},
+    "most is dropped": {"p": 0.999},
+    "rank 1": {"r": 1},
+    "rank 100": {"r": 100},
+    "no tokens": {"tokens": (0,)},
+    "a vector": {"tokens": ()},
+    "float32 scales": {"double_quant": False},
+}
+
+
+def adapted(device, dtype=torch.bfloat16, tokens=(2, 9), r=8, p=0.1, **options) -> Any:
+    """The arguments of both adapted operators: those of the forward, grad, and the weight's operands in between."""
+    operands = weight(device, **options).operands()
+    x, grad = (torch.randn(*tokens, size, device=device).to(dtype) for size in (65, 63))
+    bias = torch.randn(63, device=device).to(dtype)
+    A, B = torch.randn(r, 65, device=device) / 8, torch.randn(63, r, device=device) / 8
+    return x, grad, operands, bias, (A, B, 1.5, p, torch.tensor(-77, device=device))
+
+
+@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize("options", ADAPTED.values(), ids=ADAPTED)
+def test_the_adapted_products_are_served(dtype, options, device, served):
+    x, grad, operands, bias, rest = adapted(device, dtype, **options)
+    y, h = adapted_linear(x, *operands, bias, *rest)
+    gradients = adapted_linear_backward(grad, x, h, *operands, *rest, True)
+    assert served == ["project", "dequantize", "grad_A", "masked_low_rank", "dequantize"]
+    wide = x.double(), grad.double(), h.double(), bias.double()
+    A, B = (matrix.to(dtype).double() for matrix in rest[:2])
+    W = dequantized(*operands, dtype).double()
+    scaling, p, seed = rest[2:]
+    exact = definition(wide, W, A, B, scaling, p, seed)
+    limit = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 2e-6}[dtype]
+    for found, right, kind in zip((y, h, *gradients), exact, (dtype, dtype, dtype, None, None), strict=True):
+        assert (found.dtype, found.shape) == (kind or torch.float32, right.shape)
+        assert (found.double() - right).norm() <= limit * right.norm()
+
+
+def definition(wide, W, A, B, scaling, p, seed):
+    """y, h, dx, dA, dB in float64, by the formulas; dB is from the h that is given."""
+    x, grad, h, bias = wide
+    rows, g = x.reshape(-1, 65), grad.reshape(-1, 63)
+    keep = keep_mask(seed, len(rows), 65, p)
+    kept, factor = torch.where(keep, rows, 0), scaling / (1 - rate(p))
+    G = factor * g @ B
+    y = rows @ W.T + bias + factor * kept @ A.T @ B.T
+    dx = g @ W + torch.where(keep, G @ A, 0)
+    return y.view(*x.shape[:-1], 63), factor * kept @ A.T, dx.view(x.shape), G.T @ kept, g.T @ h
+
+
+def test_gradients_of_the_whole_operator_through_autograd(device, served):
+    """The functions in the place that ``ops.py`` gives them, against autograd's own derivative of the definition."""
+
+    class Adapted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, A, B):
+            y, h = adapted_linear(x, *operands, bias, A, B, *rest)
+            ctx.save_for_backward(x, h, A, B)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+            x, h, A, B = ctx.saved_tensors
+            return adapted_linear_backward(grad, x, h, *operands, A, B, *rest, True)
+
+    x, grad, operands, bias, (A, B, *rest) = adapted(device, torch.float32)
+    scaling, p, seed = rest
+    found = [t.clone().requires_grad_() for t in (x, A, B)]
+    Adapted.apply(*found).backward(grad)
+    right = [t.double().requires_grad_() for t in (x, A, B)]
+    keep = keep_mask(seed, 18, 65, p).view(x.shape)
+    W = dequantized(*operands, torch.float32).double()
+    low_rank = torch.where(keep, right[0], 0) @ right[1].T @ right[2].T
+    (right[0] @ W.T + bias + low_rank * scaling / (1 - rate(p))).backward(grad.double())
+    for one, other in zip(found, right, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad.double() - other.grad).norm() < 1e-6 * other.grad.norm()
+
+
+def test_the_input_gradient_is_left_out_where_it_is_not_needed(device, served):
+    x, grad, operands, bias, rest = adapted(device)
+    _, h = adapted_linear(x, *operands, bias, *rest)
+    served.clear()
+    with_it = adapted_linear_backward(grad, x, h, *operands, *rest, True)
+    dx, dA, dB = adapted_linear_backward(grad, x, h, *operands, *rest, False)
+    assert (dx.shape, dx.dtype) == ((0,), x.dtype)
+    assert same((dA, dB), with_it[1:])
+    assert served == ["grad_A", "masked_low_rank", "dequantize", "grad_A"]
+
+
+SPOILED_ADAPTERS = {
+    "A in bfloat16": lambda A, B, seed: (A.bfloat16(), B, seed),
+    "B in float64": lambda A, B, seed: (A, B.double(), seed),
+    "A of other columns": lambda A, B, seed: (A[:, 1:], B, seed),
+    "B of other rows": lambda A, B, seed: (A, B[1:], seed),
+    "two ranks": lambda A, B, seed: (A[1:], B, seed),
+    "no rank": lambda A, B, seed: (A[:0], B[:, :0], seed),
+    "seed in float32": lambda A, B, seed: (A, B, seed.float()),
+    "seeds": lambda A, B, seed: (A, B, seed.repeat(2)),
+    "seed elsewhere": lambda A, B, seed: (A, B, seed.to("meta")),
+}
+
+
+@pytest.mark.parametrize("change", SPOILED_ADAPTERS.values(), ids=SPOILED_ADAPTERS)
+def test_no_kernel_sees_an_adapter_that_does_not_fit(change, device):
+    x, _, _, _, (A, B, _, _, seed) = adapted(device)
+    assert operators._is_adapter(A, B, seed, x, (63, 65))
+    A, B, seed = change(A, B, seed)
+    assert not operators._is_adapter(A, B, seed, x, (63, 65))
+
+
+def test_an_adapter_in_the_dtype_of_x_goes_to_the_reference(device, served):
+    x, grad, operands, bias, (A, B, *rest) = adapted(device)
+    arguments = A.bfloat16(), B.bfloat16(), *rest
+    y, h = adapted_linear(x, *operands, bias, *arguments)
+    assert same((y, h), definition_of_linear(x, *operands, bias, *arguments))
+    result = adapted_linear_backward(grad, x, h, *operands, *arguments, True)
+    assert same(result, definition_of_backward(grad, x, h, *operands, *arguments, True))
+    assert {"project", "grad_A"}.isdisjoint(served)
+
+
+def test_autocast_does_not_change_an_adapted_product(device, served):
+    x, grad, operands, bias, rest = adapted(device, torch.float32)
+    y, h = adapted_linear(x, *operands, bias, *rest)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert same(adapted_linear(x, *operands, bias, *rest), (y, h))
+        dx, _, dB = adapted_linear_backward(grad, x, h, *operands, *rest, True)
+    assert (dx.dtype, dB.dtype) == (torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -204,11 +346,11 @@ def test_the_report_says_what_serves(device):
     found = rows(torch.device(device))
     for name in ("quantize_blockwise", "quantize_scales", "dequantize"):
         assert found[name] == ("triton", "it agrees with the definition on this device, bit for bit")
-    for name in ("linear", "linear_grad_input"):
+    for name in ("linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
         assert found[name][0] == "two-pass"
         assert found[name][1].endswith("fused where a record says that it takes less time (gpu-choice.json)")
-    for name in ("dropout", "adapted_linear", "adapted_linear_backward"):
-        assert found[name] == ("reference", "there is no Triton kernel for it")
+    assert found["adapted_linear"][1].startswith("Triton's dequantize, project, then cuBLAS; ")
+    assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
 
 @pytest.mark.parametrize(("choice", "implementation"), [("auto", "reference"), ("triton", "none")])
@@ -219,7 +361,7 @@ def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monke
     monkeypatch.setenv(first_use.VARIABLE, choice)
     monkeypatch.setitem(first_use.CHECKS, "dequantize", broken)
     found = rows(torch.device(device))
-    for name in ("dequantize", "linear", "linear_grad_input"):
+    for name in ("dequantize", "linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
         assert found[name] == (implementation, "RuntimeError: no such instruction")
     assert found["quantize_scales"][0] == "triton"
 
@@ -239,6 +381,16 @@ def test_the_report_without_a_gpu(monkeypatch):
 def test_the_report_refuses_another_device():
     with pytest.raises(ValueError, match="cpu or cuda, not 'tpu'"):
         dispatch.report("tpu")
+
+
+def test_the_report_of_an_adapters_kernel_that_fails(device, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(first_use.CHECKS, "grad_A", broken)
+    found = rows(torch.device(device))
+    assert found["adapted_linear_backward"] == ("reference", "RuntimeError: no such instruction")
+    assert found["adapted_linear"][0] == found["linear_grad_input"][0] == "two-pass"
 
 
 def test_importing_and_working_on_the_cpu_does_not_import_triton():

@@ -57,7 +57,9 @@ def test_what_is_right_passes(rows, codebook, dtype):
     checks.compare_weight(rows, normal(64, 256, dtype=dtype), codebook)
     found = verdicts(rows)
     assert found.pop("codes") == ("equal" if codebook == "nf4" else "same value")
-    assert found.pop("weights") == found.pop("scales") == found.get("decoded scales", "equal") == "equal"
+    # FP4's code 8 is -0.0 in bitsandbytes on some processors, and +0.0 on others.
+    assert found.pop("weights") in (("equal",) if codebook == "nf4" else ("equal", "same value"))
+    assert found.pop("scales") == found.get("decoded scales", "equal") == "equal"
     assert DIFFERS not in found.values()
 
 

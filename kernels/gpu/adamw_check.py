@@ -1,0 +1,64 @@
+"""The check of the AdamW kernels on a device, at first use: a small update by the kernel and by its definition.
+
+Importing this module enters both into ``first_use.py``, which says what the check is for, and what ``QLORALAB_GPU``
+chooses. It does not import Triton. The definition is `adamw_rounded_`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adamw import Rates, adamw_rounded_
+from ..adamw_8bit import BLOCK_SIZE, adamw_8bit_reference_
+from . import first_use
+
+SIZES = (3000, 1, 255, 4096)  # of the segments of the check: short blocks and short tiles, and aligned whole ones
+RATES = Rates(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+STEPS = (1, 2)  # the second one from moments that are not 0
+
+
+def kernel(name: str, device: torch.device) -> Callable[..., Any] | None:
+    """The launcher of ``adamw`` or ``adamw_8bit``, or None where the reference is to run; see ``first_use.kernel``."""
+    return first_use.kernel(name, device)
+
+
+def _chunk(device: torch.device, moments: torch.dtype) -> list[list[Tensor]]:
+    """p, g, m and v of all segments; numbers of many magnitudes, the same every time."""
+    n = torch.arange(sum(SIZES), dtype=torch.float64, device=device)
+    p, g = (n * 0.7390851).sin(), (n * 0.4567).sin() * (n * 0.0123).cos().exp() ** 9
+    zeros = [torch.zeros(len(n), dtype=moments, device=device) for _ in range(2)]
+    return [[part.clone() for part in one.split(SIZES)] for one in (p.bfloat16(), g.bfloat16(), *zeros)]
+
+
+def _check_adamw(launch: Callable[..., Any], device: torch.device) -> bool:
+    found, expected = (_chunk(device, torch.float32) for _ in range(2))
+    for step in STEPS:
+        launch(*found, [step] * len(SIZES), RATES)
+        for p, g, m, v in zip(*expected, strict=True):
+            adamw_rounded_(p, g, m, v, step, RATES)
+    return _same(found, expected)
+
+
+def _check_adamw_8bit(launch: Callable[..., Any], device: torch.device) -> bool:
+    found, expected = (_chunk(device, torch.uint8) for _ in range(2))
+    for some in (found, expected):
+        some += [[torch.zeros(-(-n // BLOCK_SIZE), device=device) for n in SIZES] for _ in range(2)]
+    definition: Callable[..., Any] = adamw_8bit_reference_
+    for step in STEPS:
+        launch(*found, [step] * len(SIZES), RATES)
+        definition(*expected, [step] * len(SIZES), RATES)
+    return _same(found, expected)
+
+
+def _same(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
+    """Whether no bit differs."""
+    pairs = zip((t for one in found for t in one), (t for one in expected for t in one), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+first_use.MODULES |= {"adamw": "adamw", "adamw_8bit": "adamw_8bit"}
+first_use.CHECKS |= {"adamw": _check_adamw, "adamw_8bit": _check_adamw_8bit}

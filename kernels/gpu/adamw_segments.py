@@ -1,0 +1,101 @@
+"""The segments of a chunk as a kernel finds them: one launch for many tensors, which no argument could name.
+
+A kernel reads where its tensors are from a table in the memory of the device, a row of 8-byte words for each segment::
+
+    0 .. 3   addresses of p, g, m, v         6   lr / (1 - beta1**step), the bits of a float32
+    4        n                               7   the root of 1 - beta2**step, the bits of a float32
+    5        its first program               8   addresses of the scales of m and v, where moments have 8 bits
+                                             9
+
+Another table says for each program which segment it works on; which part of it follows from word 5. A program handles
+1,024 elements or more, so the 4 bytes of its entry are nothing beside the data.
+
+Both are written into one buffer of pinned memory, which is copied to the device on the current stream. Nothing waits:
+PyTorch's allocator of pinned memory notes the copy, and gives the buffer out again only after it has run. A CUDA graph
+would keep the address of the buffer, so an update must not be captured.
+
+The compiler has to know dtypes and alignment, so segments of one kind are one launch: those of one dtype, and among
+them apart from the others those that begin at multiples of 16 bytes and have a multiple of 16 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adamw import Rates
+
+WIDTH = 10  # words of a row
+ALIGNMENT = 16  # bytes, and elements
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The segments of one kind.
+
+    Attributes:
+        dtype: of their parameters.
+        aligned: whether 16 bytes may be loaded at once.
+        table: int64 [segments, WIDTH], on the device.
+        segment_of: int32 [programs], on the device: the number of the segment that a program works on.
+    """
+
+    dtype: torch.dtype
+    aligned: bool
+    table: Tensor
+    segment_of: Tensor
+
+    def on_its_device(self) -> AbstractContextManager[Any]:
+        """Makes the device of the tensors current: Triton launches a kernel on whichever is."""
+        return torch.cuda.device(self.table.device) if self.table.is_cuda else nullcontext()
+
+
+def launches(tensors: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: Rates, tile: int) -> Iterator[Launch]:
+    """Sort segments by kind, and bring their tables to the device.
+
+    Args:
+        tensors: the lists of p, g, m and v, and perhaps of the scales of m and v: one entry for each segment.
+        steps: one for each segment.
+        rates: from which the two factors of a segment come.
+        tile: elements of a segment that one program handles.
+    """
+    params = tensors[0]
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for i, param in enumerate(params):
+        n = param.numel()
+        aligned = n % ALIGNMENT == 0 and all(some[i].data_ptr() % ALIGNMENT == 0 for some in tensors[:4])
+        if n:
+            kinds.setdefault((param.dtype, aligned), []).append(i)
+    for (dtype, aligned), chosen in kinds.items():
+        some = [[one[i] for i in chosen] for one in tensors]
+        factors = rates.of_segments([steps[i] for i in chosen])
+        yield Launch(dtype, aligned, *_tables(some, factors, tile))
+
+
+def _tables(tensors: Sequence[Sequence[Tensor]], factors: Sequence[list[float]], tile: int) -> tuple[Tensor, Tensor]:
+    """`Launch.table` and `Launch.segment_of`."""
+    device = tensors[0][0].device
+    n = torch.tensor([param.numel() for param in tensors[0]])
+    programs = (n + (tile - 1)) // tile
+    count, total = len(n), int(programs.sum())
+
+    words = count * WIDTH + (total + 1) // 2
+    host = torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table, segment_of = _split(host, count, total)
+    addresses = [torch.tensor([tensor.data_ptr() for tensor in some]) for some in tensors]
+    bits = [torch.tensor(some, dtype=torch.float32).view(torch.int32).long() for some in factors]
+    columns = [*addresses[:4], n, programs.cumsum(0) - programs, *bits, *addresses[4:]]
+    table[:, : len(columns)] = torch.stack(columns, dim=1)
+    segment_of.copy_(torch.arange(count, dtype=torch.int32).repeat_interleave(programs))
+    return _split(host.to(device, non_blocking=True), count, total)
+
+
+def _split(words: Tensor, count: int, total: int) -> tuple[Tensor, Tensor]:
+    """The two tables in one buffer."""
+    table, segment_of = words[: count * WIDTH], words[count * WIDTH :]
+    return table.view(count, WIDTH), segment_of.view(torch.int32)[:total]

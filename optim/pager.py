@@ -1,0 +1,216 @@
+"""Which chunks stay, which one comes next, and which one goes: the policy of paging.
+
+An optimizer uses its chunks in the same order at every step, so the future is known. Two things follow.
+
+**A part stays.** When everything is used once in turn, keeping what was used last is of no use: each chunk is evicted
+just before its turn. A fixed part that never leaves saves all of its traffic. So of the chunks that a budget has room
+for, all but a few stay for good; the others *stream* through the few places that are left.
+
+**The next is fetched early.** With W places for chunks that stream, one is being updated, those after it are on their
+way in, those before it on their way out::
+
+    place 1     update 5 |  evict 5  |  fetch 9
+    place 2     fetch 6  |  update 6 |  evict 6
+    place 3     fetch 7  |  .......  |  update 7
+    place 4     evict 4  |  fetch 8  |  .......
+
+A fetch begins when the eviction that makes room for it is over, so the budget holds at any time. The order wraps
+around: at the end of a step the first chunks of the next one are fetched, while the model runs.
+
+Where the order turns out different (parameters without a gradient, an update in backward), the new one is expected from
+then on; a chunk that was fetched in vain is given up first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .arena import Arena, Ranges, Ticket
+
+FEWEST_PLACES = 4
+MOST_PLACES = 8  # for chunks that stream; more hide no more
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A part of an arena that comes and goes as one.
+
+    Attributes:
+        arena: where it is.
+        ranges: its bytes.
+    """
+
+    arena: Arena
+    ranges: Ranges
+
+    @property
+    def nbytes(self) -> int:
+        return sum(end - first for first, end in self.ranges)
+
+
+@dataclass
+class Counters:
+    """What a pager has done.
+
+    Attributes:
+        prefetches: chunks that were on their way before they were asked for.
+        misses: chunks that were not.
+        stalls: chunks that had not arrived when they were needed.
+        stalled: seconds spent waiting for them.
+        fetched: bytes brought in.
+        evicted: bytes sent out.
+    """
+
+    prefetches: int = 0
+    misses: int = 0
+    stalls: int = 0
+    stalled: float = 0.0
+    fetched: int = 0
+    evicted: int = 0
+
+
+@dataclass
+class _Streaming:
+    """The places: what is in them, by the order of arrival, and what is leaving, the oldest first."""
+
+    here: dict[Chunk, Ticket] = field(default_factory=dict)
+    leaving: deque[tuple[Chunk, Ticket]] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self.here) + len(self.leaving)
+
+
+def divide(count: int, places: int) -> tuple[int, int]:
+    """How many of ``count`` chunks stay, and in how many places the others stream.
+
+    Args:
+        count: of the chunks.
+        places: how many chunks may be resident at once.
+
+    Raises:
+        ValueError: there are too few places for the chunks, and too few to stream in.
+    """
+    if count <= places:
+        return count, 0
+    if places < FEWEST_PLACES:
+        raise ValueError(f"paging needs room for {FEWEST_PLACES} chunks; there is room for {max(places, 0)}")
+    width = min(places, MOST_PLACES)
+    return places - width, width
+
+
+class Pager:
+    """Streams chunks through a few places.
+
+    A chunk may be touched between ``acquire`` and ``release``, one at a time. Those that ``add`` was not told of stay
+    where they are: for them nothing is done.
+
+    Args:
+        places: how many chunks may be resident at once, `FEWEST_PLACES` at least.
+
+    Attributes:
+        counters: what was done.
+    """
+
+    def __init__(self, places: int):
+        if places < FEWEST_PLACES:
+            raise ValueError(f"paging needs {FEWEST_PLACES} places, not {places}")
+        self.counters = Counters()
+        self._width = places
+        self._expected: list[Chunk] = []
+        self._streams: set[Chunk] = set()
+        self._used: list[Chunk] = []  # since the sweep began
+        self._position = 0  # in _expected: the first that is not behind
+        self._streaming = _Streaming()
+
+    def add(self, chunks: Sequence[Chunk]) -> None:
+        """Stream these too. They are expected behind those that were there, in this order."""
+        self._expected += chunks
+        self._streams |= set(chunks)
+        self._fetch_ahead()
+
+    def acquire(self, chunk: Chunk) -> None:
+        """Let the chunk be there for what follows.
+
+        Raises:
+            OSError, RuntimeError: it cannot be read.
+        """
+        if chunk not in self._streams:
+            return
+        self._used.append(chunk)
+        self._seek(chunk)
+        if chunk in self._streaming.here:
+            self.counters.prefetches += 1
+        else:
+            self.counters.misses += 1
+            self._fetch(chunk)
+        waited = chunk.arena.wait(self._streaming.here[chunk])
+        if waited > 0:
+            self.counters.stalls += 1
+            self.counters.stalled += waited
+        self._fetch_ahead(using=chunk)
+
+    def release(self, chunk: Chunk) -> None:
+        """The chunk has been changed and is not needed before its next turn."""
+        if chunk not in self._streams:
+            return
+        self._leave(chunk)
+        self._fetch_ahead()
+
+    def end_of_sweep(self) -> None:
+        """Expect the next step to use the chunks in the order of this one."""
+        used, self._used = self._used, []
+        unused = set(self._expected).difference(used)
+        if unused or used != self._expected:
+            # What was left out keeps its relative order, behind: it may be wanted again.
+            self._expected = list(dict.fromkeys(used)) + [chunk for chunk in self._expected if chunk in unused]
+        self._position = 0
+        self._fetch_ahead()
+
+    def settle(self) -> None:
+        """Wait until nothing is on its way.
+
+        Raises:
+            OSError, RuntimeError: something could not be read or written back.
+        """
+        for chunk, ticket in [*self._streaming.here.items(), *self._streaming.leaving]:
+            chunk.arena.wait(ticket)
+
+    def _seek(self, chunk: Chunk) -> None:
+        """Stand behind a chunk in the expected order, where it is further on."""
+        for ahead in range(len(self._expected)):
+            at = (self._position + ahead) % len(self._expected)
+            if self._expected[at] is chunk:
+                self._position = (at + 1) % len(self._expected)
+                return
+
+    def _fetch_ahead(self, using: Chunk | None = None) -> None:
+        """Fetch what is expected next, as far as there is room without giving up what is expected sooner."""
+        for ahead in range(min(self._width - 1, len(self._expected))):
+            chunk = self._expected[(self._position + ahead) % len(self._expected)]
+            if chunk in self._streaming.here or chunk is using:
+                continue
+            if len(self._streaming) >= self._width and not self._streaming.leaving:
+                return
+            if any(chunk is other for other, _ in self._streaming.leaving):
+                return  # it comes back when it has left
+            self._fetch(chunk)
+
+    def _fetch(self, chunk: Chunk) -> None:
+        streaming, after = self._streaming, None
+        back = next((pair for pair in streaming.leaving if pair[0] is chunk), None)
+        if back is not None:
+            streaming.leaving.remove(back)
+            after = back[1]
+        elif len(streaming) >= self._width:
+            if not streaming.leaving:  # the last to have come is needed last
+                self._leave(next(reversed(streaming.here)))
+            after = streaming.leaving.popleft()[1]
+        streaming.here[chunk] = chunk.arena.fetch(chunk.ranges, after)
+        self.counters.fetched += chunk.nbytes
+
+    def _leave(self, chunk: Chunk) -> None:
+        del self._streaming.here[chunk]
+        self._streaming.leaving.append((chunk, chunk.arena.evict(chunk.ranges)))
+        self.counters.evicted += chunk.nbytes

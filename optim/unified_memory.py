@@ -1,0 +1,417 @@
+"""State in CUDA's unified memory: paging on a GPU, by the calls that the driver offers for it.
+
+Managed memory has one address on the host and on the device, and its pages move between them. They move by themselves
+when they are touched, a fault and some kilobytes at a time, and leave when memory on the device is short. So the pager
+says what is wanted (``pager.py``), and here is how::
+
+    fetch   stream "in":   wait for the eviction that makes room    prefetch to the device    event
+    wait    the current stream waits for that event; the host does not
+    evict   stream "out":  wait for the current stream's work       prefetch to the host      event
+
+The link to the host has two directions, so both streams move bytes at once, beside the update on the current stream.
+The host never waits: it queues all of a step, and reads the seconds of a stall from events that have passed.
+
+Each range has advice from the start:
+
+=========  ============================================  =============================================================
+ranges     advice                                        what follows
+=========  ============================================  =============================================================
+kept       preferred location: the device                the first touch, which zeros them, puts them there; the driver
+                                                         still evicts them when another allocation needs the memory
+others     preferred location: the host; accessed by     zeros are written to the host. What is touched while away
+           the device                                    (``state_dict``) is read over the link, and stays away: only
+                                                         a prefetch moves it, so what was counted stays true
+=========  ============================================  =============================================================
+
+**Never more than is free.** A GPU whose managed memory is oversubscribed can hang, for others as well. All arenas
+together, with what is away, are to fit into the memory that is free or theirs, or MemoryError is raised. It is not
+``torch.OutOfMemoryError``, which programs catch to try again with a smaller batch: that would not help.
+
+**Without concurrent access** (Windows, WSL; cudaDevAttrConcurrentManagedAccess is 0) the driver takes no advice and
+moves no ranges: it brings everything to the device at each launch. Then nothing is asked of it.
+
+bitsandbytes' paged optimizers prefetch on stream 0 and synchronize the device after each parameter, evict nothing, and
+never free the memory. Calls: CUDA Runtime API, "Memory Management" and "Unified Addressing".
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arena import ALIGNMENT, Ranges, Ticket
+
+HOST = -1  # cudaCpuDeviceId
+NOISE = 2e-5  # seconds between two events with nothing to wait for between them, generously
+
+_KINDS = {
+    "cudaMemoryTypeUnregistered": "unregistered",
+    "cudaMemoryTypeHost": "host",
+    "cudaMemoryTypeDevice": "device",
+    "cudaMemoryTypeManaged": "managed",
+}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What the CUDA runtime knows of an address.
+
+    Attributes:
+        kind: "managed", "device", "host" (pinned) or "unregistered" (ordinary memory of the host).
+        device: the number of the GPU that it belongs to.
+    """
+
+    kind: str
+    device: int
+
+
+def pointer_attributes(tensor: Tensor) -> Pointer:
+    """What kind of memory a tensor is in, by ``cudaPointerGetAttributes``.
+
+    Raises:
+        ImportError: there is no ``cuda.bindings``.
+        RuntimeError: there is no driver.
+    """
+    return Runtime(load_runtime()).attributes(tensor.data_ptr())
+
+
+class UnifiedMemory:
+    """Bytes of managed memory; an arena (``arena.py``).
+
+    They are freed when the arena and all tensors over ``bytes`` are gone, after what runs on the device is over.
+
+    Args:
+        nbytes: how many, 1 at least.
+        device: a GPU.
+        keep: ranges that stay on the device.
+        oversubscribe: allocate even if less is free. Other programs on this GPU may hang.
+
+    Raises:
+        ImportError: there is no ``cuda.bindings``.
+        MemoryError: less than nbytes is free on the device, or the host has no room.
+        RuntimeError: CUDA refuses something; the message has the name and the text of its error.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, keep: Ranges = (), oversubscribe: bool = False):
+        if nbytes < 1:
+            raise ValueError(f"an arena has 1 byte at least, not {nbytes}")
+        self.failure: Exception | None = None
+        self._runtime = Runtime(load_runtime())
+        number = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", number)
+        self._keep = [pair for pair in sorted(keep) if pair[0] < pair[1]]
+        self._moves: dict[tuple[int, int], _Move] = {}  # the last of each range
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not known yet
+        with self._guard():
+            self._concurrent = self._runtime.concurrent(number)
+            if not oversubscribe:
+                free, total = torch.cuda.mem_get_info(number)
+                others = [one for one in _allocations if one.device == number]
+                check_room(nbytes, free, total, sum(one.nbytes for one in others), sum(one.on_device for one in others))
+            self._allocation = Allocation(self._runtime, nbytes, number)
+            self.bytes = as_tensor(self._allocation, self._device)
+            self._into, self._out = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+            self._begin(nbytes)
+        self._allocation.on_device = self.resident_bytes()
+        paging = "" if self._concurrent else ", whose driver pages by itself (no concurrent managed access)"
+        self.where = f"unified memory of {self._device}{paging}"
+
+    def fetch(self, ranges: Ranges, after: Ticket | None) -> Ticket:
+        """Prefetch to the device, on a stream of its own. Returns an event, with what it is for."""
+        return self._move(ranges, self._device.index, self._into, after)
+
+    def wait(self, ticket: Ticket) -> float:
+        """Let the current stream wait. The host does not.
+
+        Returns:
+            how long streams stood still in ``wait`` before, in seconds: what has become known since the last call.
+        """
+        if ticket is None:
+            return 0.0
+        with self._guard():
+            current = torch.cuda.current_stream()
+            asked, resumed = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            asked.record(current)
+            current.wait_event(ticket.done)
+            resumed.record(current)
+            self._stalls.append((asked, resumed))
+            return self._known_stalls()
+
+    def evict(self, ranges: Ranges) -> Ticket:
+        """Prefetch to the host, on another stream, when the work on the current one so far is over."""
+        if not self._concurrent:
+            return None
+        with self._guard():
+            used = torch.cuda.Event()
+            used.record(torch.cuda.current_stream())
+            self._out.wait_event(used)
+        return self._move(ranges, HOST, self._out, None)
+
+    def recall(self) -> None:
+        """Prefetch what is kept, on the current stream. Nothing moves that is there.
+
+        The driver may have evicted it for an allocation since the last step, and tells nobody.
+        """
+        if self._concurrent:
+            with self._guard():
+                self._prefetch(self._keep, self._device.index, torch.cuda.current_stream())
+
+    def resident_bytes(self) -> int:
+        """The bytes on the device, as the events of prefetches tell: never less than what was moved there.
+
+        What is kept counts; so does a fetch from when there is room for it, and an eviction until it is over. CUDA has
+        no call that tells where pages are now (its attribute is the last prefetch's aim), so what the driver evicts
+        by itself counts on. Without concurrent access everything counts.
+        """
+        if not self._concurrent:
+            return self._allocation.nbytes
+        with self._guard():
+            moved = sum(end - first for (first, end), move in self._moves.items() if move.holds_memory())
+        found = moved + sum(end - first for first, end in self._keep)
+        self._allocation.on_device = found
+        return found
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """The arena's device is the current one, for PyTorch and for ``cuda.bindings``, which keeps its own."""
+        with torch.cuda.device(self._device):
+            self._runtime.use(self._device.index)
+            yield
+
+    def _begin(self, nbytes: int) -> None:
+        """Advise, and write zeros. The other streams begin behind that."""
+        base, number = self._allocation.address, self._device.index
+        away = between(nbytes, self._keep)
+        current = torch.cuda.current_stream()
+        if self._concurrent:
+            for first, end in self._keep:
+                self._runtime.prefer(base + first, end - first, number)
+            for first, end in away:
+                self._runtime.prefer(base + first, end - first, HOST)
+                self._runtime.map_into(base + first, end - first, number)
+        for first, end in [*self._keep, *away]:
+            self._runtime.zero(base + first, end - first, current.cuda_stream)
+        zeroed = torch.cuda.Event()
+        zeroed.record(current)
+        self._into.wait_event(zeroed)
+        self._out.wait_event(zeroed)
+
+    def _move(self, ranges: Ranges, to: int, stream: torch.cuda.Stream, after: _Move | None) -> _Move | None:
+        if not self._concurrent:
+            return None
+        with self._guard():
+            if after is not None:
+                stream.wait_event(after.done)
+            self._prefetch(ranges, to, stream)
+            done = torch.cuda.Event()
+            done.record(stream)
+        move = _Move(done, to, None if after is None else after.done)
+        self._moves.update(dict.fromkeys(ranges, move))
+        return move
+
+    def _prefetch(self, ranges: Ranges, to: int, stream: torch.cuda.Stream) -> None:
+        for first, end in ranges:
+            self._runtime.prefetch(self._allocation.address + first, end - first, to, stream.cuda_stream)
+
+    def _known_stalls(self) -> float:
+        seconds = 0.0
+        while self._stalls and self._stalls[0][1].query():
+            asked, resumed = self._stalls.popleft()
+            waited = asked.elapsed_time(resumed) / 1000
+            seconds += waited if waited > NOISE else 0.0
+        return seconds
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A prefetch that was queued: the ticket.
+
+    Attributes:
+        done: passes when it is over.
+        to: the number of a device, or HOST.
+        room: passes when it can begin; None: at once.
+    """
+
+    done: torch.cuda.Event
+    to: int
+    room: torch.cuda.Event | None
+
+    def holds_memory(self) -> bool:
+        """Whether bytes of it may be on the device now."""
+        if self.to == HOST:
+            return not self.done.query()
+        return self.room is None or self.room.query()
+
+
+_allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()  # those that are not freed
+
+
+class Allocation:
+    """Managed memory that is freed with this object, which a tensor over it keeps alive.
+
+    At the end of the process it is left to the driver.
+
+    Attributes:
+        address: of its first byte, a multiple of `ALIGNMENT`.
+        nbytes: of the memory behind the address.
+        device: the number of the current GPU, at the time of the allocation.
+        on_device: bytes that were there when somebody last looked.
+    """
+
+    def __init__(self, runtime: Runtime, nbytes: int, device: int):
+        # Pages that are never touched, as those before the first multiple, take no memory.
+        start = runtime.allocate(nbytes + ALIGNMENT)
+        self.address = -(-start // ALIGNMENT) * ALIGNMENT
+        self.nbytes, self.device, self.on_device = nbytes, device, 0
+        weakref.finalize(self, _free, runtime, start, device).atexit = False
+        _allocations.add(self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3 of the protocol, as Numba documents it: uint8 [nbytes], contiguous."""
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
+
+
+def as_tensor(allocation: Allocation, device: torch.device) -> Tensor:
+    """The memory as a tensor, uint8 [nbytes], without a copy."""
+    return torch.as_tensor(allocation, device=device)
+
+
+def _free(runtime: Runtime, start: int, device: int) -> None:
+    with torch.cuda.device(device):
+        runtime.use_and_free(device, start)
+
+
+def check_room(nbytes: int, free: int, total: int, managed: int = 0, managed_on_device: int = 0) -> None:
+    """Refuse to oversubscribe a device.
+
+    Args:
+        nbytes: of managed memory, wanted.
+        free, total: bytes of the device, as ``torch.cuda.mem_get_info`` has them.
+        managed: bytes of managed memory that this process has already.
+        managed_on_device: those of them that are on the device, and so not free.
+
+    Raises:
+        MemoryError: not all of the managed memory could be on the device at once.
+    """
+    room = max(free + managed_on_device - managed, 0)
+    if nbytes > room:
+        already = f" ({managed / 1e9:.2f} GB of managed memory not among them)" if managed else ""
+        raise MemoryError(
+            f"the optimizer's state needs {nbytes / 1e9:.2f} GB of managed memory; of the {total / 1e9:.2f} GB of the "
+            f"GPU {room / 1e9:.2f} GB are free{already}. state_bits=8 makes it a quarter; fewer parameters, or "
+            "torch.cuda.empty_cache() before, may make it fit; oversubscribe=True allocates it all the same, at the "
+            "risk that the GPU hangs"
+        )
+
+
+def between(nbytes: int, ranges: Ranges) -> list[tuple[int, int]]:
+    """What sorted ranges leave of [0, nbytes)."""
+    borders = [0, *(border for pair in ranges for border in pair), nbytes]
+    return [(first, end) for first, end in zip(borders[::2], borders[1::2], strict=True) if first < end]
+
+
+def load_runtime() -> Any:
+    """The module ``cuda.bindings.runtime``.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
+    try:
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        wanted = f"cuda-bindings=={torch.version.cuda}.*" if torch.version.cuda else "cuda-bindings"
+        raise ImportError(
+            "paging on a GPU needs cuda.bindings, which PyTorch's builds for CUDA 12.9 and later bring along: "
+            f'pip install "{wanted}"'
+        ) from error
+    return runtime
+
+
+class Runtime:
+    """The calls that are needed of ``cuda.bindings.runtime``, of CUDA 12 and 13, with errors raised.
+
+    CUDA 13 names a place by a struct, and CUDA 12 by a number, -1 for the host. Which it is, is read off the module:
+    only where a number is the default there may be a second version of the call, with the suffix ``_v2``, and only
+    the other has the parameter ``location``.
+
+    Args:
+        module: ``cuda.bindings.runtime``, or one that records.
+    """
+
+    def __init__(self, module: Any):
+        self._module = module
+        self._by_struct = module.CUDART_VERSION >= 13000
+
+    def use(self, device: int) -> None:
+        """Make a device the current one of this thread."""
+        self._call("cudaSetDevice", device)
+
+    def concurrent(self, device: int) -> bool:
+        """Whether the host may touch managed memory while kernels run, and ranges can be moved."""
+        attribute = self._module.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
+        return bool(self._call("cudaDeviceGetAttribute", attribute, device))
+
+    def allocate(self, nbytes: int) -> int:
+        """The address of managed memory that every stream of every device may touch.
+
+        Raises:
+            MemoryError: there is none.
+        """
+        return int(self._call("cudaMallocManaged", nbytes, self._module.cudaMemAttachGlobal))
+
+    def use_and_free(self, device: int, address: int) -> None:
+        """Free when the device is idle. Without an error: a context that is lost has lost its memory too."""
+        module = self._module
+        module.cudaSetDevice(device)
+        module.cudaDeviceSynchronize()
+        module.cudaFree(address)
+
+    def zero(self, address: int, nbytes: int, stream: int) -> None:
+        """Write zeros."""
+        self._call("cudaMemsetAsync", address, 0, nbytes, stream)
+
+    def prefetch(self, address: int, nbytes: int, to: int, stream: int) -> None:
+        """Move pages to a device or to HOST."""
+        flags = (0,) if self._by_struct else ()
+        self._call("cudaMemPrefetchAsync", address, nbytes, self._place(to), *flags, stream)
+
+    def prefer(self, address: int, nbytes: int, place: int) -> None:
+        """Advise that pages belong to a device or to HOST."""
+        advice = self._module.cudaMemoryAdvise.cudaMemAdviseSetPreferredLocation
+        self._call("cudaMemAdvise", address, nbytes, advice, self._place(place))
+
+    def map_into(self, address: int, nbytes: int, device: int) -> None:
+        """Advise that pages are to be in the page table of a device, wherever they are."""
+        advice = self._module.cudaMemoryAdvise.cudaMemAdviseSetAccessedBy
+        self._call("cudaMemAdvise", address, nbytes, advice, self._place(device))
+
+    def attributes(self, address: int) -> Pointer:
+        """What an address is."""
+        found = self._call("cudaPointerGetAttributes", address)
+        return Pointer(_KINDS[found.type.name], int(found.device))
+
+    def _place(self, number: int) -> Any:
+        if not self._by_struct:
+            return number
+        place, types = self._module.cudaMemLocation(), self._module.cudaMemLocationType
+        host = number == HOST
+        place.type = types.cudaMemLocationTypeHost if host else types.cudaMemLocationTypeDevice
+        place.id = 0 if host else number
+        return place
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Call, and return what comes with the code of an error, if that is 0."""
+        code, *results = getattr(self._module, name)(*arguments)
+        if int(code):
+            said, text = (self._module.cudaGetErrorName(code)[1], self._module.cudaGetErrorString(code)[1])
+            message = f"{name}: {said.decode()}: {text.decode()}"
+            raise MemoryError(message) if said == b"cudaErrorMemoryAllocation" else RuntimeError(message)
+        return results[0] if results else None
