@@ -1,7 +1,7 @@
 """QLoRA (arXiv 2305.14314) from scratch: NF4 weights, double quantization, adapters beside every linear layer.
 
-The folders ``nf4/``, ``kernels/`` and ``lora/`` at the root of the repository are the packages ``qloralab.nf4``,
-``qloralab.kernels`` and ``qloralab.lora``.
+The folders ``nf4/``, ``kernels/``, ``optim/`` and ``lora/`` at the root of the repository are the packages
+``qloralab.nf4``, ``qloralab.kernels``, ``qloralab.optim`` and ``qloralab.lora``.
 
 The public names are imported when they are first used (PEP 562): ``import qloralab`` alone loads no torch, so that the
 command answers ``--help`` at once.
