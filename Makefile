@@ -44,14 +44,15 @@ sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer an
 	HF_HUB_OFFLINE=1 QLORALAB_CPU=native QLORALAB_CFLAGS="$(SANITIZE)" \
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest tests/kernels/cpu tests/kernels/test_adamw.py $(ARGS)
+	    $(BIN)/python -m pytest tests/kernels/cpu tests/kernels/test_adamw.py tests/kernels/test_adamw_8bit.py $(ARGS)
 
-bench: $(READY) ## measure, for twenty minutes: the job, the operators, generation, parity, beside their peers
+bench: $(READY) ## measure, for half an hour: the job, operators, generation, parity, the optimizer, beside their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.cpu
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.generate
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.optimizer
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)

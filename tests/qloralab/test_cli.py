@@ -62,6 +62,8 @@ BAD_OPTIONS = {
     "seed": (["--seed", 2**64], f"--seed is {2**64}; it must be a number of 64 bits"),
     "dropout": (["--lora-dropout", 1.5], "lora_dropout is 1.5; it must be in [0, 1)"),
     "learning rate": (["--lr", 0], "--lr is 0.0; it must be positive"),
+    "state bits": (["--state-bits", 16], "--state-bits is 16; it must be 32 or 8"),
+    "state budget": (["--state-budget", 16], "--state-budget is 16 MB; it must be at least 17"),
     "parts": (["--accumulate", 5], "--accumulate 5 is more than the 4 examples of a batch"),
     "no data": (["--data", "none.jsonl"], "none.jsonl cannot be read: No such file or directory; --data takes a JSONL"),
     "empty data": (["--data", ""], "--data is empty"),

@@ -52,6 +52,12 @@ def test_a_terminal_gets_a_bar_with_the_numbers():
     assert "step" not in printed
 
 
+def test_a_word_on_paging_comes_last():
+    shown, file = display(terminal=False)
+    shown.step(metrics(1), 1, "state 17/42 MB, 3 stalls")
+    assert file.getvalue().rstrip().endswith("1.48 GB  state 17/42 MB, 3 stalls")
+
+
 def test_steps_outside_of_the_bar_are_no_error():
     shown, file = display(terminal=True)
     with shown.training(1):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qloralab.optim.paged_adamw import PagedAdamW
 from qloralab.settings import METHODS, Settings
 
 
@@ -59,6 +60,21 @@ def test_no_more_parts_than_examples(refused, tmp_path):
     message = "--accumulate 5 is more than the 4 examples of a batch"
     assert refused(accumulate=5, batch_size=4) == message
     Settings(out=tmp_path / "run", model=Path("model"), accumulate=4, batch_size=4)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 16, 64])
+def test_moments_have_32_or_8_bits(refused, bits):
+    assert refused(state_bits=bits) == f"--state-bits is {bits}; it must be 32 or 8"
+
+
+def test_the_smallest_budget_is_that_of_the_optimizer(refused, tmp_path):
+    assert refused(state_budget=16) == "--state-budget is 16 MB; it must be at least 17"
+    settings = Settings(out=tmp_path / "run", model=Path("model"), state_budget=17)
+    assert settings.state_budget is not None
+    param = torch.nn.Parameter(torch.zeros(1))
+    PagedAdamW([param], budget=settings.state_budget * 10**6)
+    with pytest.raises(ValueError, match="budget"):
+        PagedAdamW([param], budget=16 * 10**6)
 
 
 def test_full_fine_tuning_has_no_adapter(refused, tmp_path):

@@ -164,6 +164,31 @@ def test_the_norm_is_that_before_clipping(make, limit):
     assert used == pytest.approx(min(limit, norm), rel=1e-3)
 
 
+def test_the_state_has_the_bits_and_the_budget_that_were_asked_for(make):
+    trainer = make(state_bits=8, state_budget=17)
+    trainer.train_step()
+    paging = trainer.optimizer.paging()
+    assert trainer.optimizer.state[trainer.parameters[0]]["state1"].dtype == torch.uint8
+    assert paging.budget == 17 * 10**6
+    assert trainer.paging() == f"state {paging.resident_bytes / 1e6:.0f}/{paging.state_bytes / 1e6:.0f} MB, 0 stalls"
+    assert make().paging() == ""
+
+
+def test_a_budget_changes_no_bit_of_a_run(make):
+    """Of the model's state a chunk stays, and that of a larger parameter pages."""
+    ends = []
+    for budget in (None, 22):
+        trainer = make("full", state_budget=budget)
+        extra = torch.nn.Parameter(torch.zeros(5_000_000))
+        trainer.optimizer.add_param_group({"params": [extra]})
+        for _ in range(2):
+            extra.grad = torch.linspace(-1, 1, 5_000_000)
+            trainer.train_step()
+        assert (trainer.optimizer.paging().fetched > 0) == (budget is not None)
+        ends.append([*(parameter.detach().clone() for parameter in trainer.parameters), extra.detach()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
 def test_a_step_is_adamw_without_decay(make):
     trainer = make("lora", torch.float32, lr=1e-3, steps=1, max_grad_norm=1e9)
     before = tensors(trainer)
