@@ -52,6 +52,7 @@ POINTS: list[tuple[str, int | None]] = [
     ("quantize", None),
     *(("linear", M) for M in ROWS),
     *(("input gradient", M) for M in ROWS),
+    *(("adapted layer", M) for M in (1024, 4096)),
 ]
 SECONDS = 0.12  # of samples, a provider and point
 BUDGET = 450.0  # seconds in all
@@ -140,7 +141,7 @@ def _driver() -> str | None:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return None
-    found = re.search(r"Kernel Module\D*([\d.]+)", text)
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
     return found[1] if found else None
 
 

@@ -2,6 +2,8 @@
 
 All operations but quantize start from the codes and scales of the definition, so there is one right answer. Products
 are checked on some rows of it, in float64: all rows of the largest would take longer than the measurement.
+
+An adapted layer is a step of training: y = x W' + s (x A') B' forward, and the gradients of x, A and B from that of y.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import qloralab as ql
 from qloralab.nf4 import blockwise, double
 from qloralab.nf4.codebook import codebook_values
 
-OPERATIONS = ("dequantize", "quantize", "linear", "input gradient")
+OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
 BLOCK_SIZE = 64
+RANK, SCALING = 16, 2.0  # of the adapter of an adapted layer, which has no dropout
 SCALE = 0.02  # of the weights, about that of a trained model's
 ROWS = 256  # of a product that are checked
 FEWEST, MOST = 2, 32  # copies
@@ -71,9 +74,23 @@ class Problem:
     def input(self) -> Tensor:
         """bfloat16, N(0, 1): x [M, K], or the gradient of the output [M, N]."""
         N, K = self.weight.shape
-        generator = torch.Generator(self.weight.device).manual_seed(1)
-        width = N if self.operation == "input gradient" else K
-        return torch.randn(self.M or 0, width, generator=generator, device=self.weight.device).bfloat16()
+        return self._normal(1, self.M or 0, N if self.operation == "input gradient" else K).bfloat16()
+
+    @cached_property
+    def output_gradient(self) -> Tensor:
+        """bfloat16 [M, N], N(0, 1): what goes backward through an adapted layer."""
+        return self._normal(2, self.M or 0, self.weight.shape[0]).bfloat16()
+
+    @cached_property
+    def adapter(self) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [N, r] in float32, which train; their product is about as large as the weight."""
+        N, K = self.weight.shape
+        A, B = self._normal(3, RANK, K) * K**-0.5, self._normal(4, N, RANK) * (SCALE * K**0.5 / (SCALING * RANK**0.5))
+        return A.requires_grad_(), B.requires_grad_()
+
+    def _normal(self, seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator(self.weight.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.weight.device)
 
     @property
     def copies(self) -> int:
@@ -89,6 +106,9 @@ class Problem:
         full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
         if self.M is None:
             return full + (full if dense else packed), 0
+        if self.operation == "adapted layer":  # both ways; the adapter only where the weight is packed
+            adapters = 0 if dense else 6 * self.M * RANK * (N + K)
+            return 2 * (full if dense else packed) + 4 * self.M * (N + K), 4 * self.M * N * K + 2 * adapters
         return (full if dense else packed) + 2 * self.M * (N + K), 2 * self.M * N * K
 
     def memory(self, providers: int) -> int:
@@ -97,6 +117,8 @@ class Problem:
         full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
         M = self.M or 0
         output = full if self.M is None else 2 * M * max(N, K)
+        if self.operation == "adapted layer":
+            output = 16 * M * (N + K)  # PEFT's copies in float32 among them
         held = self.copies * (2 * full + 3 * packed) + 2 * M * max(N, K)
         check = 8 * N * K + 8 * min(M, ROWS) * (N + K) if self.M else 24 * N * K
         return held + check + providers * (self.copies * output + full)
@@ -105,7 +127,8 @@ class Problem:
         """Compare a result with the right one.
 
         Args:
-            result: of dequantize or a product, a tensor; of quantize, the dequantized weight that its codes stand for.
+            result: of dequantize or a product, a tensor; of quantize, the dequantized weight that its codes stand for;
+                of an adapted layer, y and the gradients of x, A and B, or those of y and x without an adapter.
             tolerance: root-mean-square error over the root mean square of the right answer; 0 asks for every bit. Of
                 quantize it is what the error may have beyond the definition's.
 
@@ -121,15 +144,40 @@ class Problem:
             return _within(result, expected, least * (1 + tolerance))
         if self.operation == "dequantize":
             return _within(result, self.weight.dequantized, tolerance)
+        if self.operation == "adapted layer":
+            expected = self._adapted() if len(result) == 4 else self._frozen()
+            return max(_within(*pair, tolerance) for pair in zip(self._of_rows(*result), expected, strict=True))
         N, K = self.weight.shape
         width = K if self.operation == "input gradient" else N
         if result.dtype != torch.bfloat16 or tuple(result.shape) != (self.M, width):
             raise WrongResultError(f"{result.dtype} {list(result.shape)}, not bfloat16 {[self.M, width]}")
-        assert self.M is not None
-        rows = torch.linspace(0, self.M - 1, min(self.M, ROWS), device=self.weight.device).long()
         W = self.weight.dequantized.double()
-        expected = self.input[rows].double() @ (W if self.operation == "input gradient" else W.T)
-        return _within(result[rows], expected, tolerance)
+        expected = self.input[self._rows].double() @ (W if self.operation == "input gradient" else W.T)
+        return _within(result[self._rows], expected, tolerance)
+
+    @property
+    def _rows(self) -> Tensor:
+        """Those that are checked."""
+        assert self.M is not None
+        return torch.linspace(0, self.M - 1, min(self.M, ROWS), device=self.weight.device).long()
+
+    def _of_rows(self, y: Tensor, dx: Tensor, *gradients: Tensor) -> list[Tensor]:
+        if y.dtype != torch.bfloat16 or dx.dtype != torch.bfloat16:
+            raise WrongResultError(f"y is {y.dtype} and dx {dx.dtype}, not bfloat16")
+        return [y[self._rows], dx[self._rows], *gradients]
+
+    def _frozen(self) -> list[Tensor]:
+        """Some rows of y and dx in float64, without the adapter."""
+        W = self.weight.dequantized.double()
+        return [self.input[self._rows].double() @ W.T, self.output_gradient[self._rows].double() @ W]
+
+    def _adapted(self) -> list[Tensor]:
+        """Those with the adapter; dA and dB."""
+        A, B = (part.detach().double() for part in self.adapter)
+        x, dy = self.input.double(), self.output_gradient.double()
+        h, G = SCALING * (x @ A.T), SCALING * (dy @ B)
+        y, dx = self._frozen()
+        return [y + h[self._rows] @ B.T, dx + G[self._rows] @ A, G.T @ x, dy.T @ h]
 
 
 def copies(nbytes: int, cache: int) -> int:

@@ -12,8 +12,9 @@ unsloth          ``fast_dequantize``; ``fast_gemv`` for one row, otherwise ``fas
                  is not captured
 ===============  ====================================================================================================
 
-Gradients are called as functions, not through autograd, whose backward runs on threads and streams of its own. All hold
-the same codes and scales.
+An adapted layer is `LoRALinear`, bitsandbytes' layer with PEFT's around it, and for bf16 the layer without an adapter,
+its input gradient included: what QLoRA adds to a frozen layer. It goes backward through autograd. Other gradients are
+called as functions. All hold the same codes and scales.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import torch
 from torch.nn import functional as F
 
 import qloralab as ql
-from benchmarks.gpu_problem import BLOCK_SIZE, OPERATIONS, Problem, definition_of_dequantize
+from benchmarks.gpu_problem import BLOCK_SIZE, OPERATIONS, RANK, SCALING, Problem, definition_of_dequantize
 from benchmarks.timing import Run
-from qloralab.kernels.gpu.choice import FEW
+from qloralab.kernels.gpu import choice
 
 ONCE = 0.003  # rounding the output to bfloat16 makes 0.0017; cuBLAS may add partial sums in bfloat16
 FUSED = 0.005  # the weights, too, are rounded to bfloat16 once more: 0.0026 at most (``linear.py``)
+ADAPTED = 0.01  # of an adapted layer: h, G and the adapter's matrices are rounded to bfloat16 as well
 PEER = 0.02  # peers round products or scales to bfloat16 too; this is to refuse nonsense
 
 
@@ -81,11 +83,14 @@ class Provider:
         """``Problem.check`` of what one of ``runs`` returned."""
         products = problem.M is not None
         weight = self.finish(result) if problem.operation == "quantize" else result
-        return problem.check(weight, self.tolerance if products else self.table)
+        tolerance = self.tolerance if products else self.table
+        return problem.check(weight, max(tolerance, ADAPTED) if problem.operation == "adapted layer" else tolerance)
 
 
 def _ours(problem: Problem) -> list[Run]:
     weight, x, ops = problem.weight, problem.input, torch.ops.qloralab
+    if problem.operation == "adapted layer":
+        return _adapted(problem, "two-pass")
     if problem.operation == "quantize":
         originals = weight.copies("original", weight.original.clone, problem.copies)
         return [partial(_quantized, part, weight.quantized.values) for part in originals]
@@ -103,10 +108,45 @@ def _fused(problem: Problem) -> list[Run]:
     from qloralab.kernels.gpu import linear, linear_grad_input, packing
 
     weight, x = problem.weight, problem.input
+    if problem.operation == "adapted layer":
+        return _adapted(problem, "fused")
     tiled = weight.copies("tiles", partial(packing.tile, *weight.quantized.operands()), problem.copies)
     if problem.operation == "linear":
         return [partial(linear.linear, x, part) for part in tiled]
     return [partial(linear_grad_input.linear_grad_input, x, part) for part in tiled]
+
+
+def _adapted(problem: Problem, kernel: str) -> list[Run]:
+    from qloralab.lora.config import LoraConfig
+    from qloralab.lora.layer import LoRALinear
+    from qloralab.lora.quantized_linear import QuantizedLinear
+
+    def layer() -> LoRALinear:
+        config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=0.0)
+        made = LoRALinear(QuantizedLinear(problem.weight.quantized.clone()), config)
+        made.lora_A, made.lora_B = map(torch.nn.Parameter, problem.adapter)
+        return made
+
+    layers = problem.weight.copies("adapted", layer, problem.copies)
+    both_ways = _both_ways(problem)
+
+    def run(layer: LoRALinear) -> tuple[torch.Tensor, ...]:
+        with choice.use(kernel):
+            return both_ways(layer, layer.lora_A, layer.lora_B)
+
+    return [partial(run, layer) for layer in layers]
+
+
+def _both_ways(problem: Problem) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """(module, A, B) -> y and the gradients of x, A and B. Gradients are enabled only here."""
+    x, grad = problem.input.detach().requires_grad_(), problem.output_gradient
+
+    def run(module: Callable[[torch.Tensor], torch.Tensor], *adapter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            y = module(x)
+            return y.detach(), *torch.autograd.grad(y, [x, *adapter], grad)
+
+    return run
 
 
 def _canonical(problem: Problem) -> list[Run]:
@@ -135,8 +175,14 @@ def _bf16(problem: Problem) -> list[Run]:
             return [part.clone for part in dense]
         case "linear":
             return [partial(F.linear, x, part) for part in dense]
+        case "adapted layer":
+            return [partial(_frozen, x, problem.output_gradient, part) for part in dense]
         case _:
             return [partial(torch.matmul, x, part) for part in dense]
+
+
+def _frozen(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.linear(x, weight), grad @ weight
 
 
 def _bitsandbytes(problem: Problem) -> list[Run]:
@@ -148,6 +194,9 @@ def _bitsandbytes(problem: Problem) -> list[Run]:
         originals = weight.copies("original", weight.original.clone, problem.copies)
         make = partial(quantize_4bit, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
         return [partial(make, part) for part in originals]
+    if problem.operation == "adapted layer":
+        layers = weight.copies("PEFT", partial(_peft_layer, problem), problem.copies)
+        return [partial(_peft_run, _both_ways(problem), layer) for layer in layers]
     held = weight.copies("bitsandbytes", partial(parameter, weight.quantized), problem.copies)
     match problem.operation:
         case "dequantize":
@@ -156,6 +205,28 @@ def _bitsandbytes(problem: Problem) -> list[Run]:
             return [partial(matmul_4bit, x, part.data, quant_state=part.quant_state) for part in held]
         case _:
             return [partial(_dequantized_product, x, part, dequantize_4bit) for part in held]
+
+
+def _peft_layer(problem: Problem) -> Any:
+    """PEFT's adapter on bitsandbytes' layer, with the numbers of the problem's."""
+    from bitsandbytes.nn.modules import Linear4bit
+    from peft import LoraConfig, get_peft_model
+
+    N, K = problem.weight.shape
+    with torch.device("meta"):
+        base = Linear4bit(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    base.weight = parameter(problem.weight.quantized)
+    config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), lora_dropout=0.0, target_modules=["0"])
+    layer: Any = get_peft_model(torch.nn.Sequential(base), config).base_model.model[0]  # pyright: ignore
+    for part, value in zip((layer.lora_A, layer.lora_B), problem.adapter, strict=True):
+        part["default"].to(value.device).weight.data.copy_(value)
+    return layer
+
+
+def _peft_run(both_ways: Callable[..., tuple[torch.Tensor, ...]], layer: Any) -> tuple[torch.Tensor, ...]:
+    """Under autocast, as people train with it: without, the adapter's products are in float32."""
+    with torch.autocast(layer.weight.device.type, torch.bfloat16, cache_enabled=False):
+        return both_ways(layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
 
 def _bitsandbytes_weight(result: Any) -> torch.Tensor:
@@ -204,9 +275,11 @@ def parameter(weight: ql.QuantizedTensor) -> Any:
 
 PROVIDERS = [
     Provider("ours", _ours),
-    Provider("ours, fused", _fused, operations=("linear", "input gradient"), tolerance=FUSED, triton=True),
-    Provider("ours, canonical", _canonical, operations=("linear", "input gradient"), triton=True, tokens=FEW),
-    Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient"), dense=True),
+    Provider(
+        "ours, fused", _fused, operations=("linear", "input gradient", "adapted layer"), tolerance=FUSED, triton=True
+    ),
+    Provider("ours, canonical", _canonical, operations=("linear", "input gradient"), triton=True, tokens=choice.FEW),
+    Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient", "adapted layer"), dense=True),
     Provider(
         "bitsandbytes", _bitsandbytes, _bitsandbytes_weight, tolerance=PEER, table=0.002, package="bitsandbytes"
     ),

@@ -43,6 +43,9 @@ GOALS = [
     Goal("linear", 1, "bitsandbytes", 1.3),
     Goal("linear", 4, "bitsandbytes", 2.5),
     Goal("linear", 16, "bitsandbytes", 1.6),
+    Goal("adapted layer", 1024, "bitsandbytes", 1.8),
+    Goal("adapted layer", 4096, "bitsandbytes", 1.4),
+    Goal("adapted layer", 4096, "bf16", 1 / 1.12),
 ]
 
 
@@ -128,5 +131,5 @@ def _against(point: Record, ours: Record | None, peer: str) -> tuple[str, str]:
     ratio = ours["ratios"].get(peer) if ours else None
     goal = next((g for g in GOALS if (g.operation, g.M, g.peer) == (point["operation"], point["M"], peer)), None)
     if ratio is None:
-        return "", f"≥ {goal.ratio:g}" if goal else ""
-    return f"{ratio:.2f}", f"≥ {goal.ratio:g} {'yes' if ratio >= goal.ratio else 'no'}" if goal else ""
+        return "", f"≥ {goal.ratio:.3g}" if goal else ""
+    return f"{ratio:.2f}", f"≥ {goal.ratio:.3g} {'yes' if ratio >= goal.ratio else 'no'}" if goal else ""

@@ -72,9 +72,25 @@ def adamw_(
         NotServedError: QLORALAB_GPU=triton, and the kernel does not serve.
     """
     moments = {"exp_avgs": (exp_avgs, torch.float32, 1), "exp_avg_sqs": (exp_avg_sqs, torch.float32, 1)}
-    device = check_segments(params, grads, steps, moments)
+    check_segments(params, grads, steps, moments)
     rates = Rates(lr, beta1, beta2, eps, weight_decay)
-    update = fast_update("adamw", device)
+    adamw_unchecked_(params, grads, exp_avgs, exp_avg_sqs, steps, rates)
+
+
+def adamw_unchecked_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    rates: Rates,
+) -> None:
+    """`adamw_` for a caller that has made sure of everything: what does not fit together is memory that is lost.
+
+    Raises:
+        BuildError, NotServedError: as for `adamw_`.
+    """
+    update = fast_update("adamw", params[0].device) if params else None
     if update is None:
         adamw_reference_(params, grads, exp_avgs, exp_avg_sqs, steps, rates)
     else:
@@ -148,15 +164,12 @@ def check_segments(
     grads: Sequence[Tensor],
     steps: Sequence[int],
     states: Mapping[str, tuple[Sequence[Tensor], torch.dtype, int]],
-) -> torch.device:
+) -> None:
     """Refuse what no implementation may see: they follow addresses, and check nothing.
 
     Args:
         params, grads, steps: as for `adamw_`.
         states: further tensors by name, each list with its dtype and how many elements of p share one of theirs.
-
-    Returns:
-        the device that all tensors are on.
 
     Raises:
         TypeError, ValueError: as for `adamw_`.
@@ -177,7 +190,6 @@ def check_segments(
     for i, step in enumerate(steps):
         if step < 1:
             raise ValueError(f"steps count from 1; steps[{i}] is {step}")
-    return device
 
 
 def _check(

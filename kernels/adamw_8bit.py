@@ -88,9 +88,27 @@ def adamw_8bit_(
         "absmaxes": (absmaxes, torch.float32, BLOCK_SIZE),
         "absmax_sqs": (absmax_sqs, torch.float32, BLOCK_SIZE),
     }
-    device = check_segments(params, grads, steps, states)
+    check_segments(params, grads, steps, states)
     rates = Rates(lr, beta1, beta2, eps, weight_decay)
-    update = fast_update("adamw_8bit", device)
+    adamw_8bit_unchecked_(params, grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs, steps, rates)
+
+
+def adamw_8bit_unchecked_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    absmaxes: Sequence[Tensor],
+    absmax_sqs: Sequence[Tensor],
+    steps: Sequence[int],
+    rates: Rates,
+) -> None:
+    """`adamw_8bit_` for a caller that has made sure of everything: what does not fit together is memory that is lost.
+
+    Raises:
+        BuildError, NotServedError: as for `adamw_8bit_`.
+    """
+    update = fast_update("adamw_8bit", params[0].device) if params else None
     if update is None:
         adamw_8bit_reference_(params, grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs, steps, rates)
     else:

@@ -1,15 +1,15 @@
-"""Memory that can leave: what the pager asks of an arena, and the arenas there are.
+"""Where the state of an optimizer is: what the optimizer asks of an arena, and the arenas there are.
 
-======================  ===========================  ===================================================================
-arena                   where a chunk is when away   how it comes and goes
-======================  ===========================  ===================================================================
-``Memory``              it never is                  nothing pages: no budget, or all of the state is within it
-``mapped_file.py``      in a file on a disk          ``madvise``, ``sync_file_range``, ``posix_fadvise``, on two threads
-``unified_memory.py``   in the host's memory         ``cudaMemPrefetchAsync``, on two streams
-======================  ===========================  ===================================================================
+======================  =================================  =============================================================
+arena                   where a chunk is when away         how it is updated then
+======================  =================================  =============================================================
+``Memory``              it never is                        nothing pages: no budget, or all of the state is within it
+``mapped_file.py``      in a file on a disk                it streams through a few places in memory (``pager.py``)
+``unified_memory.py``   in the host's memory               where it is: the kernel reads and writes it over the link
+======================  =================================  =============================================================
 
-The last two start their work and return at once, with a ticket: a future of a thread, or an event of a stream. The
-pager only hands tickets back, so one policy drives both.
+A processor must wait for a disk, so there the pager moves chunks ahead of their update, and behind it. A GPU hides the
+link by itself: thousands of threads wait for their loads, and stores wait for nothing.
 """
 
 from __future__ import annotations
@@ -39,15 +39,30 @@ class Arena(Protocol):
     where: str
     failure: Exception | None
 
+    def recall(self) -> None:
+        """Start to bring back what was to stay, if the system took it away."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """How many of the bytes are in fast memory now, as the system says."""
+        ...
+
+
+class StreamedArena(Arena, Protocol):
+    """One that a pager moves in and out.
+
+    Calls start their work and return at once, with a ticket, such as a future. The pager only hands tickets back.
+    """
+
     def fetch(self, ranges: Ranges, after: Ticket | None) -> Ticket:
         """Start to bring bytes in, once ``after``, an eviction that makes room for them, is over."""
         ...
 
     def wait(self, ticket: Ticket) -> float:
-        """Let what follows, on this thread or the current stream, begin when the work of a ticket is over.
+        """Let what follows on this thread begin when the work of a ticket is over.
 
         Returns:
-            the seconds that this took, as far as they are known now.
+            the seconds that this took.
 
         Raises:
             OSError, RuntimeError: the bytes did not come.
@@ -55,15 +70,7 @@ class Arena(Protocol):
         ...
 
     def evict(self, ranges: Ranges) -> Ticket:
-        """Start to write bytes back and to give up their memory, once the work on them so far is over."""
-        ...
-
-    def recall(self) -> None:
-        """Start to bring back what was to stay, if the system took it away."""
-        ...
-
-    def resident_bytes(self) -> int:
-        """How many of the bytes are in fast memory now, as the system says."""
+        """Start to write bytes back and to give up their memory."""
         ...
 
 
@@ -79,16 +86,6 @@ class Memory:
         self.failure: Exception | None = None
         self.bytes = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         self.where = f"memory of {device}"
-
-    def fetch(self, ranges: Ranges, after: Ticket | None) -> Ticket:
-        """Nothing: it is there."""
-
-    def wait(self, ticket: Ticket) -> float:
-        """0."""
-        return 0.0
-
-    def evict(self, ranges: Ranges) -> Ticket:
-        """Nothing: it stays."""
 
     def recall(self) -> None:
         """Nothing: it is there."""

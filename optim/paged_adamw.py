@@ -1,8 +1,9 @@
 """AdamW whose state may be larger than the memory it is given (QLoRA, arXiv 2305.14314, section 3: paged optimizers).
 
 AdamW keeps two numbers beside each parameter. `PagedAdamW` keeps them in chunks, a budget of which is in fast memory;
-the rest is on the disk (CPU) or in the host's memory (GPU). A step goes over the chunks once: while one is updated
-(``kernels/adamw.py``), the next ones come in and the last ones go out (``pager.py``).
+the rest is on the disk (CPU) or in the host's memory (GPU). A step goes over the chunks once. On a CPU, while one is
+updated (``kernels/adamw.py``), the next ones come in and the last ones go out (``pager.py``). On a GPU the kernel reads
+and writes what is away where it is (``unified_memory.py``).
 
 What a step costs: an update with float32 parameters moves 28 bytes an element through memory, and where nothing is
 kept, 8 in and 8 out of the arena. The slower of the two decides.
@@ -13,22 +14,22 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qloralab.kernels.adamw import DTYPES
+from qloralab.kernels.adamw import Rates
 
 from . import states
 from .arena import Arena, Memory
 from .chunks import Layout, lay_out, piece_bytes
 from .interrupts import held_interrupts
 from .mapped_file import MappedFile
-from .moments import ITEMSIZE, Moments
+from .moments import ITEMSIZE, Batch, Moments, check_param
 from .pager import FEWEST_PLACES, Chunk, Counters, Pager, divide
 
 NONFINITE = ("update", "skip", "raise")
@@ -50,7 +51,7 @@ class Paging:
         misses: chunks that were not.
         stalls: chunks that had not arrived when they were needed.
         stalled: seconds spent waiting for them.
-        fetched, evicted: bytes that came and went.
+        fetched, evicted: bytes that came and went; on a GPU, that its kernels read and wrote in the host's memory.
     """
 
     where: str
@@ -74,6 +75,8 @@ class Paging:
         line = f"optimizer state {self.state_bytes / 1e6:.0f} MB, {self.resident_bytes / 1e6:.0f} resident"
         if not self.fetched:
             return line
+        if not self.prefetches + self.misses:
+            return f"{line}; {self.fetched / 1e9:.1f} GB in and {self.evicted / 1e9:.1f} GB out, over the link"
         return f"{line}; {self.prefetches} prefetches, {self.stalls} stalls, {self.stalled:.1f} s"
 
 
@@ -82,13 +85,17 @@ class _Device:
     """What the groups have in common on one device."""
 
     places: int | None  # for chunks; None: no budget
+    streams: bool  # what does not stay
     pager: Pager | None = None
     current: Chunk | None = None  # acquired, and not released yet
+    counters: Counters = field(default_factory=Counters)
 
     def divide(self, count: int) -> tuple[int, int]:
         """How many of some more chunks stay, and in how many new places the others stream."""
         if self.places is None:
             return count, 0
+        if not self.streams:
+            return min(count, self.places), 0
         return (0, 0) if self.pager is not None else divide(count, self.places)
 
     def admit(self, stay: int, width: int) -> None:
@@ -96,16 +103,15 @@ class _Device:
         if self.places is not None:
             self.places -= stay
         if width:
-            self.pager = Pager(width)
+            self.pager = Pager(width, self.counters)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The parameters of a group that are on one device, and their moments. The first ``keep`` chunks stay."""
+    """The parameters of a group that are on one device, and their moments."""
 
     group: int
     moments: Moments
-    keep: int
     shared: _Device
 
 
@@ -168,7 +174,7 @@ class PagedAdamW(Optimizer):
         self._in_backward, self._state_dir, self._oversubscribe = update_in_backward, state_dir, oversubscribe
         self._devices: dict[torch.device, _Device] = {}
         self._parts: list[_Part] = []
-        self._homes: dict[Tensor, tuple[_Part, int]] = {}
+        self._homes: dict[Tensor, tuple[int, int]] = {}  # the number of a part, and in it
         self._broken: str | None = None
         self._lock = threading.RLock()  # backward has a thread for each device
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -216,7 +222,7 @@ class PagedAdamW(Optimizer):
         """What the state takes now, and what was done so far. Asks the system, which takes some milliseconds."""
         arenas = [part.moments.arena for part in self._parts]
         files = [arena for arena in arenas if isinstance(arena, MappedFile)]
-        counters = [device.pager.counters for device in self._devices.values() if device.pager is not None]
+        counters = [device.counters for device in self._devices.values()]
         return Paging(
             where=", ".join(dict.fromkeys(arena.where for arena in arenas)),
             state_bytes=sum(len(arena.bytes) for arena in arenas),
@@ -259,13 +265,16 @@ class PagedAdamW(Optimizer):
             for part in self._parts:
                 moments = part.moments
                 moments.arena.failure = None
+                moments.steps.zero_()
                 for chunk, segments in zip(moments.chunks, moments.layout.segments, strict=True):
                     self._use(part, chunk)
                     for segment in segments:
                         entry = entries.get(moments.params[segment.param])
                         states.copy_(moments.of_segment(segment), entry, segment)
             for param, entry in entries.items():
-                self._count(param, entry.step)
+                index, number = self._homes[param]
+                self._parts[index].moments.steps[number] = entry.step
+                self._show(param)
             self._end()
 
     def __reduce_ex__(self, protocol: object):
@@ -274,12 +283,17 @@ class PagedAdamW(Optimizer):
     def _allocate(self, params: Iterable[Tensor]) -> None:
         """Make room for the state of parameters that have none, and register them."""
         chosen = set(params)
+        if not chosen:
+            return
         wanted: dict[torch.device, list[tuple[int, list[Tensor], Layout]]] = {}
         for number, group in enumerate(self.param_groups):
             on_device: dict[torch.device, list[Tensor]] = {}
             for param in group["params"]:
                 if param in chosen:
-                    _check_param(param)
+                    if param.device.type not in ("cpu", "cuda"):
+                        what = f"a parameter {list(param.shape)} is on {param.device}"
+                        raise ValueError(f"{what}; the state pages on CPUs and NVIDIA GPUs")
+                    check_param(param, param.device)
                     on_device.setdefault(param.device, []).append(param)
             for device, members in on_device.items():
                 layout = lay_out([param.numel() for param in members], ITEMSIZE[self._state_bits], self._piece)
@@ -288,14 +302,15 @@ class PagedAdamW(Optimizer):
         made: list[tuple[torch.device, _Device, tuple[int, int], list[_Part]]] = []
         for device, layouts in wanted.items():
             places = None if self._budget is None else self._budget // (2 * self._piece)
-            shared = self._devices.get(device, _Device(places))
+            shared = self._devices.get(device, _Device(places, streams=device.type == "cpu"))
             stay, width = shared.divide(sum(len(layout.ranges) for _, _, layout in layouts))
             left, parts = stay, []
             for number, members, layout in layouts:
                 keep = min(left, len(layout.ranges))
                 left -= keep
-                moments = Moments(members, layout, self._state_bits, self._arena(layout, keep, device))
-                parts.append(_Part(number, moments, keep, shared))
+                arena = self._arena(layout, keep, device)
+                moments = Moments(members, layout, self._state_bits, arena, keep, shared.streams)
+                parts.append(_Part(number, moments, shared))
             made.append((device, shared, (stay, width), parts))
         for device, shared, divided, parts in made:
             self._devices[device] = shared
@@ -316,9 +331,9 @@ class PagedAdamW(Optimizer):
     def _register(self, part: _Part) -> None:
         self._parts.append(part)
         if part.shared.pager is not None:
-            part.shared.pager.add(part.moments.chunks[part.keep :])
+            part.shared.pager.add([chunk for chunk in part.moments.chunks if chunk is not None])
         for number, param in enumerate(part.moments.params):
-            self._homes[param] = part, number
+            self._homes[param] = len(self._parts) - 1, number
             if self._in_backward:
                 param.register_post_accumulate_grad_hook(_hook(weakref.ref(self)))
 
@@ -327,34 +342,41 @@ class PagedAdamW(Optimizer):
         if self._broken:
             raise RuntimeError(self._broken)
         self._allocate(param for param in params if param not in self._homes)
-        grads = {param: _gradient(param) for param in params}
-        if self._nonfinite != "update" and (bad := _not_finite(grads)) is not None:
+        work: dict[int, tuple[list[int], list[Tensor]]] = {}  # by part
+        for param in params:
+            index, number = self._homes[param]
+            numbers, grads = work.setdefault(index, ([], []))
+            numbers.append(number)
+            grads.append(_gradient(param))
+        if self._nonfinite != "update" and (bad := self._not_finite(work)) is not None:
             if self._nonfinite == "raise":
                 raise ValueError(f"{self._name(bad)} has a gradient that is not finite; no parameter was updated")
             self.skipped += 1
             return False
-        steps = {param: self._count(param) for param in params}
+        planned = [(self._parts[index], *of_part) for index, of_part in sorted(work.items())]
+        batches = [part.moments.batches(numbers) for part, numbers, _ in planned]
         self._broken = _MIDWAY
-        for part in self._parts:
-            self._update_part(part, grads, steps)
+        for (part, numbers, grads), of_part in zip(planned, batches, strict=True):
+            self._update_part(part, numbers, grads, of_part)
         self._broken = None
         return True
 
-    def _update_part(self, part: _Part, grads: dict[Tensor, Tensor], steps: dict[Tensor, int]) -> None:
+    def _update_part(
+        self, part: _Part, numbers: Sequence[int], grads: Sequence[Tensor], batches: Sequence[Batch]
+    ) -> None:
         """Go over the chunks of a part, those without a parameter to update excepted."""
-        moments, group = part.moments, self.param_groups[part.group]
-        numbers = {self._homes[param][1] for param in grads if self._homes[param][0] is part}
-        if not numbers:
-            return
-        beta1, beta2 = map(float, group["betas"])
-        rates = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+        moments, group, counters = part.moments, self.param_groups[part.group], part.shared.counters
+        rates = Rates(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
+        steps = moments.advance(numbers)
+        for number, step in zip(numbers, steps, strict=True):
+            if step == 1:
+                self._show(moments.params[number])
         moments.arena.recall()
-        for index in sorted({index for number in numbers for index in moments.layout.chunks_of(number)}):
-            segments = [one for one in moments.layout.segments[index] if one.param in numbers]
-            owners = [moments.params[one.param] for one in segments]
-            self._use(part, moments.chunks[index])
-            of_owners = [grads[owner] for owner in owners], [steps[owner] for owner in owners]
-            moments.update(segments, *of_owners, beta1=beta1, beta2=beta2, **rates)
+        for batch in batches:
+            self._use(part, batch.chunk)
+            moments.update(batch, grads, steps, rates)
+            counters.fetched += batch.away
+            counters.evicted += batch.away
 
     def _update_in_backward(self, param: Tensor) -> None:
         """The hook: the gradient of a parameter is complete."""
@@ -362,10 +384,10 @@ class PagedAdamW(Optimizer):
             self._update([param])
             param.grad = None
 
-    def _use(self, part: _Part, chunk: Chunk) -> None:
-        """Have a chunk there, in place of the one before."""
+    def _use(self, part: _Part, chunk: Chunk | None) -> None:
+        """Have a chunk there, in place of the one before. None: what is always there."""
         shared = part.shared
-        if shared.pager is None or shared.current is chunk:
+        if chunk is None or shared.pager is None or shared.current is chunk:
             return
         if shared.current is not None:
             shared.pager.release(shared.current)
@@ -388,19 +410,23 @@ class PagedAdamW(Optimizer):
             self._broken = f"{getattr(failures[0], 'strerror', None) or failures[0]}. {lost}"
             raise OSError(getattr(failures[0], "errno", None), self._broken) from failures[0]
 
-    def _count(self, param: Tensor, step: int | None = None) -> int:
-        """Set, or else increment, the number of updates of a parameter, and show its state."""
-        if param not in self.state or step is not None:
-            part, number = self._homes[param]
-            names = states.NAMES[self._state_bits]
-            self.state[param] = {
-                "step": torch.tensor(float(step or 0)),
-                **dict(zip(names, part.moments.of_param(number), strict=True)),
-            }
-        counter = self.state[param]["step"]
-        if step is None:
-            counter += 1
-        return int(counter)
+    def _show(self, param: Tensor) -> None:
+        """Let ``state`` have the state of a parameter, as views of it."""
+        index, number = self._homes[param]
+        moments = self._parts[index].moments
+        views = dict(zip(states.NAMES[self._state_bits], moments.of_param(number), strict=True))
+        self.state[param] = {"step": moments.steps[number], **views}
+
+    def _not_finite(self, work: Mapping[int, tuple[list[int], list[Tensor]]]) -> Tensor | None:
+        """A parameter whose gradient has NaN or infinity. Waits for the device once for each part."""
+        for index, (numbers, grads) in work.items():
+            some = [(number, grad) for number, grad in zip(numbers, grads, strict=True) if len(grad)]
+            if some:
+                largest = torch.stack([grad.abs().amax().float() for _, grad in some])
+                bad = largest.isfinite().logical_not().nonzero()
+                if len(bad):
+                    return self._parts[index].moments.params[some[int(bad[0])][0]]
+        return None
 
     def _name(self, param: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
@@ -429,34 +455,13 @@ def _check_rates(lr: float, betas: tuple[float, float], eps: float, weight_decay
         raise ValueError(f"betas are two numbers from 0 to 1, 1 excluded, not {betas}")
 
 
-def _check_param(param: Tensor) -> None:
-    what = f"a parameter {list(param.shape)}"
-    if param.dtype not in DTYPES:
-        raise TypeError(f"{what} is {param.dtype}; what can be updated is float32, bfloat16 and float16")
-    if not param.is_contiguous():
-        raise ValueError(f"{what} is not contiguous: its strides are {param.stride()}")
-    if param.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{what} is on {param.device}; the state pages on CPUs and NVIDIA GPUs")
-
-
 def _gradient(param: Tensor) -> Tensor:
     """The gradient of a parameter, flat."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
         raise RuntimeError("PagedAdamW has no update for sparse gradients")
-    return grad.detach().contiguous().view(-1)
-
-
-def _not_finite(grads: dict[Tensor, Tensor]) -> Tensor | None:
-    """A parameter whose gradient has NaN or infinity. Waits for the device once."""
-    on_device: dict[torch.device, list[Tensor]] = {}
-    for param, grad in grads.items():
-        if len(grad):
-            on_device.setdefault(grad.device, []).append(param)
-    for params in on_device.values():
-        largest = torch.stack([grads[param].abs().amax().float() for param in params])
-        bad = largest.isfinite().logical_not().nonzero()
-        if len(bad):
-            return params[int(bad[0])]
-    return None
+    if grad.dtype is not param.dtype or grad.device != param.device or grad.numel() != param.numel():
+        found = f"{grad.dtype} {list(grad.shape)} on {grad.device}"
+        raise ValueError(f"a parameter {param.dtype} {list(param.shape)} on {param.device} has a gradient {found}")
+    return (grad.detach() if grad.requires_grad else grad).contiguous().view(-1)

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .arena import Arena, Ranges, Ticket
+from .arena import Ranges, StreamedArena, Ticket
 
 FEWEST_PLACES = 4
 MOST_PLACES = 8  # for chunks that stream; more hide no more
@@ -42,7 +42,7 @@ class Chunk:
         ranges: its bytes.
     """
 
-    arena: Arena
+    arena: StreamedArena
     ranges: Ranges
 
     @property
@@ -103,23 +103,19 @@ def divide(count: int, places: int) -> tuple[int, int]:
 class Pager:
     """Streams chunks through a few places.
 
-    A chunk may be touched between ``acquire`` and ``release``, one at a time. Those that ``add`` was not told of stay
-    where they are: for them nothing is done.
+    A chunk may be touched between ``acquire`` and ``release``, one at a time.
 
     Args:
         places: how many chunks may be resident at once, `FEWEST_PLACES` at least.
-
-    Attributes:
-        counters: what was done.
+        counters: to count in what is done.
     """
 
-    def __init__(self, places: int):
+    def __init__(self, places: int, counters: Counters):
         if places < FEWEST_PLACES:
             raise ValueError(f"paging needs {FEWEST_PLACES} places, not {places}")
-        self.counters = Counters()
+        self.counters = counters
         self._width = places
         self._expected: list[Chunk] = []
-        self._streams: set[Chunk] = set()
         self._used: list[Chunk] = []  # since the sweep began
         self._position = 0  # in _expected: the first that is not behind
         self._streaming = _Streaming()
@@ -127,7 +123,6 @@ class Pager:
     def add(self, chunks: Sequence[Chunk]) -> None:
         """Stream these too. They are expected behind those that were there, in this order."""
         self._expected += chunks
-        self._streams |= set(chunks)
         self._fetch_ahead()
 
     def acquire(self, chunk: Chunk) -> None:
@@ -136,8 +131,6 @@ class Pager:
         Raises:
             OSError, RuntimeError: it cannot be read.
         """
-        if chunk not in self._streams:
-            return
         self._used.append(chunk)
         self._seek(chunk)
         if chunk in self._streaming.here:
@@ -153,8 +146,6 @@ class Pager:
 
     def release(self, chunk: Chunk) -> None:
         """The chunk has been changed and is not needed before its next turn."""
-        if chunk not in self._streams:
-            return
         self._leave(chunk)
         self._fetch_ahead()
 

@@ -165,16 +165,19 @@ def _low_rank(total, h, B, M, N, r, m, RANK: tl.constexpr, RANKS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _add_splits(parts, bias, out, size, N, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i % N], in this order."""
+def _add_splits(parts, bias, out, size, N, splits, BIAS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i % N]: DEPTH parts at a time, so that their loads overlap."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, DEPTH)
+    at = parts + part.to(tl.int64)[:, None] * size + i[None, :]
+    inside = i < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(bound(splits)):
-        total += tl.load(parts + i, mask=i < size, other=0.0)
-        parts += size
+    for first in range(0, bound(splits), DEPTH):
+        total += tl.sum(tl.load(at, mask=inside[None, :] & (first + part < splits)[:, None], other=0.0), axis=0)
+        at += size * DEPTH
     if BIAS:
-        total += tl.load(bias + i % N, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=i < size)
+        total += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)
 
 
 def linear(
@@ -256,10 +259,19 @@ def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bias: bfloat16 [N] or None.
         out: float32, bfloat16 or float16 [M, N].
     """
-    size, block = out.numel(), 512
+    size, block, splits = out.numel(), 256, len(parts)
     kernel: Any = _add_splits
     kernel[(-(-size // block),)](
-        parts, out if bias is None else bias, out, size, out.shape[1], len(parts), BIAS=bias is not None, BLOCK=block
+        parts,
+        out if bias is None else bias,
+        out,
+        size,
+        out.shape[1],
+        splits,
+        BIAS=bias is not None,
+        DEPTH=8 if splits > 4 else 4 if splits > 2 else 2,
+        BLOCK=block,
+        num_warps=2,
     )
 
 

@@ -50,6 +50,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qloralab.nf4.codebook import decision_table, dynamic_map
 from qloralab.nf4.double import BLOCK_SIZE as SCALES_PER_BLOCK
@@ -217,7 +218,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
     absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
     if not numel:
         return packed, absmax
-    search = _search_of(tuple(values.tolist()), weight.device)
+    search = _search(values)
     tensors = weight, search.entries, search.thresholds, search.codes, packed, absmax
     constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "STEPS": search.steps, "ORDERED": search.ordered}
     tile: dict[str, Any] = {"TILE": TILE}
@@ -267,6 +268,21 @@ class _Search:
     codes: Tensor
     steps: int
     ordered: bool
+
+
+_searches = WeakTensorKeyDictionary()  # by a codebook: the version of it that was read, and its tables
+
+
+def _search(values: Tensor) -> _Search:
+    """The tables of a codebook, on its device. A codebook is read, which waits for the device, when it is new or was
+    changed: a weight after the other is quantized without a wait, and a CUDA graph can capture it.
+    """
+    version = None if values.is_inference() else values._version  # inference tensors count no changes
+    known = _searches.get(values)
+    if known is None or version is None or known[0] != version:
+        known = version, _search_of(tuple(values.tolist()), values.device)
+        _searches[values] = known
+    return known[1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu_canaries import Canary, CanaryError
 from benchmarks.gpu_problem import OPERATIONS, Problem, Weight, WrongResultError, copies
-from benchmarks.gpu_providers import ONCE, PROVIDERS, Provider
+from benchmarks.gpu_providers import ADAPTED, ONCE, PROVIDERS, Provider
 from benchmarks.gpu_timing import FEWEST, MOST, CudaClock, HostClock, Timer, interleave
 from benchmarks.gpu_views import GOALS, tables, with_ratios
 from qloralab.kernels.gpu.choice import KERNELS, Limits
@@ -268,7 +268,7 @@ def test_providers_are_right(name, operation):
     one = provider(name)
     if operation not in one.operations:
         pytest.skip(f"{name} has no {operation}")
-    M = 16 if operation in OPERATORS else None
+    M = None if operation in ("dequantize", "quantize") else 16
     problem = Problem(operation, Weight((64, 128), CPU, 2**15), M)
     runs = one.runs(problem)
     assert len(runs) == problem.copies > 2
@@ -305,6 +305,30 @@ def test_a_wrong_result_is_refused(operation, M, spoil):
     problem.check(right, tolerance)
     with pytest.raises(WrongResultError):
         problem.check(spoil(right), tolerance)
+
+
+@pytest.mark.parametrize("part", range(4), ids=["y", "dx", "dA", "dB"])
+def test_a_wrong_part_of_an_adapted_layer_is_refused(part):
+    problem = Problem("adapted layer", Weight((64, 128), CPU, 1), 8)
+    right: Any = provider("ours").runs(problem)[0]()
+    problem.check(right, ADAPTED)
+    with pytest.raises(WrongResultError):
+        problem.check([result * (1.02 if i == part else 1) for i, result in enumerate(right)], ADAPTED)
+    with pytest.raises(WrongResultError):
+        problem.check(right[:2], ADAPTED)  # the result without an adapter
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root)\n", "580.159.04"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        ("something else\n", None),
+    ],
+)
+def test_the_drivers_version(text, expected, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert gpu._driver() == expected
 
 
 @pytest.mark.parametrize(("nbytes", "count"), [(1, 32), (10, 20), (99, 3), (100, 2), (10**6, 2)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import adamw_
+from qloralab.kernels.adamw import Rates, adamw_
 from qloralab.kernels.adamw_8bit import adamw_8bit_
 from qloralab.optim.arena import ALIGNMENT, Memory
 from qloralab.optim.chunks import BLOCK_SIZE, lay_out
@@ -18,10 +18,10 @@ SHAPES = [(3, 5), (0, 4), (), (ALIGNMENT // 4 + 77,), (1000,)]  # the fourth is 
 bits = pytest.mark.parametrize("state_bits", [32, 8])
 
 
-def make(state_bits: int) -> Moments:
+def make(state_bits: int, resident: int | None = None, streams: bool = False) -> Moments:
     params = [torch.randn(shape) for shape in SHAPES]
     layout = lay_out([param.numel() for param in params], ITEMSIZE[state_bits], ALIGNMENT)
-    return Moments(params, layout, state_bits, Memory(layout.nbytes, torch.device("cpu")))
+    return Moments(params, layout, state_bits, Memory(layout.nbytes, torch.device("cpu")), resident, streams)
 
 
 @bits
@@ -68,10 +68,53 @@ def test_views_of_segments_are_parts_of_those_of_parameters(state_bits):
 
 @bits
 def test_chunks_are_the_ranges_of_the_layout(state_bits):
-    moments = make(state_bits)
-    assert [chunk.ranges for chunk in moments.chunks] == list(moments.layout.ranges)
-    assert all(chunk.arena is moments.arena for chunk in moments.chunks)
-    assert sum(chunk.nbytes for chunk in moments.chunks) == len(moments.arena.bytes)
+    moments = make(state_bits, resident=1, streams=True)
+    first, *others = moments.chunks
+    assert first is None
+    assert [chunk and chunk.ranges for chunk in others] == list(moments.layout.ranges[1:])
+    assert all(chunk and chunk.arena is moments.arena for chunk in others)
+    for all_there in (make(state_bits), make(state_bits, resident=1)):
+        assert all_there.chunks == [None] * len(moments.layout.ranges)
+
+
+def test_what_is_within_reach_is_one_call_and_each_chunk_that_streams_another():
+    large = 3  # in chunks 0 and 1
+    (batch,) = make(32).batches(range(len(SHAPES)))
+    assert [batch.owners[i] for i in range(len(batch.owners))] == [0, 2, 3, 4]  # the second one is empty
+    assert batch.parts == [None] * 4
+    assert batch.away == 0
+    here, away = make(32, resident=1, streams=True).batches([0, large])
+    assert (here.chunk, here.owners, away.owners, here.away, away.away) == (None, [0, 1], [1], 0, 0)
+    cut = len(here.params[1])
+    assert (here.parts, away.parts) == ([None, slice(0, cut)], [slice(cut, ALIGNMENT // 4 + 77)])
+    (one,) = make(32, resident=1).batches([0, large])
+    assert one.parts == [None, None]
+    assert one.away == 8 * (ALIGNMENT // 4 + 77 - cut)
+
+
+def test_batches_are_kept_until_a_parameter_has_other_memory():
+    moments = make(32)
+    first = moments.batches([0, 4])
+    assert moments.batches([0, 4]) is first
+    assert moments.batches([4]) is not first
+    moments.params[4].data = moments.params[4].clone()
+    again = moments.batches([0, 4])
+    assert again is not first
+    assert again[0].params[1].data_ptr() == moments.params[4].data_ptr()
+    moments.params[4].data = moments.params[4].double()
+    with pytest.raises(TypeError, match="float64"):
+        moments.batches([0, 4])
+    moments.params[4].data = torch.randn(4, 4).T
+    with pytest.raises(ValueError, match="not contiguous"):
+        moments.batches([0, 4])
+
+
+def test_steps_are_counted_for_each_parameter():
+    moments = make(32)
+    assert moments.advance([0, 3]) == [1, 1]
+    assert moments.advance([3]) == [2]
+    assert moments.advance(range(5)) == [2, 1, 1, 3, 1]
+    assert moments.steps.tolist() == [2, 1, 1, 3, 1]
 
 
 @bits
@@ -81,10 +124,10 @@ def test_an_update_of_all_chunks_is_that_of_each_parameter(state_bits):
     steps = [1, 2, 3, 40, 5]
     flat: list[Tensor] = [param.clone().view(-1) for param in moments.params]
     states = [[torch.zeros_like(tensor).flatten() for tensor in moments.of_param(i)] for i in range(len(flat))]
+    numbers = list(range(len(flat)))
     for later in (0, 1):
-        for segments in moments.layout.segments:
-            of_owners = [grads[one.param] for one in segments], [steps[one.param] + later for one in segments]
-            moments.update(segments, *of_owners, **RATES)
+        for batch in moments.batches(numbers):
+            moments.update(batch, grads, [step + later for step in steps], Rates(**RATES))
         for i, (param, state) in enumerate(zip(flat, states, strict=True)):
             lists = [[param], [grads[i]], *([tensor] for tensor in state), [steps[i] + later]]
             kernel(*lists, **RATES)  # pyright: ignore[reportArgumentType]
@@ -97,5 +140,6 @@ def test_a_parameter_that_requires_a_gradient_is_updated_in_place():
     param = torch.ones(300, requires_grad=True)
     layout = lay_out([300], 4, ALIGNMENT)
     moments = Moments([param], layout, 32, Memory(layout.nbytes, torch.device("cpu")))
-    moments.update(layout.segments[0], [torch.ones(300)], [1], **RATES)
+    (batch,) = moments.batches([0])
+    moments.update(batch, [torch.ones(300)], [1], Rates(**RATES))
     torch.testing.assert_close(param.detach(), torch.full((300,), 1 - 1e-3 - 1e-2))
