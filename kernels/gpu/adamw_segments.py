@@ -65,33 +65,33 @@ def launches(tensors: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: R
         tile: elements of a segment that one program handles.
     """
     params = tensors[0]
-    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for i, param in enumerate(params):
-        n = param.numel()
-        aligned = n % ALIGNMENT == 0 and all(some[i].data_ptr() % ALIGNMENT == 0 for some in tensors[:4])
-        if n:
-            kinds.setdefault((param.dtype, aligned), []).append(i)
-    for (dtype, aligned), chosen in kinds.items():
-        some = [[one[i] for i in chosen] for one in tensors]
-        factors = rates.of_segments([steps[i] for i in chosen])
-        yield Launch(dtype, aligned, *_tables(some, factors, tile))
+    numels = torch.tensor([param.numel() for param in params])
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in tensors])
+    aligned = (torch.cat([numels[None], addresses[:4]]) % ALIGNMENT == 0).all(dim=0)
+    factors = torch.tensor(rates.of_segments(steps), dtype=torch.float32).view(torch.int32).long()
+    dtypes = [param.dtype for param in params]
+    for dtype in dict.fromkeys(dtypes):
+        of_dtype = torch.tensor([one is dtype for one in dtypes]) & (numels > 0)
+        for is_aligned in (True, False):
+            chosen = (of_dtype & (aligned == is_aligned)).nonzero()[:, 0]
+            if len(chosen):
+                columns = numels[chosen], addresses[:, chosen], factors[:, chosen]
+                yield Launch(dtype, is_aligned, *_tables(*columns, tile, params[0].device))
 
 
-def _tables(tensors: Sequence[Sequence[Tensor]], factors: Sequence[list[float]], tile: int) -> tuple[Tensor, Tensor]:
+def _tables(
+    numels: Tensor, addresses: Tensor, factors: Tensor, tile: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """`Launch.table` and `Launch.segment_of`."""
-    device = tensors[0][0].device
-    n = torch.tensor([param.numel() for param in tensors[0]])
-    programs = (n + (tile - 1)) // tile
-    count, total = len(n), int(programs.sum())
-
+    programs = (numels + (tile - 1)) // tile
+    count, total = len(numels), int(programs.sum())
     words = count * WIDTH + (total + 1) // 2
     host = torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
     table, segment_of = _split(host, count, total)
-    addresses = [torch.tensor([tensor.data_ptr() for tensor in some]) for some in tensors]
-    bits = [torch.tensor(some, dtype=torch.float32).view(torch.int32).long() for some in factors]
-    columns = [*addresses[:4], n, programs.cumsum(0) - programs, *bits, *addresses[4:]]
-    table[:, : len(columns)] = torch.stack(columns, dim=1)
-    segment_of.copy_(torch.arange(count, dtype=torch.int32).repeat_interleave(programs))
+    first = programs.cumsum(0) - programs
+    columns = torch.cat([addresses[:4], numels[None], first[None], factors, addresses[4:]])
+    table[:, : len(columns)] = columns.T
+    segment_of.copy_(torch.arange(count, dtype=torch.int32).repeat_interleave(programs, output_size=total))
     return _split(host.to(device, non_blocking=True), count, total)
 
 

@@ -51,8 +51,11 @@ from .packing import TILE, TiledWeight
 from .rounding import round_to
 
 ROWS = 128  # of a program
-PROGRAMS = 264  # two for each multiprocessor of an H100: what K is split for
-FEWEST_STEPS = 8  # of a program, when K is split
+# What K is split for: two programs for each multiprocessor of an H100; six, of which five fit at a time, where they are
+# small and each waits for its words. Measured on one: the sixth evens out what the last ones leave idle.
+PROGRAMS, PROGRAMS_OF_FEW_TOKENS = 264, 792
+FEWEST_STEPS, FEWEST_STEPS_OF_FEW_TOKENS = 8, 4  # of a program, when K is split
+FEW_TOKENS = 32
 TOKEN_TILES = (16, 32, 64, 128)
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -220,7 +223,7 @@ def linear(
     rank, ranks = rank_tiles(r)
     tokens = token_tile(M, x.device)
     down, token_tiles = -(-N // ROWS), -(-M // tokens)
-    steps = split(down * token_tiles, K // TILE, splits)
+    steps = split(down * token_tiles, K // TILE, splits, tokens)
     depth = -(-(K // TILE) // steps)
     parts = out if depth == 1 else flat.new_empty((depth, M, N), dtype=torch.float32)
     kernel: Any = _linear
@@ -239,12 +242,12 @@ def linear(
         None if adapter is None else adapter.B.contiguous(),
         r,
         TOKENS=tokens,
-        SUMS_SCALED=tokens <= 32,
+        SUMS_SCALED=tokens <= FEW_TOKENS,
         BIAS=bias is not None and depth == 1,
         RANK=rank,
         RANKS=ranks,
         num_warps=4,
-        num_stages=4 if tokens <= 64 else 3,
+        num_stages=stages(tokens),
     )
     if depth > 1:
         add_splits(parts, bias, out)
@@ -282,19 +285,28 @@ def token_tile(M: int, device: torch.device) -> int:
     return next((tokens for tokens in tiles if tokens >= M), tiles[-1])
 
 
-def split(programs: int, tiles: int, splits: int | None = None) -> int:
+def stages(tokens: int) -> int:
+    """Of the software pipeline, as measured on an H100."""
+    return 4 if tokens == 64 else 3
+
+
+def split(programs: int, tiles: int, splits: int | None = None, tokens: int = TOKEN_TILES[-1]) -> int:
     """How many of the tiles along the sum a program takes.
 
     Args:
         programs: that there are without a split.
         tiles: along the sum.
-        splits: wished for; None: as many as bring the programs to `PROGRAMS`, with `FEWEST_STEPS` each.
+        splits: wished for; None: as many as bring the programs to `PROGRAMS`, with `FEWEST_STEPS` each, or to those of
+            few tokens.
+        tokens: of a program.
 
     Returns:
         1 to tiles. Parts of this length cover the tiles, and none is empty.
     """
     if splits is None:
-        splits = max(min(PROGRAMS // programs, tiles // FEWEST_STEPS), 1)
+        few = tokens <= FEW_TOKENS
+        most, fewest = (PROGRAMS_OF_FEW_TOKENS, FEWEST_STEPS_OF_FEW_TOKENS) if few else (PROGRAMS, FEWEST_STEPS)
+        splits = max(min(most // programs, tiles // fewest), 1)
     return -(-tiles // min(max(splits, 1), tiles))
 
 
@@ -331,13 +343,13 @@ def _case(tokens: int, rank: int = 0) -> Case:
         },
         constexprs={
             "TOKENS": tokens,
-            "SUMS_SCALED": tokens <= 32,
+            "SUMS_SCALED": tokens <= FEW_TOKENS,
             "BIAS": True,
             **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
             **({} if rank else {"h": None, "B": None}),
         },
         weights=ROWS * TILE,
-        num_stages=4 if tokens <= 64 else 3,
+        num_stages=stages(tokens),
         divisible=("x", "bias", "out", "words", "scales", "N", "K", *(("h", "B", "r") if rank else ())),
     )
 

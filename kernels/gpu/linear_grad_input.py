@@ -196,7 +196,8 @@ def linear_grad_input(
     """
     N, K = weight.shape
     check("grad", grad, N, weight)
-    flat = pad(grad.reshape(-1, N), (0, -N % TILE)).contiguous()
+    flat = grad.reshape(-1, N)
+    flat = (pad(flat, (0, -N % TILE)) if N % TILE else flat).contiguous()  # pad copies where there is nothing to pad
     M = len(flat)
     if adapter is not None:
         adapter.check(flat, M, K)
@@ -210,7 +211,7 @@ def linear_grad_input(
         tokens = min(tokens, 64)  # with 128, a loop over the rank and the mask together spill registers
     tiles = -(-N // TILE)
     across, token_tiles = -(-K // COLUMNS), -(-M // tokens)
-    steps = split(across * token_tiles, tiles, splits)
+    steps = split(across * token_tiles, tiles, splits, tokens)
     depth = -(-tiles // steps)
     parts = out if depth == 1 else flat.new_empty((depth, M, K), dtype=torch.float32)
     kernel: Any = _linear_grad_input

@@ -507,7 +507,7 @@ def test_loading_keeps_the_budget_and_doubles_nothing(tmp_path):
     with sampled(lambda: optimizer.paging().resident_bytes) as cached, sampled(lambda: status("RssAnon")) as samples:
         optimizer.load_state_dict(state)
     settle(optimizer)
-    assert max(samples) - private < 2 * MIB
+    assert max(samples) - private < CHUNK  # the moments of one of the large parameters are 8 to 21 MB
     assert max(cached) <= BUDGET + CHUNK  # a walk is not a moment, as above
     assert optimizer.paging().resident_bytes <= BUDGET
     assert same(_state(optimizer, optimizer.param_groups[0]["params"]), _state(source, params))

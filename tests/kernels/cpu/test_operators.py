@@ -98,6 +98,13 @@ def panels(monkeypatch) -> None:
     monkeypatch.setattr(operators, "PANEL_BYTES", 1600)
 
 
+@pytest.fixture
+def product(product, monkeypatch) -> Library:
+    """Products by the library, as on a machine that does not multiply bfloat16 in hardware."""
+    monkeypatch.setattr(operators, "has_matrix_unit", lambda: False)
+    return product
+
+
 @pytest.fixture(params=["product", "panels"])
 def path(request: pytest.FixtureRequest) -> str:
     """Either way to multiply by many tokens."""

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.gpu.adapter_operands import LowRank
-from qloralab.kernels.gpu.linear import FEWEST_STEPS, PROGRAMS, linear, split, token_tile
+from qloralab.kernels.gpu.linear import (
+    FEWEST_STEPS,
+    FEWEST_STEPS_OF_FEW_TOKENS,
+    PROGRAMS,
+    linear,
+    split,
+    token_tile,
+)
 from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
 from qloralab.kernels.offline import TARGETS
@@ -255,6 +262,8 @@ def test_splits_fill_the_gpu_and_leave_no_program_without_work():
     assert split(PROGRAMS, 64) == 64  # enough programs: not split
     assert split(32, 64) == FEWEST_STEPS  # 4096 x 4096: 8 splits
     assert split(1, 4) == 4  # too short
+    assert split(32, 64, tokens=16) == FEWEST_STEPS_OF_FEW_TOKENS  # 16 splits
+    assert split(112, 64, tokens=32) == -(-64 // 7)  # 14336 x 4096: 784 programs
     for programs in (1, 7, 100):
         for tiles in (1, 9, 64, 171):
             for splits in (None, 1, 2, 5, 1000):
