@@ -53,6 +53,7 @@ POINTS: list[tuple[str, int | None]] = [
     *(("linear", M) for M in ROWS),
     *(("input gradient", M) for M in ROWS),
     *(("adapted layer", M) for M in (1024, 4096)),
+    *(("adapted layer, eager", M) for M in (1024, 4096)),
 ]
 SECONDS = 0.12  # of samples, a provider and point
 BUDGET = 450.0  # seconds in all
@@ -279,7 +280,7 @@ def _prepare(problem: Problem, provider: Provider, missing: str | None, device: 
         with torch.no_grad():
             runs = provider.runs(problem)
             error = provider.check(problem, runs[0]())
-            timer = device.clock.prepare(runs, provider.graph)
+            timer = device.clock.prepare(runs, provider.graph and not problem.eager)
     except WrongResultError as wrong:
         return "wrong", str(wrong)
     except Exception as failure:

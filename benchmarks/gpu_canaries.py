@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu_problem import relative_error
+from qloralab.kernels.gpu import choice
 from qloralab.nf4 import blockwise, double
+from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILED = ((4096, 4096), (1000, 1088), (64, 64))
 PRODUCT = 0.003  # bfloat16 output, see gpu_providers.py
 FUSED = 0.005
+ADAPTED = 0.01
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 
@@ -130,6 +133,10 @@ def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[i
         what = f"{shape[0]}x{shape[1]} M={M}"
         yield Canary(f"fused linear {what}", functools.partial(_fused_linear, shape=shape, M=M))
         yield Canary(f"fused input gradient {what}", functools.partial(_fused_linear_grad_input, shape=shape, M=M))
+    for shape, way in itertools.product(tiled, choice.KERNELS):
+        for M, p in itertools.product((1, 33, 300), (0.0, 0.1)):
+            what = f"{shape[0]}x{shape[1]} M={M} {way}" + (", dropout" if p else "")
+            yield Canary(f"adapted layer {what}", functools.partial(_adapted, shape=shape, M=M, way=way, p=p))
 
 
 def _expect(result: Tensor, expected: Tensor, what: str) -> None:
@@ -251,6 +258,28 @@ def _fused_linear_grad_input(guard: Guard, shape: tuple[int, int], M: int) -> No
     tiles = _guarded(guard, packing.tile(*operands))
     expected = grad.double() @ _definition(operands, torch.float32).double()
     _near(linear_grad_input.linear_grad_input(grad, tiles), expected, FUSED)
+
+
+def _adapted(guard: Guard, shape: tuple[int, int], M: int, way: str, p: float, r: int = 16) -> None:
+    """A layer with its adapter, forward and backward, by one of the ways to multiply."""
+    from qloralab.kernels.gpu import operators
+
+    (N, K), scaling = shape, 2.0
+    operands = _packed(guard, shape)
+    x, grad = _random(guard, (M, K), torch.bfloat16, 1), _random(guard, (M, N), torch.bfloat16, 2)
+    A, B = guard.copy(_random(guard, (r, K), seed=3) * K**-0.5), _random(guard, (N, r), seed=4)
+    seed = guard.copy(torch.tensor(20230523, device=guard.device))
+    with choice.use(way):
+        y, h = operators.adapted_linear(x, *operands, None, A, B, scaling, p, seed)
+        of_x = operators.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
+    W = _definition(operands, torch.bfloat16).double()
+    keep = keep_mask(seed, M, K, p).double() * (scaling / (1 - rate(p)))
+    kept, G = x.double() * keep, grad.double() @ B.double()
+    low_rank = kept @ A.double().T
+    _near(y, x.double() @ W.T + low_rank @ B.double().T, ADAPTED)
+    dA, dB = G.T @ kept, grad.double().T @ low_rank
+    for result, expected in zip(of_x, (grad.double() @ W + keep * (G @ A.double()), dA, dB), strict=True):
+        _near(result, expected, ADAPTED)
 
 
 def _guarded(guard: Guard, tiles: TiledWeight) -> TiledWeight:

@@ -3,7 +3,8 @@
 All operations but quantize start from the codes and scales of the definition, so there is one right answer. Products
 are checked on some rows of it, in float64: all rows of the largest would take longer than the measurement.
 
-An adapted layer is a step of training: y = x W' + s (x A') B' forward, and the gradients of x, A and B from that of y.
+An adapted layer is a step of training: y = x W' + s (x A') B' forward, and the gradients of x, A and B from that of y;
+"eager" is the same with every launch of it, as a program has it that captures no graph.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import qloralab as ql
 from qloralab.nf4 import blockwise, double
 from qloralab.nf4.codebook import codebook_values
 
-OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
+OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer", "adapted layer, eager")
 BLOCK_SIZE = 64
 RANK, SCALING = 16, 2.0  # of the adapter of an adapted layer, which has no dropout
 SCALE = 0.02  # of the weights, about that of a trained model's
@@ -93,6 +94,16 @@ class Problem:
         return torch.randn(shape, generator=generator, device=self.weight.device)
 
     @property
+    def adapted(self) -> bool:
+        """Whether it is a layer with an adapter, both ways."""
+        return self.operation.startswith("adapted layer")
+
+    @property
+    def eager(self) -> bool:
+        """Whether the time of the launches is part of it."""
+        return self.operation.endswith("eager")
+
+    @property
     def copies(self) -> int:
         """How many copies of the weight to rotate over: what one turn touches fills the cache twice."""
         return copies(self.work(dense=False)[0], self.weight.cache)
@@ -106,7 +117,7 @@ class Problem:
         full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
         if self.M is None:
             return full + (full if dense else packed), 0
-        if self.operation == "adapted layer":  # both ways; the adapter only where the weight is packed
+        if self.adapted:  # both ways; the adapter only where the weight is packed
             adapters = 0 if dense else 6 * self.M * RANK * (N + K)
             return 2 * (full if dense else packed) + 4 * self.M * (N + K), 4 * self.M * N * K + 2 * adapters
         return (full if dense else packed) + 2 * self.M * (N + K), 2 * self.M * N * K
@@ -117,7 +128,7 @@ class Problem:
         full, packed = self.weight.original.nbytes, self.weight.quantized.nbytes
         M = self.M or 0
         output = full if self.M is None else 2 * M * max(N, K)
-        if self.operation == "adapted layer":
+        if self.adapted:
             output = 16 * M * (N + K)  # PEFT's copies in float32 among them
         held = self.copies * (2 * full + 3 * packed) + 2 * M * max(N, K)
         check = 8 * N * K + 8 * min(M, ROWS) * (N + K) if self.M else 24 * N * K
@@ -144,7 +155,7 @@ class Problem:
             return _within(result, expected, least * (1 + tolerance))
         if self.operation == "dequantize":
             return _within(result, self.weight.dequantized, tolerance)
-        if self.operation == "adapted layer":
+        if self.adapted:
             expected = self._adapted() if len(result) == 4 else self._frozen()
             return max(_within(*pair, tolerance) for pair in zip(self._of_rows(*result), expected, strict=True))
         N, K = self.weight.shape

@@ -84,12 +84,12 @@ class Provider:
         products = problem.M is not None
         weight = self.finish(result) if problem.operation == "quantize" else result
         tolerance = self.tolerance if products else self.table
-        return problem.check(weight, max(tolerance, ADAPTED) if problem.operation == "adapted layer" else tolerance)
+        return problem.check(weight, max(tolerance, ADAPTED) if problem.adapted else tolerance)
 
 
 def _ours(problem: Problem) -> list[Run]:
     weight, x, ops = problem.weight, problem.input, torch.ops.qloralab
-    if problem.operation == "adapted layer":
+    if problem.adapted:
         return _adapted(problem, "two-pass")
     if problem.operation == "quantize":
         originals = weight.copies("original", weight.original.clone, problem.copies)
@@ -108,7 +108,7 @@ def _fused(problem: Problem) -> list[Run]:
     from qloralab.kernels.gpu import linear, linear_grad_input, packing
 
     weight, x = problem.weight, problem.input
-    if problem.operation == "adapted layer":
+    if problem.adapted:
         return _adapted(problem, "fused")
     tiled = weight.copies("tiles", partial(packing.tile, *weight.quantized.operands()), problem.copies)
     if problem.operation == "linear":
@@ -175,7 +175,7 @@ def _bf16(problem: Problem) -> list[Run]:
             return [part.clone for part in dense]
         case "linear":
             return [partial(F.linear, x, part) for part in dense]
-        case "adapted layer":
+        case _ if problem.adapted:
             return [partial(_frozen, x, problem.output_gradient, part) for part in dense]
         case _:
             return [partial(torch.matmul, x, part) for part in dense]
@@ -194,7 +194,7 @@ def _bitsandbytes(problem: Problem) -> list[Run]:
         originals = weight.copies("original", weight.original.clone, problem.copies)
         make = partial(quantize_4bit, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
         return [partial(make, part) for part in originals]
-    if problem.operation == "adapted layer":
+    if problem.adapted:
         layers = weight.copies("PEFT", partial(_peft_layer, problem), problem.copies)
         return [partial(_peft_run, _both_ways(problem), layer) for layer in layers]
     held = weight.copies("bitsandbytes", partial(parameter, weight.quantized), problem.copies)
@@ -276,10 +276,10 @@ def parameter(weight: ql.QuantizedTensor) -> Any:
 PROVIDERS = [
     Provider("ours", _ours),
     Provider(
-        "ours, fused", _fused, operations=("linear", "input gradient", "adapted layer"), tolerance=FUSED, triton=True
+        "ours, fused", _fused, operations=("linear", "input gradient", *OPERATIONS[-2:]), tolerance=FUSED, triton=True
     ),
     Provider("ours, canonical", _canonical, operations=("linear", "input gradient"), triton=True, tokens=choice.FEW),
-    Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient", "adapted layer"), dense=True),
+    Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient", *OPERATIONS[-2:]), dense=True),
     Provider(
         "bitsandbytes", _bitsandbytes, _bitsandbytes_weight, tolerance=PEER, table=0.002, package="bitsandbytes"
     ),
