@@ -31,8 +31,8 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: $(READY) ## run the tests, print the coverage
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+test: $(READY) ## run the tests, a process for each processor, print the coverage
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(ARGS)
 
 fuzz: $(READY) ## open 10,000 spoiled checkpoints
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/test_fuzz.py $(ARGS)

@@ -61,7 +61,7 @@ ROOM = 0.9  # of the free memory
 PACKAGES = ("torch", "triton", "bitsandbytes", "unsloth", "transformers", "peft")
 OPERATORS = {"linear": "linear", "input gradient": "linear_grad_input"}
 PROVIDER_KERNELS = {"ours, fused": "fused", "ours, canonical": "canonical", "ours": "two-pass"}
-WIDTH = 170  # of the tables, where the terminal says less or is none
+WIDTH = 200  # of the tables, where the terminal says less or is none
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_records_are_shown_again(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_budget_changes_no_bit_and_the_device_gives_no_more(bits):
+def test_a_budget_changes_no_bit(bits):
     found = check_paging(torch.device("cuda", 0), bits, elements=2**24)
     assert found["budget"]["read_over_link"] > 0
     assert found["all on the device"]["read_over_link"] == 0

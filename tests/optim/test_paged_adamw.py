@@ -342,7 +342,9 @@ def test_residency_is_within_the_budget_at_any_time(numels):
         sampled(lambda: optimizer.paging().resident_bytes) as cached,
         sampled(lambda: optimizer.paging().rss_bytes or 0) as mapped,
     ):
-        for _ in range(4):
+        steps = 0
+        while steps < 4 or min(len(cached), len(mapped)) <= 8:  # on a busy machine samples are slow to come
+            steps += 1
             optimizer.step()
             settle(optimizer)
             paging = optimizer.paging()
@@ -351,7 +353,6 @@ def test_residency_is_within_the_budget_at_any_time(numels):
             assert paging.evicted_bytes == paging.state_bytes - paging.resident_bytes >= 40 * MIB - BUDGET
     assert max(cached) <= BUDGET + CHUNK
     assert max(mapped) <= BUDGET + CHUNK
-    assert len(cached) > 8
 
 
 def test_a_step_takes_no_memory_beside_the_state():
