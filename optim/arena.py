@@ -69,8 +69,8 @@ class StreamedArena(Arena, Protocol):
         """
         ...
 
-    def evict(self, ranges: Ranges) -> Ticket:
-        """Start to write bytes back and to give up their memory."""
+    def evict(self, ranges: Ranges, after: Ticket | None) -> Ticket:
+        """Start to write bytes back and to give up their memory, once ``after``, the fetch of them, is over."""
         ...
 
 

@@ -93,9 +93,13 @@ class MappedFile:
         future.result()
         return time.perf_counter() - start
 
-    def evict(self, ranges: Ranges) -> Ticket:
-        """Write and drop on the other thread. Returns a future that has no exception: see ``failure``."""
-        return self._writer.submit(self._evict, ranges)
+    def evict(self, ranges: Ranges, after: Ticket | None) -> Ticket:
+        """Write and drop on the other thread. Returns a future that has no exception: see ``failure``.
+
+        A fetch that is still waiting for its turn would otherwise bring in what has just left. No two wait for each
+        other: what a fetch waits for is an eviction from before it, and evictions run in their order.
+        """
+        return self._writer.submit(self._evict, ranges, after)
 
     def recall(self) -> None:
         """Nothing: what stays is anonymous memory, which only swapping takes away."""
@@ -131,7 +135,9 @@ class MappedFile:
                     raise OSError(error.errno, f"the optimizer's state could not be read from {self.where}") from error
                 self.bytes[first:end:PAGE].sum()
 
-    def _evict(self, ranges: Ranges) -> None:
+    def _evict(self, ranges: Ranges, after: Future[None] | None) -> None:
+        if after is not None:
+            after.exception()  # waits; whoever asked for the bytes is told of it
         for first, end in ranges:
             try:
                 self._write(first, end)

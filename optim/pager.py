@@ -18,7 +18,8 @@ A fetch begins when the eviction that makes room for it is over, so the budget h
 around: at the end of a step the first chunks of the next one are fetched, while the model runs.
 
 Where the order turns out different (parameters without a gradient, an update in backward), the new one is expected from
-then on; a chunk that was fetched in vain is given up first.
+then on, and what it leaves out is not, until it is used again. A chunk that was fetched in vain, and is not among the
+next ones, is given up for one that is.
 """
 
 from __future__ import annotations
@@ -116,13 +117,15 @@ class Pager:
         self.counters = counters
         self._width = places
         self._expected: list[Chunk] = []
+        self._places: dict[Chunk, int] = {}  # in _expected
         self._used: list[Chunk] = []  # since the sweep began
+        self._using: Chunk | None = None  # acquired, and not released yet
         self._position = 0  # in _expected: the first that is not behind
         self._streaming = _Streaming()
 
     def add(self, chunks: Sequence[Chunk]) -> None:
         """Stream these too. They are expected behind those that were there, in this order."""
-        self._expected += chunks
+        self._expect(self._expected + list(chunks))
         self._fetch_ahead()
 
     def acquire(self, chunk: Chunk) -> None:
@@ -142,20 +145,20 @@ class Pager:
         if waited > 0:
             self.counters.stalls += 1
             self.counters.stalled += waited
-        self._fetch_ahead(using=chunk)
+        self._using = chunk
+        self._fetch_ahead()
 
     def release(self, chunk: Chunk) -> None:
         """The chunk has been changed and is not needed before its next turn."""
+        self._using = None
         self._leave(chunk)
         self._fetch_ahead()
 
     def end_of_sweep(self) -> None:
-        """Expect the next step to use the chunks in the order of this one."""
+        """Expect the next step to use the chunks of this one, in its order."""
         used, self._used = self._used, []
-        unused = set(self._expected).difference(used)
-        if unused or used != self._expected:
-            # What was left out keeps its relative order, behind: it may be wanted again.
-            self._expected = list(dict.fromkeys(used)) + [chunk for chunk in self._expected if chunk in unused]
+        if used and used != self._expected:
+            self._expect(list(dict.fromkeys(used)))
         self._position = 0
         self._fetch_ahead()
 
@@ -168,22 +171,27 @@ class Pager:
         for chunk, ticket in [*self._streaming.here.items(), *self._streaming.leaving]:
             chunk.arena.wait(ticket)
 
-    def _seek(self, chunk: Chunk) -> None:
-        """Stand behind a chunk in the expected order, where it is further on."""
-        for ahead in range(len(self._expected)):
-            at = (self._position + ahead) % len(self._expected)
-            if self._expected[at] is chunk:
-                self._position = (at + 1) % len(self._expected)
-                return
+    def _expect(self, chunks: list[Chunk]) -> None:
+        self._expected = chunks
+        self._places = {chunk: place for place, chunk in enumerate(chunks)}
 
-    def _fetch_ahead(self, using: Chunk | None = None) -> None:
-        """Fetch what is expected next, as far as there is room without giving up what is expected sooner."""
-        for ahead in range(min(self._width - 1, len(self._expected))):
-            chunk = self._expected[(self._position + ahead) % len(self._expected)]
-            if chunk in self._streaming.here or chunk is using:
+    def _seek(self, chunk: Chunk) -> None:
+        """Stand behind a chunk in the expected order, where it is expected."""
+        if chunk in self._places:
+            self._position = (self._places[chunk] + 1) % len(self._expected)
+
+    def _fetch_ahead(self) -> None:
+        """Fetch what is expected next, as far as there is room without giving up what is expected as soon."""
+        count = len(self._expected)
+        soon = [self._expected[(self._position + ahead) % count] for ahead in range(min(self._width - 1, count))]
+        for chunk in soon:
+            if chunk in self._streaming.here:
                 continue
             if len(self._streaming) >= self._width and not self._streaming.leaving:
-                return
+                vain = [other for other in self._streaming.here if other is not self._using and other not in soon]
+                if not vain:
+                    return
+                self._leave(max(vain, key=self._distance))
             if any(chunk is other for other, _ in self._streaming.leaving):
                 return  # it comes back when it has left
             self._fetch(chunk)
@@ -195,13 +203,18 @@ class Pager:
             streaming.leaving.remove(back)
             after = back[1]
         elif len(streaming) >= self._width:
-            if not streaming.leaving:  # the last to have come is needed last
-                self._leave(next(reversed(streaming.here)))
+            if not streaming.leaving:
+                self._leave(max((other for other in streaming.here if other is not self._using), key=self._distance))
             after = streaming.leaving.popleft()[1]
         streaming.here[chunk] = chunk.arena.fetch(chunk.ranges, after)
         self.counters.fetched += chunk.nbytes
 
+    def _distance(self, chunk: Chunk) -> int:
+        """How many others are expected before a chunk."""
+        count = len(self._expected)
+        return (self._places[chunk] - self._position) % count if chunk in self._places else count
+
     def _leave(self, chunk: Chunk) -> None:
-        del self._streaming.here[chunk]
-        self._streaming.leaving.append((chunk, chunk.arena.evict(chunk.ranges)))
+        arrival = self._streaming.here.pop(chunk)
+        self._streaming.leaving.append((chunk, chunk.arena.evict(chunk.ranges, arrival)))
         self.counters.evicted += chunk.nbytes
