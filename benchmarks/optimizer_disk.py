@@ -1,7 +1,7 @@
 """How fast the disk is when nothing is asked of it but one file: the measure for the pager's throughput.
 
-Plain calls, pieces of 8 MiB, past the kernel's cache (``O_DIRECT``) where the file system can. The file has its blocks
-before the first measurement, as the pager's has.
+Plain calls, pieces of 8 MiB in their order, `DEPTH` of them under way at once, past the kernel's cache (``O_DIRECT``)
+where the file system can. The file has its blocks before the first measurement, as the pager's has.
 
 * **sequential**: the file is written, then read.
 * **mixed**: it is read by one thread while another writes it, half a file apart: as the pager does.
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PIECE = 1 << 23  # bytes
+DEPTH = 4
 
 
 class Disk:
@@ -39,8 +40,9 @@ class Disk:
         self.nbytes = -(-nbytes // PIECE) * PIECE
         os.posix_fallocate(self._descriptor, 0, self.nbytes)
         self.direct = self._bypass()
-        self._buffers = [mmap.mmap(-1, PIECE) for _ in range(2)]  # begin at a page, as O_DIRECT wants
-        self._buffers[0].write(os.urandom(PIECE))
+        self._written = mmap.mmap(-1, PIECE)  # begins at a page, as O_DIRECT wants
+        self._written.write(os.urandom(PIECE))
+        self._buffers = [mmap.mmap(-1, PIECE) for _ in range(DEPTH)]
         self.write()
 
     def write(self) -> float:
@@ -82,13 +84,16 @@ class Disk:
         return time.perf_counter() - start
 
     def _write(self, first: int) -> None:
-        for at in self._places(first):
-            os.pwrite(self._descriptor, self._buffers[0], at)
+        with ThreadPoolExecutor(DEPTH) as pool:
+            list(pool.map(lambda at: os.pwrite(self._descriptor, self._written, at), self._places(first)))
         os.fdatasync(self._descriptor)
 
     def _read(self, first: int) -> None:
-        for at in self._places(first):
-            os.preadv(self._descriptor, [self._buffers[1]], at)
+        def read(at: int) -> None:
+            os.preadv(self._descriptor, [self._buffers[at // PIECE % DEPTH]], at)  # whose bytes are of no interest
+
+        with ThreadPoolExecutor(DEPTH) as pool:
+            list(pool.map(read, self._places(first)))
 
     def _places(self, first: int) -> list[int]:
         """Bytes where the pieces begin, from a piece on and around."""

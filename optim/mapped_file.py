@@ -5,14 +5,22 @@ time, written back when the kernel sees fit, and dropped when memory is short. T
 late, in small pieces, and what it keeps is what was used last, which for an optimizer is what is needed last. So the
 pager says what is wanted (``pager.py``), and here is how::
 
-    fetch   madvise(WILLNEED)            the disk begins to read all of the range
-            madvise(POPULATE_WRITE)      waits, and maps every page writable: no page fault is left for the update
-    evict   sync_file_range              writes what was changed, and waits for the disk
-            madvise(DONTNEED)            takes the pages out of this process
-            posix_fadvise(DONTNEED)      and out of the kernel's cache
+    fetch   madvise(POPULATE_WRITE)      reads, and maps every page writable: no page fault is left for the update
+    evict   madvise(DONTNEED)            takes the pages out of this process
+            sync_file_range              writes what was changed: begins all ranges, then waits for the disk
+            posix_fadvise(DONTNEED)      takes them out of the kernel's cache
 
-on one thread each, so that the disk reads and writes while the update runs. What is to stay is anonymous memory, mapped
+on threads, so that the disk reads and writes while the update runs; two of them read, so that it always has a request.
+What is to stay is anonymous memory, mapped
 over the same addresses; the kernel does not write that to the file. ``mincore`` tells what is really in memory.
+
+**The kernel's own time** is what paging costs on a fast disk, and it is by the page. Two things make it small. Where
+the file system has large folios (ext4 from Linux 6.16, XFS), the mapping is advised MADV_HUGEPAGE and MADV_RANDOM: then
+a fault reads the 2 MiB around it as one folio, no more and no less. Elsewhere madvise(WILLNEED) has the range read
+ahead, in pages; which of the two it is, is tried out. And a page that is mapped has to be made read-only before it is
+written to the disk, each with a message to the other processors; so pages are unmapped first, all at once. Measured
+with 2 GB of state on 2 processors: 0.62 GB/s read and written without either, 1.26 without large folios, 2.3 with both,
+and 2.5 with the second thread that reads.
 
 The file has no name: it is gone when the last reference is, also after a kill. All of its blocks are allocated at the
 start, so that a full disk is an error there, and not a signal (SIGBUS) in the middle of an update.
@@ -39,8 +47,10 @@ from .arena import Ranges, Ticket
 PAGE = mmap.PAGESIZE
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
 
-_POPULATE_WRITE = 23  # linux/mman.h; from Linux 5.14
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h; from Linux 5.14
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin
 _WAIT_WRITE_WAIT = 7  # SYNC_FILE_RANGE_WAIT_BEFORE | WRITE | WAIT_AFTER
+_FOLIO = 1 << 21  # bytes
 _FIXED = 0x10  # MAP_FIXED
 
 
@@ -71,12 +81,14 @@ class MappedFile:
         mapping = mmap.mmap(self._file.fileno(), nbytes)  # lives as long as the tensor
         self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
         self._address = self.bytes.data_ptr()
+        self._large_folios = self._advise_large_folios(_complement(nbytes, keep))
         for first, end in keep:
             self._stay(first, end - first)
-        self._reader, self._writer = (ThreadPoolExecutor(1, f"qloralab-{name}") for name in ("reads", "writes"))
+        # The first that was submitted never waits for a later one, so two that read do not wait for each other either.
+        self._reader, self._writer = ThreadPoolExecutor(2, "qloralab-reads"), ThreadPoolExecutor(1, "qloralab-writes")
 
     def fetch(self, ranges: Ranges, after: Ticket | None) -> Ticket:
-        """Read on the one thread. Returns a future."""
+        """Read on a thread. Returns a future."""
         return self._reader.submit(self._fetch, ranges, after)
 
     def wait(self, ticket: Ticket) -> float:
@@ -94,7 +106,7 @@ class MappedFile:
         return time.perf_counter() - start
 
     def evict(self, ranges: Ranges, after: Ticket | None) -> Ticket:
-        """Write and drop on the other thread. Returns a future that has no exception: see ``failure``.
+        """Write and drop on another thread. Returns a future that has no exception: see ``failure``.
 
         A fetch that is still waiting for its turn would otherwise bring in what has just left. No two wait for each
         other: what a fetch waits for is an eviction from before it, and evictions run in their order.
@@ -125,7 +137,7 @@ class MappedFile:
     def _fetch(self, ranges: Ranges, after: Future[None] | None) -> None:
         if after is not None:
             after.result()
-        for first, end in ranges:
+        for first, end in ranges if not self._large_folios else ():
             self._advise(first, end, mmap.MADV_WILLNEED)
         for first, end in ranges:
             try:
@@ -139,17 +151,38 @@ class MappedFile:
         if after is not None:
             after.exception()  # waits; whoever asked for the bytes is told of it
         for first, end in ranges:
-            try:
-                self._write(first, end)
-            except OSError as error:
-                self.failure = self.failure or error
-                return
             self._advise(first, end, mmap.MADV_DONTNEED)
+        try:
+            for how in (_WRITE, _WAIT_WRITE_WAIT):
+                for first, end in ranges:
+                    done = _libc().sync_file_range(self._file.fileno(), first, end - first, how)
+                    _check(done, f"the optimizer's state could not be written to {self.where}")
+        except OSError as error:
+            self.failure = self.failure or error
+            return
+        for first, end in ranges:
             os.posix_fadvise(self._file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
 
-    def _write(self, first: int, end: int) -> None:
-        done = _libc().sync_file_range(self._file.fileno(), first, end - first, _WAIT_WRITE_WAIT)
-        _check(done, f"the optimizer's state could not be written to {self.where}")
+    def _advise_large_folios(self, away: Ranges) -> bool:
+        """Ask for folios of 2 MiB, and find out whether there are any: does one page that is read bring its folio?"""
+        first = next((first for first, end in away if first % _FOLIO == 0 and end - first >= _FOLIO), None)
+        if first is None:
+            return False
+        size, page = len(self.bytes), torch.zeros(_FOLIO // PAGE, dtype=torch.uint8)
+        try:
+            self._advise(0, size, mmap.MADV_HUGEPAGE)
+            self._advise(0, size, mmap.MADV_RANDOM)
+            self._advise(first, first + PAGE, _POPULATE_READ)
+            _check(_libc().mincore(self._address + first, _FOLIO, page.data_ptr()), "mincore")
+        except OSError:
+            found = False
+        else:
+            found = bool((page & 1).all())
+        self._advise(first, first + _FOLIO, mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._file.fileno(), first, _FOLIO, os.POSIX_FADV_DONTNEED)
+        if not found:
+            self._advise(0, size, mmap.MADV_NORMAL)
+        return found
 
     def _advise(self, first: int, end: int, advice: int) -> None:
         _check(_libc().madvise(self._address + first, end - first, advice), "madvise")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import re
 import resource
@@ -27,10 +28,10 @@ from qloralab.optim import mapped_file
 from qloralab.optim.arena import Ranges
 from qloralab.optim.mapped_file import IN_MEMORY, PAGE, MappedFile
 
-MIB = 2**20
-NBYTES = 8 * MIB
+UNIT = 1 << 21  # the unit of ranges: what one fault reads where there are large folios
+NBYTES = 8 * UNIT
 ALL: Ranges = [(0, NBYTES)]
-TWO: Ranges = [(MIB, 2 * MIB), (5 * MIB, 6 * MIB)]  # a chunk has a range in each run of the state
+TWO: Ranges = [(UNIT, 2 * UNIT), (5 * UNIT, 6 * UNIT)]  # a chunk has a range in each run of the state
 
 
 def file_system(path: Path) -> str:
@@ -95,7 +96,7 @@ def limited(kind: int, limit: int) -> Iterator[None]:
 # bytes
 
 
-@pytest.mark.parametrize("keep", [(), [(2 * MIB, 4 * MIB)]], ids=["nothing kept", "some kept"])
+@pytest.mark.parametrize("keep", [(), [(2 * UNIT, 4 * UNIT)]], ids=["nothing kept", "some kept"])
 def test_bytes_are_zero_at_first(keep, folder):
     arena = MappedFile(NBYTES + 5, keep, folder)
     assert (arena.bytes.dtype, arena.bytes.shape) == (torch.uint8, (NBYTES + 5,))
@@ -129,7 +130,7 @@ def test_what_is_away_comes_back_where_it_is_touched(folder):
     arena = MappedFile(NBYTES, directory=folder)
     written = fill(arena, ALL)
     evict(arena, ALL)
-    assert arena.bytes[5 * MIB + 3] == written[5 * MIB + 3]
+    assert arena.bytes[5 * UNIT + 3] == written[5 * UNIT + 3]
     assert 0 < arena.resident_bytes() < NBYTES
     arena.bytes[0] = 255 - written[0]
     evict(arena, ALL)
@@ -144,11 +145,11 @@ def test_residency_is_that_of_the_ranges_that_were_fetched(folder):
     fill(arena, ALL)
     assert (arena.resident_bytes(), arena.rss_bytes()) == (NBYTES, NBYTES)
     evict(arena, TWO)
-    assert (arena.resident_bytes(), arena.rss_bytes()) == (6 * MIB, 6 * MIB)
+    assert (arena.resident_bytes(), arena.rss_bytes()) == (6 * UNIT, 6 * UNIT)
     evict(arena, ALL)
     assert (arena.resident_bytes(), arena.rss_bytes()) == (0, 0)
     fetch(arena, TWO)
-    assert (arena.resident_bytes(), arena.rss_bytes()) == (2 * MIB, 2 * MIB)
+    assert (arena.resident_bytes(), arena.rss_bytes()) == (2 * UNIT, 2 * UNIT)
 
 
 def test_a_kernel_that_cannot_populate_has_its_pages_touched(folder, monkeypatch):
@@ -158,23 +159,23 @@ def test_a_kernel_that_cannot_populate_has_its_pages_touched(folder, monkeypatch
     evict(arena, ALL)
     fetch(arena, TWO)
     for first, end in TWO:
-        assert arena.rss_bytes() >= 2 * MIB
+        assert arena.rss_bytes() >= 2 * UNIT
         assert torch.equal(arena.bytes[first:end], written[first:end])
 
 
 def test_what_is_kept_stays_and_has_no_blocks_in_the_file(folder):
-    keep = [(4 * MIB, 6 * MIB), (0, MIB)]  # in any order
-    away = [(MIB, 4 * MIB), (6 * MIB, NBYTES)]
+    keep = [(4 * UNIT, 6 * UNIT), (0, UNIT)]  # in any order
+    away = [(UNIT, 4 * UNIT), (6 * UNIT, NBYTES)]
     arena = MappedFile(NBYTES, keep, folder)
     written = fill(arena, ALL)
     evict(arena, away)
-    assert (arena.resident_bytes(), arena.rss_bytes()) == (3 * MIB, 3 * MIB)
+    assert (arena.resident_bytes(), arena.rss_bytes()) == (3 * UNIT, 3 * UNIT)
     for first, end in keep:
         assert torch.equal(arena.bytes[first:end], written[first:end])
         assert not in_file(arena, first, end).any()
-    assert arena.rss_bytes() == 3 * MIB, "nothing else was read"
+    assert arena.rss_bytes() == 3 * UNIT, "nothing else was read"
     blocks = 512 * os.fstat(arena._file.fileno()).st_blocks
-    assert 5 * MIB <= blocks < 5 * MIB + 64 * 1024, "besides, the list of them"
+    assert 5 * UNIT <= blocks < 5 * UNIT + 64 * 1024, "besides, the list of them"
     fetch(arena, away)
     assert torch.equal(arena.bytes, written)
 
@@ -219,15 +220,44 @@ def test_a_fetch_begins_when_the_eviction_before_it_is_over(folder):
     arena, room = MappedFile(NBYTES, directory=folder), Future()
     evict(arena, ALL)
     ticket = arena.fetch(TWO, room)
-    behind = arena.fetch([(0, MIB)], None)
-    evict(arena, [(7 * MIB, NBYTES)])  # meanwhile
+    arena.wait(arena.fetch([(0, UNIT)], None))  # another thread reads meanwhile
     assert not ticket.done()
-    assert not behind.done(), "the disk is read in the order it was asked"
-    assert arena.resident_bytes() == 0
+    assert arena.resident_bytes() == UNIT
     room.set_result(None)
-    for one in (ticket, behind):
-        assert arena.wait(one) >= 0
-    assert arena.resident_bytes() == 3 * MIB
+    assert arena.wait(ticket) >= 0
+    assert arena.resident_bytes() == 3 * UNIT
+
+
+def test_without_large_folios_ranges_are_read_ahead(folder, monkeypatch):
+    advice: list[tuple[int, int, int]] = []
+    advise = MappedFile._advise
+
+    def noted(self: MappedFile, first: int, end: int, what: int) -> None:
+        if what == mapped_file._POPULATE_READ:
+            raise OSError(errno.EINVAL, "an older kernel")
+        advice.append((first, end, what))
+        advise(self, first, end, what)
+
+    monkeypatch.setattr(MappedFile, "_advise", noted)
+    arena = MappedFile(NBYTES, directory=folder)
+    assert advice[-1] == (0, NBYTES, mmap.MADV_NORMAL), "not MADV_RANDOM, which reads page by page"
+    written = fill(arena, ALL)
+    evict(arena, ALL)
+    advice.clear()
+    arena.wait(arena.fetch(TWO, None))
+    assert advice[:2] == [(*pair, mmap.MADV_WILLNEED) for pair in TWO]
+    assert arena.resident_bytes() == 2 * UNIT
+    assert torch.equal(arena.bytes, written)
+
+
+def test_with_large_folios_a_fault_reads_one_and_no_more(folder):
+    arena = MappedFile(NBYTES, directory=folder)
+    if not arena._large_folios:
+        pytest.skip("this file system has no large folios")
+    written = fill(arena, ALL)
+    evict(arena, ALL)
+    assert arena.bytes[3 * UNIT + 5] == written[3 * UNIT + 5]
+    assert arena.resident_bytes() == UNIT
 
 
 def test_a_wait_takes_the_seconds_until_the_work_is_over_and_none_behind_it(folder):
@@ -255,9 +285,9 @@ def test_the_file_has_no_name(folder):
 
 def test_a_tensor_keeps_the_memory_and_with_it_the_descriptor_and_threads_go(folder):
     before = threading.enumerate()
-    arena = MappedFile(NBYTES, [(0, MIB)], folder)
+    arena = MappedFile(NBYTES, [(0, UNIT)], folder)
     written = fill(arena, ALL)
-    evict(arena, [(MIB, NBYTES)])
+    evict(arena, [(UNIT, NBYTES)])
     fetch(arena, TWO)
     threads = [thread for thread in threading.enumerate() if thread not in before]
     assert sorted(thread.name for thread in threads) == ["qloralab-reads_0", "qloralab-writes_0"]
@@ -350,7 +380,7 @@ def test_a_full_disk_is_told_with_sizes_and_leaves_nothing(folder, monkeypatch):
 
 def test_a_file_that_may_not_grow_is_refused_by_the_system(folder):
     # Python ignores the signal (SIGXFSZ) that comes with it.
-    with limited(resource.RLIMIT_FSIZE, 4 * MIB), pytest.raises(OSError, match="File too large") as caught:
+    with limited(resource.RLIMIT_FSIZE, 4 * UNIT), pytest.raises(OSError, match="File too large") as caught:
         MappedFile(NBYTES, directory=folder)
     assert caught.value.errno == errno.EFBIG
     assert list(folder.iterdir()) == []
@@ -376,7 +406,7 @@ def unwritable(arena: MappedFile) -> Iterator[None]:
 def test_an_eviction_that_fails_raises_nothing_and_its_bytes_stay(folder):
     arena = MappedFile(NBYTES, directory=folder)
     written = fill(arena, TWO)
-    evict(arena, [(0, MIB), (2 * MIB, 5 * MIB), (6 * MIB, NBYTES)])
+    evict(arena, [(0, UNIT), (2 * UNIT, 5 * UNIT), (6 * UNIT, NBYTES)])
     with unwritable(arena):
         arena.wait(arena.evict(TWO[:1], None))
         first = arena.failure
@@ -385,7 +415,7 @@ def test_an_eviction_that_fails_raises_nothing_and_its_bytes_stay(folder):
     assert first.errno == errno.ESPIPE
     assert first.strerror == f"the optimizer's state could not be written to a file in {folder}: Illegal seek"
     assert arena.failure is first, "the first one is kept"
-    assert arena.resident_bytes() == 2 * MIB
+    assert arena.resident_bytes() == 2 * UNIT
     assert torch.equal(arena.bytes, written)
 
 
@@ -413,10 +443,10 @@ def test_a_fetch_behind_an_eviction_that_failed_goes_on(folder):
 def test_a_fetch_that_fails_is_raised_by_the_wait(folder):
     arena = MappedFile(NBYTES, directory=folder)
     evict(arena, ALL)
-    os.ftruncate(arena._file.fileno(), 7 * MIB)
-    ticket = arena.fetch([(6 * MIB, NBYTES)], None)
+    os.ftruncate(arena._file.fileno(), 7 * UNIT)
+    ticket = arena.fetch([(6 * UNIT, NBYTES)], None)
     for _ in range(2):
         with pytest.raises(OSError, match="the optimizer's state could not be read from a file in ") as caught:
             arena.wait(ticket)
         assert caught.value.errno == errno.EFAULT
-    fetch(arena, [(0, MIB)])  # the thread goes on
+    fetch(arena, [(0, UNIT)])  # the thread goes on
