@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ class PagedAdamW(Optimizer):
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         state_bits: 32: float32 moments, 8 bytes an element. 8: codes with a scale for 256 (``adamw_8bit.py``), 2.03.
         budget: bytes of state that may be resident on each device, 16 MiB at least. None: on a CPU all of it is, in
-            ordinary memory; on a GPU it is managed memory, of which the driver evicts what others need.
+            ordinary memory; on a GPU it is managed memory, of which the driver evicts what others need (ordinary
+            memory, with a warning, where ``cuda.bindings`` is not installed).
         nonfinite: what a step does with a gradient that has NaN or infinity. "update": what AdamW does, without
             looking. "skip": nothing (``skipped`` counts these steps). "raise": ValueError, and nothing.
         update_in_backward: update each parameter as soon as its gradient is accumulated, and free the gradient. Then
@@ -144,6 +146,7 @@ class PagedAdamW(Optimizer):
         TypeError: a parameter has another dtype.
         OSError: the disk has no room for the state.
         MemoryError: the GPU has none.
+        ImportError: a budget on a GPU, and no ``cuda.bindings``; the message says what to install.
     """
 
     def __init__(
@@ -323,7 +326,13 @@ class PagedAdamW(Optimizer):
         if device.type == "cuda" and layout.nbytes:
             from .unified_memory import UnifiedMemory
 
-            return UnifiedMemory(layout.nbytes, device, stays, self._oversubscribe)
+            try:
+                return UnifiedMemory(layout.nbytes, device, stays, self._oversubscribe)
+            except ImportError as error:
+                if self._budget is not None:
+                    raise
+                warnings.warn(f"the state is in ordinary memory of {device}: {error}", RuntimeWarning, stacklevel=4)
+                return Memory(layout.nbytes, device)
         if keep == len(layout.ranges):
             return Memory(layout.nbytes, device)
         return MappedFile(layout.nbytes, stays, self._state_dir)

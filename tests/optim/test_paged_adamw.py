@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import qloralab as ql
+from qloralab.optim import paged_adamw, unified_memory
+from qloralab.optim.arena import ALIGNMENT
+from qloralab.optim.chunks import lay_out
 
 MIB = 2**20
 CHUNK = 4 * MIB
@@ -624,3 +627,17 @@ def test_a_group_for_which_the_budget_has_no_place_leaves_the_optimizer_as_it_wa
     assert optimizer.state_dict()["param_groups"] == groups
     assert same(bits(optimizer, params[:1]), before)
     run(optimizer, params[:1], range(1, 2))
+
+
+def test_on_a_gpu_without_the_bindings_only_a_budget_is_an_error(monkeypatch):
+    def missing(*_: Any) -> None:
+        raise ImportError("paging on a GPU needs cuda.bindings")
+
+    optimizer, with_budget = ql.PagedAdamW(make(SMALL)), ql.PagedAdamW(make(SMALL), budget=BUDGET)
+    monkeypatch.setattr(unified_memory, "UnifiedMemory", missing)
+    monkeypatch.setattr(paged_adamw, "Memory", lambda nbytes, device: (nbytes, device))
+    layout, device = lay_out([1000], 4, ALIGNMENT), torch.device("cuda")
+    with pytest.warns(RuntimeWarning, match="ordinary memory of cuda: paging on a GPU needs"):
+        assert optimizer._arena(layout, 1, device) == (layout.nbytes, device)
+    with pytest.raises(ImportError, match=r"needs cuda\.bindings"):
+        with_budget._arena(layout, 1, device)
