@@ -16,6 +16,8 @@ R and a product rate T, a weight costs::
 The first term of two-pass is a fixed price. On an H100 (R = 3.0 TB/s, T = 798 TFLOP/s) it is 335/M of the product, so
 the fused kernel wins below M = 335 e / (1 - e) (``crossing``): 1,004 tokens at e = 0.75, 3,012 at 0.9. Neither N nor K
 is in it. The model leaves out launches and the tail of a small grid.
+On an H100 the fused kernel was the faster one up to 256 tokens in both directions and up to 512 or 1,024 forward; it
+reaches 0.6 to 0.75 of cuBLAS' rate there (``benchmarks/README.md``).
 
 **What is chosen.** The model is an expectation, and no kernel here is trusted before its device has measured it:
 ``decide`` answers "fused" or "canonical" only where a record in the cache says that it and two-pass ran there and it
