@@ -32,7 +32,7 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff format
 
 test: $(READY) ## run the tests, a process for each processor, print the coverage
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --cov --cov-report=term $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --cov --cov-report=term $(ARGS)
 
 fuzz: $(READY) ## open 10,000 spoiled checkpoints
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/test_fuzz.py $(ARGS)
