@@ -23,7 +23,7 @@ from torch import Tensor
 Ranges = Sequence[tuple[int, int]]  # bytes of an arena: [first, end)
 Ticket = Any
 
-ALIGNMENT = 1 << 21  # bytes, of ranges: what the driver of a GPU moves at a time, and many pages of a disk
+ALIGNMENT = 1 << 21  # bytes, of ranges: a large folio of the kernel's cache, and what the driver of a GPU moves at once
 
 
 class Arena(Protocol):

@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from .arena import Ranges, Ticket
+from .arena import ALIGNMENT, Ranges, Ticket
 
 PAGE = mmap.PAGESIZE
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
@@ -50,7 +50,6 @@ IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h; from Linux 5.14
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin
 _WAIT_WRITE_WAIT = 7  # SYNC_FILE_RANGE_WAIT_BEFORE | WRITE | WAIT_AFTER
-_FOLIO = 1 << 21  # bytes
 _FIXED = 0x10  # MAP_FIXED
 
 
@@ -165,21 +164,22 @@ class MappedFile:
 
     def _advise_large_folios(self, away: Ranges) -> bool:
         """Ask for folios of 2 MiB, and find out whether there are any: does one page that is read bring its folio?"""
-        first = next((first for first, end in away if first % _FOLIO == 0 and end - first >= _FOLIO), None)
-        if first is None:
+        if not away:
             return False
-        size, page = len(self.bytes), torch.zeros(_FOLIO // PAGE, dtype=torch.uint8)
+        size, first = len(self.bytes), away[0][0]
+        end = min(first + ALIGNMENT, size)
+        resident = torch.zeros(-(-(end - first) // PAGE), dtype=torch.uint8)
         try:
             self._advise(0, size, mmap.MADV_HUGEPAGE)
             self._advise(0, size, mmap.MADV_RANDOM)
             self._advise(first, first + PAGE, _POPULATE_READ)
-            _check(_libc().mincore(self._address + first, _FOLIO, page.data_ptr()), "mincore")
+            _check(_libc().mincore(self._address + first, end - first, resident.data_ptr()), "mincore")
         except OSError:
             found = False
         else:
-            found = bool((page & 1).all())
-        self._advise(first, first + _FOLIO, mmap.MADV_DONTNEED)
-        os.posix_fadvise(self._file.fileno(), first, _FOLIO, os.POSIX_FADV_DONTNEED)
+            found = bool((resident & 1).all())
+        self._advise(first, end, mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._file.fileno(), first, end - first, os.POSIX_FADV_DONTNEED)
         if not found:
             self._advise(0, size, mmap.MADV_NORMAL)
         return found
