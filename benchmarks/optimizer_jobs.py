@@ -15,7 +15,6 @@ import random
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.optimizer_disk import Disk, kind
 from benchmarks.optimizer_problem import RATE, Problem, advance, digest, make, sizes
 from benchmarks.optimizer_resident import resident
 from benchmarks.optimizer_watch import Watch, status_bytes
+from qloralab.optim.pager import Chunk
 
 SPARE = 64 * 10**6  # bytes beyond the budget: what is allowed for tables, temporary tensors and threads
 TOO_LATE = 3  # exit status: the step was over before the process could be killed in it
@@ -171,7 +171,7 @@ def train(
         advance(params, first)
     for step in range(first, steps):
         if step == kill_in:
-            threading.Thread(target=_kill_midway, args=(optimizer,), daemon=True).start()
+            _kill_midway(optimizer)
         optimizer.step()
         if step == kill_in:
             os._exit(TOO_LATE)
@@ -184,12 +184,19 @@ def train(
 
 
 def _kill_midway(optimizer: ql.PagedAdamW) -> None:
-    """SIGKILL to this process when half of a step's chunks have gone through memory."""
-    paging = optimizer.paging()
-    enough = paging.fetched + (paging.state_bytes - (paging.budget or 0)) // 2
-    while optimizer.paging().fetched < enough:
-        time.sleep(0.001)
-    os.kill(os.getpid(), signal.SIGKILL)
+    """Let the next step send SIGKILL to this process, when half of the chunks that page have been updated."""
+    (pager,) = (device.pager for device in optimizer._devices.values() if device.pager is not None)
+    left = sum(chunk is not None for part in optimizer._parts for chunk in part.moments.chunks) // 2
+    acquire = pager.acquire
+
+    def acquire_or_die(chunk: Chunk) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        acquire(chunk)
+
+    pager.acquire = acquire_or_die
 
 
 def _load_code() -> None:

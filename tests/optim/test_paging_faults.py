@@ -18,7 +18,7 @@ MIDWAY = "an update failed midway: load the parameters and the state from a chec
 
 # 5 million elements: 40 MB of state in 10 chunks, with places for 4. Gradients change with every step.
 COMMON = """
-import hashlib, json, os, resource, signal, threading, time
+import hashlib, json, os, resource, signal
 from pathlib import Path
 import torch
 import qloralab as ql
@@ -48,13 +48,15 @@ def pager(optimizer):
     return device.pager
 
 def midway(optimizer, act):
-    # In a thread: act when half of the bytes of the next step have come.
-    enough = pager(optimizer).counters.fetched + 20 * 2**20
-    def body():
-        while pager(optimizer).counters.fetched < enough:
-            time.sleep(0)
-        act()
-    threading.Thread(target=body, daemon=True).start()
+    # Act when half of the bytes of the next step have come, between two chunks.
+    one = pager(optimizer)
+    enough, acquire = one.counters.fetched + 20 * 2**20, one.acquire
+    def acquire_and_act(chunk):
+        acquire(chunk)
+        if one.counters.fetched >= enough:
+            one.acquire = acquire
+            act()
+    one.acquire = acquire_and_act
 
 def caught(call):
     try:
