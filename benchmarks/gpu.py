@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch.nn import functional as F
 
 from benchmarks.gpu_canaries import Canary, canaries, verdict
@@ -344,8 +345,8 @@ def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
 
 
-def view(path: Path) -> None:
-    """Show the records of a file."""
+def view(path: Path, tables: Callable[[Sequence[Mapping[str, Any]]], Iterator[Table]] = tables) -> None:
+    """Show the records of a file, by default those of this benchmark."""
     console = Console()
     console.width = max(console.width, WIDTH)
     for table in tables(json.loads(path.read_text())):

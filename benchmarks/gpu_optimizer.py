@@ -35,14 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import qloralab as ql
-from benchmarks.gpu import WIDTH, Device, cuda_device, facts, record_file, write
+from benchmarks.gpu import Device, cuda_device, facts, record_file, view, write
+from benchmarks.gpu_optimizer_views import tables
 from benchmarks.gpu_timing import Timer, interleave
 from benchmarks.provenance import RECORDS
 from benchmarks.timing import quantiles
@@ -226,38 +225,29 @@ def ceilings(device: Device, nbytes: int = 2**28) -> Ceilings:
         with torch.cuda.stream(streams[1]):
             pinned[1].copy_(there[1], non_blocking=True)
 
-    def together(*moves: Callable[[], None]) -> None:
-        for move in moves:
-            move()
-
     runtime = Runtime(load_runtime())
     managed = [_managed(runtime, nbytes, where) for _ in range(2)]
 
-    def prefetch(index: int, to: int) -> None:
-        for first in range(0, nbytes, 32 * MIB):
-            size = min(32 * MIB, nbytes - first)
-            runtime.prefetch(managed[index].data_ptr() + first, size, to, streams[index].cuda_stream)
-
-    def prefetch_both() -> None:
-        number = where.index or 0
-        for first in range(0, nbytes, 32 * MIB):
-            size = min(32 * MIB, nbytes - first)
-            runtime.prefetch(managed[0].data_ptr() + first, size, number, streams[0].cuda_stream)
-            runtime.prefetch(managed[1].data_ptr() + first, size, HOST, streams[1].cuda_stream)
-
     number = where.index or 0
-    found = Ceilings(
+
+    def prefetch(*moves: tuple[int, int]) -> None:
+        """Of each one, which memory and to where, in turns."""
+        for first in range(0, nbytes, 32 * MIB):
+            size = min(32 * MIB, nbytes - first)
+            for index, to in moves:
+                runtime.prefetch(managed[index].data_ptr() + first, size, to, streams[index].cuda_stream)
+
+    into, out = (0, number), (1, HOST)
+    away, back = (0, HOST), (1, number)  # to where they begin
+    return Ceilings(
         copy=_best(lambda: there[0].copy_(there[1]), 2 * nbytes),
         to_device=_best(copy_in, nbytes),
         to_host=_best(copy_out, nbytes),
-        both=_best(partial(together, copy_in, copy_out), 2 * nbytes),
-        prefetch_to_device=_best(partial(prefetch, 0, number), nbytes, partial(prefetch, 0, HOST)),
-        prefetch_to_host=_best(partial(prefetch, 1, HOST), nbytes, partial(prefetch, 1, number)),
-        prefetch_both=_best(
-            prefetch_both, 2 * nbytes, partial(together, partial(prefetch, 0, HOST), partial(prefetch, 1, number))
-        ),
+        both=_best(lambda: (copy_in(), copy_out()), 2 * nbytes),
+        prefetch_to_device=_best(partial(prefetch, into), nbytes, partial(prefetch, away)),
+        prefetch_to_host=_best(partial(prefetch, out), nbytes, partial(prefetch, back)),
+        prefetch_both=_best(partial(prefetch, into, out), 2 * nbytes, partial(prefetch, away, back)),
     )
-    return found
 
 
 def points(
@@ -319,49 +309,6 @@ def overlap(device: Device, elements: int = 2**26) -> dict[str, Any]:
     return {"kind": "overlap", "elements": elements, **{name: quantiles(some) for name, some in times.items()}}
 
 
-def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """The steps; beneath, the ceilings and the overlap."""
-    found = {
-        kind: [record for record in records if record["kind"] == kind] for kind in ("ceilings", "overlap", "paging")
-    }
-    first = records[0]
-    lines = []
-    for record in found["ceilings"]:
-        lines += [
-            f"GB/s: copy on the device {record['copy']:,.0f}; pinned memory to the device {record['to_device']:.0f}, "
-            f"to the host {record['to_host']:.0f}, both {record['both']:.0f}; managed memory by prefetch to the device "
-            f"{record['prefetch_to_device']:.0f}, to the host {record['prefetch_to_host']:.1f}, "
-            f"both {record['prefetch_both']:.0f}"
-        ]
-    for record in found["overlap"]:
-        read, written, updated = (record[name]["p50"] for name in ("read", "write", "update"))
-        lines += [f"state on the host, ms: read {read:.1f}, written {written:.1f}, updated {updated:.1f}"]
-    for record in found["paging"]:
-        some = record["budget"]
-        lines += [
-            f"{record['bits']} bits, budget: {some['state_bytes'] / 1e6:.0f} MB of state, "
-            f"{some['resident_bytes'] / 1e6:.0f} resident; the device gave {some['given_by_device'] / 1e6:.0f}; "
-            f"{', '.join(some['pointers'])} memory; bits as without"
-        ]
-    view = Table(title=f"{first['device']}, commit {first['commit']}: a step of AdamW", caption="\n".join(lines))
-    for heading in ("set", "optimizer", "state", "median ms", "bound", "link GB/s", "torch/this", "bnb/this"):
-        view.add_column(heading, justify="left" if heading in ("set", "optimizer", "state") else "right", no_wrap=True)
-    for record in records:
-        if record["kind"] == "point":
-            peer = "bitsandbytes paged" + ("" if record["bits"] == 32 else ", 8 bits")
-            view.add_row(
-                f"{record['set']}, {record['elements'] / 1e6:.0f} M in {record['tensors']:,}",
-                record["optimizer"],
-                "host" if record["away"] else "device",
-                f"{record['ms']['p50']:.3f}",
-                f"{record['roofline_share']:.0%}" if record["roofline_share"] else "",
-                f"{record['link_gb_per_s']:.0f}" if record["link_gb_per_s"] else "",
-                f"{record['ratios']['torch fused']:.2f}" if "torch fused" in record["ratios"] else "",
-                f"{record['ratios'][peer]:.2f}" if peer in record["ratios"] else "",
-            )
-    yield view
-
-
 def run(device: Device, path: Path) -> None:
     """Everything; the records are in the file after every step."""
     from importlib.util import find_spec
@@ -387,14 +334,6 @@ def run(device: Device, path: Path) -> None:
         keep(record)
 
 
-def view(path: Path) -> None:
-    """Show the records of a file."""
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    for table in tables(json.loads(path.read_text())):
-        console.print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure AdamW with state in unified memory.")
@@ -402,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     args = parser.parse_args(arguments)
     if args.view:
-        view(args.view)
+        view(args.view, tables)
         return
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
@@ -410,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = cuda_device()
     path = record_file(args.out, f"optimizer {device.name}")
     run(device, path)
-    view(path)
+    view(path, tables)
 
 
 def _flat(params: Sequence[Parameter]) -> Tensor:

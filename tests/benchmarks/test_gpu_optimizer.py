@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import qloralab as ql
-from benchmarks.gpu import Device
+from benchmarks.gpu import Device, view
 from benchmarks.gpu_optimizer import (
     LORA,
     RATE,
@@ -25,9 +25,8 @@ from benchmarks.gpu_optimizer import (
     make,
     points,
     run,
-    tables,
-    view,
 )
+from benchmarks.gpu_optimizer_views import tables
 from benchmarks.gpu_timing import HostClock
 
 CPU = torch.device("cpu")
@@ -114,7 +113,7 @@ def test_records_are_shown_again(tmp_path, capsys):
     record = {"kind": "overlap", "device": "A GPU", "commit": "abc"}
     record |= {name: {"p50": 1.0} for name in ("read", "write", "update")}
     (tmp_path / "records.json").write_text(json.dumps([record]))
-    view(tmp_path / "records.json")
+    view(tmp_path / "records.json", tables)
     assert "A GPU, commit abc" in capsys.readouterr().out
     main(["--view", str(tmp_path / "records.json")])
     assert "A GPU, commit abc" in capsys.readouterr().out
