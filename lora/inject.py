@@ -55,7 +55,7 @@ def quantize_(
     codebook: str | torch.Tensor = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
@@ -65,7 +65,8 @@ def quantize_(
     Args:
         model: its layers as ``linear_names(model, skip)`` gives them; those already quantized stay as they are.
         codebook, block_size, double_quant: see ``quantize``.
-        compute_dtype: dtype of the products.
+        compute_dtype: dtype of the products; by default what the device multiplies in hardware, bfloat16 or float32, see
+            ``nf4/processor.py``.
         skip: see ``linear_names``.
         progress: called after each weight with how many are done and how many there are.
 

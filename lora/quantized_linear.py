@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qloralab.nf4 import bitsandbytes
 from qloralab.nf4.errors import FormatError
+from qloralab.nf4.processor import compute_dtype as dtype_of
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 
@@ -22,18 +23,21 @@ class QuantizedLinear(nn.Module):
         weight: [out_features, in_features].
         bias: in compute_dtype, or None.
         compute_dtype: the dtype of the product. The input is converted to it, the output back.
+        follows_device: whether compute_dtype was left open. Then it is what the weight's device multiplies in hardware
+            (``nf4/processor.py``), also after the layer has moved to another one.
     """
 
     bias: Tensor | None
 
     def __init__(
-        self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16
+        self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ):
         super().__init__()
         self.weight = weight
-        self.compute_dtype = compute_dtype
+        self.follows_device = compute_dtype is None
+        self.compute_dtype = compute_dtype or dtype_of(weight.device).dtype
         self.out_features, self.in_features = weight.shape
-        frozen = None if bias is None else nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
+        frozen = None if bias is None else nn.Parameter(bias.detach().to(self.compute_dtype), requires_grad=False)
         self.register_parameter("bias", frozen)
 
     @classmethod
@@ -43,7 +47,7 @@ class QuantizedLinear(nn.Module):
         codebook: str | Tensor = "nf4",
         block_size: int = 64,
         double_quant: bool = True,
-        compute_dtype: torch.dtype = torch.bfloat16,
+        compute_dtype: torch.dtype | None = None,
         name: str = "layer",
     ) -> QuantizedLinear:
         """Quantize the weight of a linear layer; the layer itself is not changed.
@@ -66,8 +70,13 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        self.weight = self.weight.map(fn)
+        self._set_weight(self.weight.map(fn))
         return super()._apply(fn, recurse)
+
+    def _set_weight(self, weight: QuantizedTensor) -> None:
+        if self.follows_device and weight.device != self.weight.device:
+            self.compute_dtype = dtype_of(weight.device).dtype
+        self.weight = weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -95,4 +104,4 @@ class QuantizedLinear(nn.Module):
             return
         if not local_metadata.get("assign_to_params_buffers", False):
             weight = weight.to(self.weight.device).clone()  # as copy_ does, which parameters are loaded by
-        self.weight = weight
+        self._set_weight(weight)

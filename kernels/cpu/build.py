@@ -33,7 +33,6 @@ QLORALAB_CACHE   the cache folder
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -46,6 +45,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from qloralab.nf4.processor import cpu_features, supported_isas
 
 FLAGS = (
     "-O3",
@@ -74,9 +75,6 @@ ISAS = {
     "avx2": (("-march=x86-64-v3",),),
     "portable": (("-DQLORALAB_PORTABLE",),),
 }
-# What /proc/cpuinfo calls the features of x86-64-v3 and -v4 (System V ABI, table 3.1); abm is lzcnt.
-AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
-AVX512 = AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 
 
 class BuildError(RuntimeError):
@@ -126,23 +124,6 @@ def load(
     except OSError as error:
         hint = "if its folder is mounted noexec, set QLORALAB_CACHE to one that is not"
         raise BuildError(f"{path} does not load ({error}); {hint}") from None
-
-
-def supported_isas() -> tuple[str, ...]:
-    """The instruction sets that this machine can run, by name; the first is the one to use."""
-    features = set(cpu_features().split())
-    have = {"avx512": features >= AVX512, "avx2": features >= AVX2}
-    return tuple(isa for isa in ISAS if have.get(isa, True))
-
-
-@functools.cache
-def cpu_features() -> str:
-    """The features of the first processor, as Linux lists them in /proc/cpuinfo; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def cache_folder() -> Path:

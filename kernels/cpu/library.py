@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
+from qloralab.nf4.processor import cpu_features, isa
 
 from ..adamw import Rates
 from ..adamw_8bit import BLOCK_SIZE as MOMENTS_PER_BLOCK
 from ..adamw_8bit import moment_tables
 from . import pool
-from .build import cpu_features, load
+from .build import load
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
@@ -223,9 +224,10 @@ def open() -> Library:  # noqa: A001  # library.open() says what it does
     """The library for this machine, compiled if it is not in the cache.
 
     Raises:
+        ValueError: QLORALAB_ISA cannot be honoured, see ``nf4/processor.py``.
         BuildError: see ``build``.
     """
-    return Library()
+    return Library(isa())
 
 
 def weight_of(
