@@ -1,4 +1,4 @@
-"""Which implementation serves an operator, and why.
+"""Which implementation serves an operator, and why; and in which dtype a device multiplies.
 
 Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
 use; on NVIDIA GPUs one in Triton (``gpu/first_use.py``). ``QLORALAB_CPU`` chooses, read when the first operator runs:
@@ -9,8 +9,11 @@ native     C, or ``BuildError``
 reference  plain PyTorch; nothing is compiled
 =========  ============================================================================================
 
+``QLORALAB_ISA`` (native, avx512, avx2, portable; read then too) is the instruction set that the C is compiled for: the
+machine's own, or a lower one, to test and to measure what slower machines run. ``compute_dtype`` follows it.
+
 An automatic choice may fall back, and ``report`` shows what was chosen. An explicit one that cannot be honoured raises.
-Importing compiles nothing. A process compiles at most once: what failed is not tried again.
+Importing compiles nothing. A process compiles at most once for an instruction set: what failed is not tried again.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch._library.custom_ops import CustomOpDef
 
+from qloralab.nf4 import processor
+from qloralab.nf4.processor import compute_dtype as compute_dtype  # this is where one asks
+
 from .cpu.build import BuildError
 
 if TYPE_CHECKING:
@@ -37,7 +43,8 @@ CHUNK_UPDATES = ("adamw", "adamw_8bit")
 
 _lock = threading.Lock()
 _mode: str | None = None
-_opened: Library | BuildError | None = None
+_isa: str | None = None
+_opened: dict[str, Library | BuildError] = {}  # by instruction set
 _warned = False
 
 
@@ -53,11 +60,23 @@ def mode() -> str:
     return _mode
 
 
+def isa() -> str:
+    """The instruction set that the C is compiled for: native, or the lower one that was asked for.
+
+    Raises:
+        ValueError: QLORALAB_ISA cannot be honoured, see ``nf4/processor.py``.
+    """
+    global _isa
+    if _isa is None:
+        _isa = processor.isa()
+    return _isa
+
+
 def native() -> Library | None:
     """The compiled library, or None where the reference is to run. The first call may compile, for some seconds.
 
     Raises:
-        ValueError: QLORALAB_CPU is none of the three.
+        ValueError: QLORALAB_CPU is none of the three, or QLORALAB_ISA cannot be honoured.
         BuildError: the choice is native, and there is no library.
     """
     choice = mode()
@@ -73,23 +92,29 @@ def native() -> Library | None:
 
 
 @contextmanager
-def use(choice: str) -> Iterator[None]:
+def use(choice: str, isa: str | None = None) -> Iterator[None]:
     """Run the body with another choice, for tests and benchmarks that compare implementations in one process.
 
-    The whole process changes, not this thread alone: operators also run on threads of autograd.
+    The whole process changes, not this thread alone: operators also run on threads of autograd. The compute dtype stays
+    as it is: layers have theirs already.
 
     Args:
         choice: auto, native or reference.
+        isa: the instruction set of the C, one of ``nf4.processor.supported_isas()``; None: as before.
 
     Raises:
-        ValueError: another word.
+        ValueError: another word, or an instruction set that this machine lacks.
     """
-    global _mode
-    before, _mode = _mode, _checked(choice, "the implementation")
+    global _mode, _isa
+    choice = _checked(choice, "the implementation")
+    if isa is not None and isa not in processor.supported_isas():
+        raise ValueError(f"the instruction set here is one of {', '.join(processor.supported_isas())}, not {isa!r}")
+    before = _mode, _isa
+    _mode, _isa = choice, isa or _isa
     try:
         yield
     finally:
-        _mode = before
+        _mode, _isa = before
 
 
 def report(device: str = "cpu") -> list[dict[str, str]]:
@@ -101,7 +126,8 @@ def report(device: str = "cpu") -> list[dict[str, str]]:
         device: "cpu" or "cuda"; the current one of the GPUs.
 
     Raises:
-        ValueError: another device, or QLORALAB_CPU (QLORALAB_GPU) is none of its three words.
+        ValueError: another device, QLORALAB_CPU (QLORALAB_GPU) is none of its three words, or QLORALAB_ISA cannot be
+            honoured.
     """
     if device == "cuda":
         from .gpu import operators as gpu_operators
@@ -124,7 +150,8 @@ def report(device: str = "cpu") -> list[dict[str, str]]:
             implementation, why = "reference", "there is no C for it"
         else:
             threads = f"on the threads of {opened.pool.path.name}" if opened.pool else "on one thread"
-            implementation, why = "native", f"C compiled for {opened.isa}, {threads}"
+            asked = f" ({processor.VARIABLE}={opened.isa})" if os.environ.get(processor.VARIABLE) == opened.isa else ""
+            implementation, why = "native", f"C compiled for {opened.isa}{asked}, {threads}"
         rows.append({"operator": name, "device": "cpu", "implementation": implementation, "why": why})
     return rows
 
@@ -136,18 +163,18 @@ def _checked(choice: str, what: str) -> str:
 
 
 def _open() -> Library | BuildError:
-    """The library, or why there is none; found out once."""
-    global _opened
-    if _opened is None:  # the lock is for the first call only
+    """The library for the instruction set, or why there is none; found out once."""
+    name = isa()
+    if name not in _opened:  # the lock is for the first call only
         with _lock:
-            if _opened is None:
-                from .cpu import library
+            if name not in _opened:
+                from .cpu.library import Library
 
                 try:
-                    _opened = library.open()
+                    _opened[name] = Library(name)
                 except BuildError as error:
-                    _opened = error.with_traceback(None)
-    return _opened
+                    _opened[name] = error.with_traceback(None)
+    return _opened[name]
 
 
 def _warn_once(error: BuildError) -> None:

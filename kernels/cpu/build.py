@@ -4,7 +4,7 @@ A wheel with compiled code would serve one instruction set; source serves the ma
 seconds, once: the shared library is kept under a name that holds a hash of everything that decides what is in it::
 
     <cache>/<stem of the first source>-<hash>.so
-    hash    = sources and headers, flags, compiler and its version, CPU features, machine
+    hash    = sources and headers, instruction set, flags, compiler and its version, CPU features, machine
     <cache> = $QLORALAB_CACHE, else $XDG_CACHE_HOME/qloralab, else ~/.cache/qloralab
 
 **Several processes at once.** Each compiles into a temporary folder inside the cache and renames the result into
@@ -27,6 +27,7 @@ see ``pool.py``.
 CC               the compiler, with arguments if need be; otherwise the first of cc, gcc, clang on PATH
 QLORALAB_CFLAGS  flags that come after ours, for sanitizers and experiments
 QLORALAB_CACHE   the cache folder
+QLORALAB_ISA     the instruction set that the operators ask for, see ``kernels/dispatch.py``
 ===============  =====================================================================================
 """
 

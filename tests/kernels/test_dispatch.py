@@ -17,6 +17,8 @@ import qloralab as ql
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.kernels.cpu.library import Library
+from qloralab.nf4 import processor
+from qloralab.nf4.processor import supported_isas
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def fresh(monkeypatch) -> None:
     """As if nothing was chosen or loaded yet. What other tests compiled is in the user's cache."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    for name, value in {"_mode": None, "_opened": None, "_warned": False}.items():
+    for variable in (dispatch.VARIABLE, processor.VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    for name, value in {"_mode": None, "_isa": None, "_opened": {}, "_warned": False}.items():
         monkeypatch.setattr(dispatch, name, value)
 
 
@@ -57,6 +60,43 @@ def test_another_word_is_refused(value, function, fresh, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, value)
     with pytest.raises(ValueError, match=f"QLORALAB_CPU is one of auto, native, reference, not '{value}'"):
         function()
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("isa", supported_isas())
+def test_the_instruction_set_is_the_one_that_was_asked_for(isa, fresh, monkeypatch):
+    monkeypatch.setenv(processor.VARIABLE, isa)
+    library = dispatch.native()
+    assert library is not None
+    assert library.isa == dispatch.isa() == isa
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_instruction_set_is_the_machines_own_unless_asked(value, fresh, monkeypatch):
+    if value is not None:
+        monkeypatch.setenv(processor.VARIABLE, value)
+    assert dispatch.isa() == "native"
+
+
+@pytest.mark.parametrize("choice", ["auto", "native"])
+@pytest.mark.parametrize("function", [dispatch.isa, dispatch.native, dispatch.report, dispatch.compute_dtype])
+def test_an_instruction_set_that_cannot_be_had_is_refused_every_time(function, choice, no_compiler, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, choice)
+    monkeypatch.setattr(processor, "cpu_features", lambda: "fpu sse2")
+    for value, message in [
+        ("avx2", "QLORALAB_ISA asks for avx2; this machine runs native, portable"),
+        ("mmx", "QLORALAB_ISA is one of native, avx512, avx2, portable, not 'mmx'"),
+    ]:
+        monkeypatch.setenv(processor.VARIABLE, value)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                function()
+    assert not no_compiler.exists()
+
+
+def test_the_compute_dtype_follows_the_instruction_set(fresh, monkeypatch):
+    monkeypatch.setenv(processor.VARIABLE, "portable")
+    assert dispatch.compute_dtype() == (torch.float32, "QLORALAB_ISA=portable has no bfloat16 product")
 
 
 def test_the_reference_compiles_nothing(no_compiler, monkeypatch, tmp_path):
@@ -146,6 +186,43 @@ def test_use_refuses_another_word(fresh):
     assert dispatch.mode() == "auto"
 
 
+@pytest.mark.compiler
+def test_use_changes_the_instruction_set_and_gives_it_back(fresh):
+    weight = torch.randn(33, 65)
+    own = dispatch.native()
+    packed = []
+    for isa in supported_isas():
+        with dispatch.use("native", isa=isa):
+            library = dispatch.native()
+            assert library is not None
+            assert library.isa == isa
+            with dispatch.use("native"):  # without a word about it, it stays
+                assert dispatch.native() is library
+            with pytest.raises(RuntimeError, match="out of the body"), dispatch.use("reference", isa="portable"):
+                raise RuntimeError("out of the body")
+            assert dispatch.native() is library
+            packed.append(ql.quantize(weight).packed)
+    assert dispatch.native() is own
+    assert all(torch.equal(one, packed[0]) for one in packed)
+
+
+def test_each_instruction_set_is_compiled_once(no_compiler):
+    for _ in range(2):
+        for isa in ("native", "portable"):
+            with pytest.raises(BuildError, match="failed"), dispatch.use("native", isa=isa):
+                dispatch.native()
+    assert no_compiler.read_text() == "ran\n" * 2
+
+
+@pytest.mark.parametrize("isa", ["avx2", "mmx", ""])
+def test_use_refuses_an_instruction_set_that_is_not_here(isa, fresh, monkeypatch):
+    monkeypatch.setattr(processor, "cpu_features", lambda: "fpu sse2")
+    message = f"the instruction set here is one of native, portable, not '{isa}'"
+    with pytest.raises(ValueError, match=message), dispatch.use("reference", isa=isa):
+        pass
+    assert (dispatch.mode(), dispatch.isa()) == ("auto", "native")
+
+
 def by_operator() -> dict[str, tuple[str, str]]:
     rows = dispatch.report()
     assert all(set(row) == {"operator", "device", "implementation", "why"} and row["device"] == "cpu" for row in rows)
@@ -165,6 +242,16 @@ def test_the_report_where_it_compiles(fresh):
     for operator, (implementation, why) in by_operator().items():
         assert implementation == "native", operator
         assert why.startswith("C compiled for native, on the threads of lib")
+
+
+@pytest.mark.compiler
+def test_the_report_shows_an_instruction_set_that_was_asked_for(fresh, monkeypatch):
+    monkeypatch.setenv(processor.VARIABLE, "portable")
+    for _, why in by_operator().values():
+        assert why.startswith("C compiled for portable (QLORALAB_ISA=portable), on the threads of lib")
+    with dispatch.use("native", isa="native"):
+        for _, why in by_operator().values():
+            assert why.startswith("C compiled for native, on the threads of lib")
 
 
 @pytest.mark.compiler
