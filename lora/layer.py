@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qloralab.nf4 import ops
+from qloralab.nf4.product import addmm, matmul
 
 from .config import LoraConfig
 from .quantized_linear import QuantizedLinear
@@ -115,10 +116,10 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor) -> Tensor:
-        h = _rows(_dropped(x, seed, p)) @ A.T  # [tokens, r]
+        h = matmul(_rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
         ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
-        return torch.addmm(_rows(y), h, B.T, alpha=scaling).view(y.shape)
+        return addmm(_rows(y), h, B.T, alpha=scaling).view(y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -126,10 +127,10 @@ class _AddLowRank(torch.autograd.Function):
         (dy,) = grads
         x, A, B, h, seed = ctx.saved_tensors
         grad = _rows(dy)
-        G = (grad @ B).mul_(ctx.scaling)
-        dB = (grad.T @ h).mul_(ctx.scaling)
-        dA = G.T @ _rows(_dropped(x, seed, ctx.p))
-        dx = _dropped((G @ A).view(x.shape), seed, ctx.p) if ctx.needs_input_grad[1] else None
+        G = matmul(grad, B).mul_(ctx.scaling)
+        dB = matmul(grad.T, h).mul_(ctx.scaling)
+        dA = matmul(G.T, _rows(_dropped(x, seed, ctx.p)))
+        dx = _dropped(matmul(G, A).view(x.shape), seed, ctx.p) if ctx.needs_input_grad[1] else None
         return dy, dx, dA, dB, None, None, None
 
 

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from .autocast import without_autocast
+from .product import addmm, matmul
 
 _LANES = 4  # 16-bit lanes of a word
 _ROW_ALIGNMENT = 32  # elements
@@ -129,8 +130,8 @@ def adapted_linear(
     """
     y = torch.ops.qloralab.linear(x, packed, scales, absmax2, offset, values, shape, block_size, bias)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    h = (_kept(_rows(x), _mask(x, seed, p)) @ A.T).mul_(scaling / (1 - rate(p)))
-    return _rows(y).addmm_(h, B.T).view(y.shape), h
+    h = matmul(_kept(_rows(x), _mask(x, seed, p)), A.T).mul_(scaling / (1 - rate(p)))
+    return addmm(_rows(y), h, B.T).view(y.shape), h
 
 
 @without_autocast
@@ -167,12 +168,12 @@ def adapted_linear_backward(
     """
     g, keep = _rows(grad), _mask(x, seed, p)  # [tokens, N], [tokens, K]
     low_A, low_B = A.to(x.dtype), B.to(x.dtype)
-    G = (g @ low_B).mul_(scaling / (1 - rate(p)))  # [tokens, r]
-    dA, dB = (G.T @ _kept(_rows(x), keep)).to(A.dtype), (g.T @ h).to(B.dtype)
+    G = matmul(g, low_B).mul_(scaling / (1 - rate(p)))  # [tokens, r]
+    dA, dB = matmul(G.T, _kept(_rows(x), keep)).to(A.dtype), matmul(g.T, h).to(B.dtype)
     if not needs_input:
         return x.new_empty(0), dA, dB
     dx = torch.ops.qloralab.linear_grad_input(grad, packed, scales, absmax2, offset, values, shape, block_size)
-    return dx.add_(_kept(G @ low_A, keep).view(x.shape)), dA, dB
+    return dx.add_(_kept(matmul(G, low_A), keep).view(x.shape)), dA, dB
 
 
 def _mask(x: Tensor, seed: Tensor, p: float) -> Tensor | None:

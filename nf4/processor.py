@@ -101,7 +101,15 @@ def compute_dtype(device: torch.device | str = "cpu") -> ComputeDtype:
         return ComputeDtype(dtype, f"a GPU of sm_{major}{minor} {can} bfloat16 in hardware")
     if device.type != "cpu":
         return ComputeDtype(torch.float32, f"whether {device.type} multiplies bfloat16 in hardware is not known")
-    return _of_the_cpu()
+    return _of_the_cpu(isa(), _lowered())
+
+
+def emulates(x: torch.Tensor) -> bool:
+    """Whether a product of PyTorch's in the dtype of x, on its device, is emulated: 16 bits on a CPU without bfloat16
+    products. float16 always is one of these on a CPU: few have such products. Not while torch.compile traces."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.dtype == torch.float16 or compute_dtype("cpu").dtype == torch.float32
 
 
 def processor_class() -> str:
@@ -121,8 +129,8 @@ def processor_class() -> str:
     return "avx2" if widest == "avx512" and lowered_torch else widest
 
 
-def _of_the_cpu() -> ComputeDtype:
-    chosen = isa()
+@functools.cache
+def _of_the_cpu(chosen: str, lowered: str | None) -> ComputeDtype:
     if chosen != "native":
         return ComputeDtype(torch.float32, f"{VARIABLE}={chosen} has no bfloat16 product")
     features = set(cpu_features().split())
@@ -130,7 +138,7 @@ def _of_the_cpu() -> ComputeDtype:
     if has is None:
         wanted = "Arm's BF16" if platform.machine() == "aarch64" else "AVX512-BF16"
         return ComputeDtype(torch.float32, f"the processor has no {wanted}; bfloat16 products would be emulated")
-    if lowered := _lowered():
+    if lowered:
         return ComputeDtype(torch.float32, f"{lowered} makes PyTorch emulate bfloat16 products")
     return ComputeDtype(torch.bfloat16, f"the processor has {has}")
 

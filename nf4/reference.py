@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import blockwise, double
+from . import blockwise, double, product
 from .adapter import adapted_linear, adapted_linear_backward, dropout
 from .autocast import without_autocast
 from .double import quantize_scales
@@ -103,7 +102,7 @@ def linear(
         the dtype of x, [..., N].
     """
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    return F.linear(x, torch.ops.qloralab.dequantize(*operands, x.dtype), bias)
+    return product.linear(x, torch.ops.qloralab.dequantize(*operands, x.dtype), bias)
 
 
 @without_autocast
@@ -127,4 +126,4 @@ def linear_grad_input(
         the dtype of grad, [..., K].
     """
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    return grad @ torch.ops.qloralab.dequantize(*operands, grad.dtype)
+    return product.matmul(grad, torch.ops.qloralab.dequantize(*operands, grad.dtype))

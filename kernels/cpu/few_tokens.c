@@ -4,71 +4,88 @@
    cache), looked up in a register and multiplied there; no decoded weight is written anywhere. The accumulators run
    along k and are summed up at the end of a row.
 
-   AVX512-BF16 multiplies 32 pairs of bfloat16 and adds them to 16 float32 in one instruction. Elsewhere a row is decoded
-   into a buffer of L1's size and multiplied in float32, from the same bfloat16 weights. */
-#include "weight.h"
+       AVX512-BF16   of bfloat16: 32 pairs multiplied and added to 16 float32 in one instruction
+       AVX512        vpermps: 16 float32 looked up in one instruction
+       AVX2          vpshufb: 32 bytes looked up in one instruction. Of bfloat16, two for the bytes of the block's weights;
+                     of float32, four for those of the codebook, and a multiplication by the scale
+       otherwise     a part of a row is decoded into a buffer of L1's size
+
+   A look-up takes codes in the order in which they lie in a register, so x is brought into that order before: the even
+   ones meet the high nibbles, the odd ones the low nibbles. Weights are rounded to the dtype of x first, as dequantize
+   does; sums are float32. */
+#include "lanes.h"
 
 enum {
     PASS = 8,       /* tokens at a time */
     PASSES = 2,
     ROWS = 64,      /* of the weight, per task: its codes are in the L2 cache when the second pass wants them */
     STRETCH = 4096, /* weights of a row at a time */
+    GROUP = 64,     /* weights that are looked up together: 32 bytes of codes */
 };
 enum { ALONE = 1 << 20 }; /* multiplications that one thread is done with before another is awake: 40 microseconds */
 
-typedef struct {
+typedef struct few_job {
     const weight *w;
-    const uint16_t *x;    /* bfloat16 [tokens, K] */
-    const uint16_t *bias; /* bfloat16 [N] or NULL */
-    uint16_t *y;          /* bfloat16 [tokens, N] */
+    dtype type;       /* of x, bias and y */
+    const void *x;    /* as the function that takes rows wants it */
+    const void *bias; /* [N] or NULL */
+    void *y;          /* [tokens, N] */
     int64_t tokens;
-    int split; /* x is as split_pairs leaves it */
+    void (*rows)(const struct few_job *job, int64_t n, int rows);
 } few_job;
 
 static inline void store(const few_job *job, int64_t m, int64_t n, float sum)
 {
-    sum += job->bias ? from_bf16(job->bias[n]) : 0.0f;
-    job->y[m * job->w->rows + n] = bf16(sum);
+    int64_t at = m * job->w->rows + n;
+    sum += job->bias ? number(job->bias, job->type, n) : 0.0f;
+    if (job->type == FLOAT32)
+        ((float *)job->y)[at] = sum;
+    else
+        ((uint16_t *)job->y)[at] = job->type == BFLOAT16 ? bf16(sum) : fp16_in_software(sum);
 }
 
-static inline floats widen(const uint16_t *p)
-{
-    halves h;
-    memcpy(&h, p, sizeof h);
-    return (floats)(__builtin_convertvector(h, words) << 16);
-}
-
-static inline float total(floats v)
+static inline float total(lane v)
 {
     float sum = 0.0f;
-    for (int i = 0; i < 16; i++)
+    for (int i = 0; i < LANE; i++)
         sum += v[i];
     return sum;
 }
 
-/* Row n, any shape and block size. */
-static void any_row(const few_job *job, int64_t n)
+static int64_t padded(int64_t K) { return ceil_div(K, GROUP) * GROUP; }
+
+/* x as float32 [tokens, padded K], 0 behind its end. */
+static void widen_rows(const void *x, dtype type, int64_t tokens, int64_t K, float *out)
+{
+    for (int64_t m = 0; m < tokens; m++)
+        for (int64_t k = 0; k < padded(K); k += LANE, out += LANE)
+            store_lane(out, load_numbers(x, type, m * K + k, K - k));
+}
+
+/* Rows from n on, any shape and block size. */
+static void any_rows(const few_job *job, int64_t n, int rows)
 {
     int64_t K = job->w->columns;
-    uint16_t row[STRETCH], rest[16] = {0};
-    floats acc[PASS] = {{0}};
-    for (int64_t k = 0; k < K; k += STRETCH) {
-        int64_t length = min64(STRETCH, K - k), i = 0;
-        decode(job->w, n * K + k, length, BFLOAT16, row, 0);
-        for (; i + 16 <= length; i += 16)
-            for (int64_t m = 0; m < job->tokens; m++)
-                acc[m] += widen(row + i) * widen(job->x + m * K + k + i);
-        for (; i < length; i += 16) { /* the last few, completed by zeros */
-            size_t bytes = 2 * (size_t)(length - i);
-            memset(row + length, 0, 32 - bytes);
-            for (int64_t m = 0; m < job->tokens; m++) {
-                memcpy(rest, job->x + m * K + k + i, bytes);
-                acc[m] += widen(row + i) * widen(rest);
-            }
+    float row[STRETCH];
+    uint16_t low[STRETCH];
+    for (; rows > 0; rows--, n++) {
+        lane acc[PASS] = {{0}};
+        for (int64_t k = 0; k < K; k += STRETCH) {
+            int64_t length = min64(STRETCH, K - k);
+            decode(job->w, n * K + k, length, job->type, job->type == FLOAT32 ? (void *)row : (void *)low, 0);
+            for (int64_t i = 0; i < length && job->type != FLOAT32; i += LANE)
+                store_lane(row + i, load_numbers(low, job->type, i, length - i));
+            for (int64_t i = length; i % LANE; i++)
+                row[i] = 0.0f;
+            for (int64_t i = 0; i < length; i += LANE)
+                for (int64_t m = 0; m < job->tokens; m++) {
+                    const float *x = (const float *)job->x + m * padded(K) + k + i;
+                    acc[m] = multiply_add(load_lane(row + i), load_lane(x), acc[m]);
+                }
         }
+        for (int64_t m = 0; m < job->tokens; m++)
+            store(job, m, n, total(acc[m]));
     }
-    for (int64_t m = 0; m < job->tokens; m++)
-        store(job, m, n, total(acc[m]));
 }
 
 #if HAVE_AVX512 && defined(__AVX512BF16__)
@@ -87,8 +104,8 @@ static void split_pairs(const uint16_t *x, int64_t tokens, int64_t K, uint16_t *
 
 /* `rows` rows from n times `tokens` tokens. Inlined with constant counts, and with a constant `blocks`: how many blocks
    64 weights are: 2, or 1 for a block of 64 or a part of a larger one. */
-static inline __attribute__((always_inline)) void block_rows(const few_job *job, int64_t n, int rows, int tokens,
-                                                             int blocks)
+static inline __attribute__((always_inline)) void bf16_block_rows(const few_job *job, int64_t n, int rows, int tokens,
+                                                                  int blocks)
 {
     const weight *w = job->w;
     int64_t K = w->columns, inside = w->block_size - 1;
@@ -112,7 +129,7 @@ static inline __attribute__((always_inline)) void block_rows(const few_job *job,
             codes[r] = w->packed + flat / 2;
             block_scales(w, (int64_t)(flat >> shift), length >> shift, scales[r]);
         }
-        const uint16_t *x = job->x + first * tokens;
+        const uint16_t *x = (const uint16_t *)job->x + first * tokens;
         for (int64_t k = 0; k < length; k += 64, x += 64 * tokens) {
             __m512bh even[2], odd[2];
             for (int r = 0; r < rows; r++) {
@@ -146,19 +163,14 @@ static inline __attribute__((always_inline)) void block_rows(const few_job *job,
             store(job, m, n + r, _mm512_reduce_add_ps(_mm512_add_ps(acc[r][m][0], acc[r][m][1])));
 }
 
-static void some_rows(const few_job *job, int64_t n, int rows)
+static void bf16_rows(const few_job *job, int64_t n, int rows)
 {
-    if (!job->split) {
-        for (int r = 0; r < rows; r++)
-            any_row(job, n + r);
-        return;
-    }
 #define CASE(R, M) \
     case 16 * R + M: \
         if (job->w->block_size == 32) \
-            block_rows(job, n, R, M, 2); \
+            bf16_block_rows(job, n, R, M, 2); \
         else \
-            block_rows(job, n, R, M, 1); \
+            bf16_block_rows(job, n, R, M, 1); \
         break;
     switch (16 * rows + (int)job->tokens) {
         CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6) CASE(2, 7) CASE(2, 8)
@@ -168,17 +180,204 @@ static void some_rows(const few_job *job, int64_t n, int rows)
 }
 
 /* Two rows share what is loaded of x. One row alone is read as one stream, which the processor foresees best. */
-static int rows_at_once(int64_t tokens) { return tokens <= 2 ? 1 : 2; }
+static int rows_at_once(const few_job *job) { return job->rows != bf16_rows || job->tokens <= 2 ? 1 : 2; }
 
 #else
 
-static void some_rows(const few_job *job, int64_t n, int rows)
+static int rows_at_once(const few_job *job) { return (void)job, 1; }
+
+#endif
+
+#if HAVE_AVX512 || HAVE_AVX2
+
+#if HAVE_AVX512
+
+/* Which of 64 neighbours in x comes at place j of their group. */
+static int in_order(dtype type, int j) { return (void)type, j / 32 * 32 + j % 16 * 2 + j / 16 % 2; }
+
+/* What decodes a group: the table of each of its halves, which are of one block or of two. */
+typedef struct {
+    lane values, half[2];
+} few_table;
+
+static inline few_table make_table(const weight *w, dtype type)
 {
-    for (int r = 0; r < rows; r++)
-        any_row(job, n + r);
+    (void)type;
+    return (few_table){load_lane(w->values), {{0}}};
 }
 
-static int rows_at_once(int64_t tokens) { return (void)tokens, 1; }
+static inline void enter_block(few_table *t, dtype type, float a, float b, int blocks)
+{
+    t->half[0] = round_to(type, t->values * a);
+    t->half[1] = blocks == 2 ? round_to(type, t->values * b) : t->half[0];
+}
+
+/* Number v of the vectors that a group is: 64 / LANE of them. */
+static inline __attribute__((always_inline)) void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
+                                                                lane out[GROUP / LANE])
+{
+    (void)type;
+    for (int half = 0; half < 2; half++) {
+        __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * half)));
+        out[2 * half] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), t->half[half]);
+        out[2 * half + 1] = _mm512_permutexvar_ps(bytes, t->half[half]);
+    }
+}
+
+#else
+
+static int in_order(dtype type, int j)
+{
+    int v = j / 8, nibble = v / 4, half = v / 2 % 2, third = v % 2, lane_half = j / 4 % 2, i = j % 4;
+    return 32 * lane_half + 16 * half + nibble + (type == BFLOAT16 ? 4 * i + 2 * third : 2 * i + 8 * third);
+}
+
+/* What decodes a group. Of float32: bytes of the codebook, and the scales; of bfloat16: bytes of the block's weights, the low
+   ones and the high ones. The halves of a register are the halves of a group. */
+typedef struct {
+    planes t;
+    lane scale;
+    __m256 values[2]; /* 0 ... 3 and 8 ... 11, 4 ... 7 and 12 ... 15: packing brings them in order */
+    __m256i low, high;
+} few_table;
+
+static inline few_table make_table(const weight *w, dtype type)
+{
+    few_table t = {0};
+    const float *v = w->values;
+    if (type == FLOAT32)
+        t.t = make_planes(v);
+    for (int i = 0; i < 2; i++)
+        t.values[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(v + 4 * i)), _mm_loadu_ps(v + 8 + 4 * i), 1);
+    return t;
+}
+
+/* The 16 weights of a block as bfloat16: their low bytes in both halves of a register, and their high bytes. */
+static inline void bytes_of_block(const few_table *t, float scale, __m256i *low, __m256i *high)
+{
+    __m256i a = _mm256_castps_si256(round_to(BFLOAT16, t->values[0] * scale));
+    __m256i b = _mm256_castps_si256(round_to(BFLOAT16, t->values[1] * scale));
+    __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(words, 8));
+    *low = _mm256_permute4x64_epi64(bytes, 0x88);
+    *high = _mm256_permute4x64_epi64(bytes, 0xdd);
+}
+
+static inline void enter_block(few_table *t, dtype type, float a, float b, int blocks)
+{
+    if (type == FLOAT32) {
+        t->scale = _mm256_insertf128_ps(all_lanes(a), _mm_set1_ps(blocks == 2 ? b : a), 1);
+        return;
+    }
+    bytes_of_block(t, a, &t->low, &t->high);
+    if (blocks == 2) {
+        __m256i low, high;
+        bytes_of_block(t, b, &low, &high);
+        t->low = _mm256_blend_epi32(t->low, low, 0xf0);
+        t->high = _mm256_blend_epi32(t->high, high, 0xf0);
+    }
+}
+
+static inline __attribute__((always_inline)) void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
+                                                                lane out[GROUP / LANE])
+{
+    const __m256i nibble = _mm256_set1_epi8(15), above = _mm256_set1_epi32((int)0xffff0000);
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)codes);
+    __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), _mm256_and_si256(bytes, nibble)};
+    for (int i = 0; i < 2; i++) {
+        if (type == FLOAT32) {
+            look_up32(index[i], &t->t, out + 4 * i);
+            for (int j = 0; j < 4; j++)
+                out[4 * i + j] *= t->scale;
+            continue;
+        }
+        __m256i l = _mm256_shuffle_epi8(t->low, index[i]), h = _mm256_shuffle_epi8(t->high, index[i]);
+        for (int j = 0; j < 2; j++) {
+            __m256i words = j ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
+            out[4 * i + 2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+            out[4 * i + 2 * j + 1] = _mm256_castsi256_ps(_mm256_and_si256(words, above));
+        }
+    }
+}
+
+#endif
+
+/* x [tokens, K] -> float32 [K / 64, tokens, 64], each 64 in the order of a look-up. */
+static void order_groups(const void *x, dtype type, int64_t tokens, int64_t K, float *out)
+{
+    int order[GROUP];
+    for (int j = 0; j < GROUP; j++)
+        order[j] = in_order(type, j);
+    for (int64_t k = 0; k < K; k += GROUP)
+        for (int64_t m = 0; m < tokens; m++, out += GROUP)
+            for (int j = 0; j < GROUP; j++)
+                out[j] = number(x, type, m * K + k + order[j]);
+}
+
+/* Row n times `tokens` tokens. Inlined with a constant count, type and `blocks`: how many blocks a group is: 2, or 1 for a
+   block of 64 or a part of a larger one. */
+static inline __attribute__((always_inline)) void f32_block_row(const few_job *job, int64_t n, int tokens, dtype type,
+                                                                int blocks)
+{
+    enum { VECTORS = GROUP / LANE };
+    const weight *w = job->w;
+    int64_t K = w->columns, inside = w->block_size - 1;
+    int shift = __builtin_ctzll((uint64_t)w->block_size);
+    int chains = tokens <= 2 ? 4 : tokens <= 6 ? 2 : 1; /* a sum waits 4 cycles for the one before */
+    few_table t = make_table(w, type);
+    lane acc[PASS][4];
+#pragma GCC unroll 8
+    for (int m = 0; m < tokens; m++)
+        for (int c = 0; c < chains; c++)
+            acc[m][c] = all_lanes(0.0f);
+    const float *x = job->x;
+    for (int64_t first = 0; first < K; first += STRETCH) {
+        int64_t length = min64(STRETCH, K - first);
+        uint64_t flat = (uint64_t)(n * K + first);
+        const uint8_t *codes = w->packed + flat / 2;
+        float scales[STRETCH / 32 + 1];
+        block_scales(w, (int64_t)(flat >> shift), ceil_div(length, w->block_size), scales);
+        for (int64_t k = 0; k < length; k += GROUP, x += GROUP * tokens) {
+            lane weights[VECTORS];
+            if ((k & inside) == 0)
+                enter_block(&t, type, scales[k >> shift], scales[(k >> shift) + blocks - 1], blocks);
+            look_up_group(codes + k / 2, &t, type, weights);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++)
+#pragma GCC unroll 8
+                for (int m = 0; m < tokens; m++)
+                    acc[m][v % chains] = multiply_add(weights[v], load_lane(x + GROUP * m + LANE * v), acc[m][v % chains]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < tokens; m++) {
+        for (int c = 1; c < chains; c++)
+            acc[m][0] += acc[m][c];
+        store(job, m, n, total(acc[m][0]));
+    }
+}
+
+#define CASE(TYPE, M) \
+    case M: \
+        if (job->w->block_size == 32) \
+            f32_block_row(job, n, M, TYPE, 2); \
+        else \
+            f32_block_row(job, n, M, TYPE, 1); \
+        break;
+#define CASES(TYPE) \
+    switch (job->tokens) { \
+        CASE(TYPE, 1) CASE(TYPE, 2) CASE(TYPE, 3) CASE(TYPE, 4) CASE(TYPE, 5) CASE(TYPE, 6) CASE(TYPE, 7) CASE(TYPE, 8) \
+    }
+
+static void f32_rows(const few_job *job, int64_t n, int rows)
+{
+    (void)rows;
+    if (job->type == FLOAT32) {
+        CASES(FLOAT32)
+    } else {
+        CASES(BFLOAT16)
+    }
+}
 
 #endif
 
@@ -186,35 +385,45 @@ static void few_rows(void *data, int64_t index)
 {
     for (const few_job *job = data; job < (const few_job *)data + PASSES && job->tokens; job++) {
         int64_t n = index * ROWS, end = min64(job->w->rows, n + ROWS);
-        int step = rows_at_once(job->tokens);
-        for (; n + step <= end; n += step)
-            some_rows(job, n, step);
-        for (; n < end; n++)
-            some_rows(job, n, 1);
+        int step = rows_at_once(job);
+        for (; n < end; n += step)
+            job->rows(job, n, (int)min64(step, end - n));
     }
 }
 
-/* bfloat16 x [tokens, K], bias [N] or NULL -> y [tokens, N], 1 <= tokens <= 16. */
-EXPORT void qloralab_linear_few(const weight *w, const uint16_t *x, int64_t tokens, const uint16_t *bias, uint16_t *y,
+/* x [tokens, K], bias [N] or NULL -> y [tokens, N], all of the dtype `type`; 1 <= tokens <= 16. */
+EXPORT void qloralab_linear_few(const weight *w, int type, const void *x, int64_t tokens, const void *bias, void *y,
                                 int threads)
 {
-    int64_t first = tokens <= PASS ? tokens : tokens / 2;
+    int64_t K = w->columns, size = type == FLOAT32 ? 4 : 2, first = tokens <= PASS ? tokens : tokens / 2;
+    int whole = K % w->block_size == 0 && K % GROUP == 0;
+    (void)whole;
     few_job jobs[PASSES] = {
-        {w, x, bias, y, first, 0},
-        {w, x + first * w->columns, bias, y + first * w->rows, tokens - first, 0},
+        {w, (dtype)type, x, bias, y, first, any_rows},
+        {w, (dtype)type, (const char *)x + first * K * size, bias, (char *)y + first * w->rows * size, tokens - first, any_rows},
     };
+    float *own = scratch((size_t)(tokens * padded(K)) * 4);
+    for (few_job *job = jobs; job < jobs + PASSES; own += job->tokens * padded(K), job++) {
 #if HAVE_AVX512 && defined(__AVX512BF16__)
-    if (w->columns % w->block_size == 0 && w->columns % 64 == 0) {
-        uint16_t *split = scratch((size_t)(tokens * w->columns) * 2);
-        for (few_job *job = jobs; job < jobs + PASSES; job++) {
-            split_pairs(job->x, job->tokens, w->columns, split);
-            job->x = split;
-            job->split = 1;
-            split += job->tokens * w->columns;
-        }
-    }
+        if (whole && type == BFLOAT16) {
+            split_pairs(job->x, job->tokens, K, (uint16_t *)own);
+            job->rows = bf16_rows;
+        } else
 #endif
-    if (w->rows * w->columns * tokens < ALONE)
+#if HAVE_AVX512
+        if (whole) {
+#elif HAVE_AVX2
+        if (whole && type != FLOAT16) {
+#endif
+#if HAVE_AVX512 || HAVE_AVX2
+            order_groups(job->x, job->type, job->tokens, K, own);
+            job->rows = f32_rows;
+        } else
+#endif
+            widen_rows(job->x, job->type, job->tokens, K, own);
+        job->x = own;
+    }
+    if (w->rows * K * tokens < ALONE)
         threads = 1;
     for_each(ceil_div(w->rows, ROWS), threads, few_rows, jobs);
 }

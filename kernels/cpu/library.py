@@ -69,16 +69,16 @@ _SIGNATURES = {
     "quantize_scales": (_pointer, _long, _float, _pointer, _pointer, _pointer, _int),
     "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
     "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
-    "linear_few": (_weight, _pointer, _long, _pointer, _pointer, _int),
+    "linear_few": (_weight, _int, _pointer, _long, _pointer, _pointer, _int),
     "adamw": (_chunk, _int),
     "adamw_8bit": (_chunk, *[_pointer] * 3, _int),
 }
 _PRODUCT_SIGNATURES = {
-    "adapted_linear": (
-        _weight, _pointer, _long, _pointer, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 3, _int
+    "forward": (
+        _weight, _int, _pointer, _long, _pointer, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 3, _int
     ),
-    "adapted_linear_backward": (
-        _weight, *[_pointer] * 3, _long, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 4, _int
+    "backward": (
+        _weight, _int, *[_pointer] * 3, _long, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 4, _int
     ),
 }  # fmt: skip
 
@@ -89,22 +89,25 @@ class Library:
     Attributes:
         isa: the instruction set, see ``build``.
         pool: the OpenMP runtime that the functions run on, or None: then they run on one thread.
-        has_product: whether ``adapted_linear`` is there: it needs AVX512-BF16.
+        has_bf16_product: whether products of bfloat16 are taken in bfloat16: that needs AVX512-BF16. All others are
+            taken in float32.
     """
 
     def __init__(self, isa: str = "native"):
         self.isa = isa
         self._c = load(SOURCES, isa)
         self.pool = pool.find()
-        self.has_product = bool(self._c.qloralab_has_product())
-        signatures = _SIGNATURES | (_PRODUCT_SIGNATURES if self.has_product else {})
-        for name, arguments in signatures.items():
+        self.has_bf16_product = bool(self._c.qloralab_has_bf16_product())
+        for name, arguments in _SIGNATURES.items():
             function = getattr(self._c, f"qloralab_{name}")
             function.argtypes, function.restype = arguments, None
         self._c.qloralab_set_pool(self.pool.parallel if self.pool else None)
-        if self.has_product:
-            self._c.qloralab_product_workspace.argtypes = (_long,) * 4
-            self._c.qloralab_product_workspace.restype = _long
+        for arithmetic in ("f32", "bf16") if self.has_bf16_product else ("f32",):
+            for name, arguments in _PRODUCT_SIGNATURES.items():
+                function = getattr(self._c, f"qloralab_adapted_{arithmetic}_{name}")
+                function.argtypes, function.restype = arguments, None
+            workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
+            workspace.argtypes, workspace.restype = (_long,) * 4, _long
 
     def quantize(self, x: Tensor, values: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
         """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks], with a codebook of 16."""
@@ -138,9 +141,11 @@ class Library:
         )
 
     def linear_few(self, weight: Weight, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """bfloat16 x [..., K] of at most ``FEW_TOKENS`` tokens, bias [N] -> y [..., N]."""
+        """x [..., K] of at most ``FEW_TOKENS`` tokens, bias [N] -> y [..., N]; all of one dtype."""
         tokens = x.numel() // weight.columns
-        self._c.qloralab_linear_few(weight, x.data_ptr(), tokens, _address(bias), y.data_ptr(), threads())
+        self._c.qloralab_linear_few(
+            weight, DTYPES[x.dtype], x.data_ptr(), tokens, _address(bias), y.data_ptr(), threads()
+        )
 
     def adapted_linear(
         self,
@@ -155,12 +160,13 @@ class Library:
         threshold: int = 0,
         seed: int = 0,
     ) -> None:
-        """bfloat16 x [tokens, K] -> y [tokens, N] and h [tokens, r]; without A and B, the base product alone."""
+        """x [tokens, K] -> y [tokens, N] and h [tokens, r], of its dtype; without A and B, the base product alone."""
         r = 0 if A is None else len(A)
-        work = self._workspace(weight, len(x), r)
-        self._c.qloralab_adapted_linear(
-            weight, x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale, threshold, seed,
-            y.data_ptr(), _address(h), work.data_ptr(), threads(),
+        arithmetic = self._arithmetic(x)
+        work = self._workspace(arithmetic, weight, len(x), r)
+        getattr(self._c, f"qloralab_adapted_{arithmetic}_forward")(
+            weight, DTYPES[x.dtype], x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale, threshold,
+            seed, y.data_ptr(), _address(h), work.data_ptr(), threads(),
         )  # fmt: skip
 
     def adapted_linear_backward(
@@ -178,12 +184,13 @@ class Library:
         threshold: int = 0,
         seed: int = 0,
     ) -> None:
-        """bfloat16 grad [tokens, N] -> dx [tokens, K], dA, dB; without A and B, dx = grad W alone."""
+        """grad [tokens, N] -> dx [tokens, K] of its dtype, dA, dB; without A and B, dx = grad W alone."""
         r = 0 if A is None else len(A)
-        work = self._workspace(weight, len(grad), r)
-        self._c.qloralab_adapted_linear_backward(
-            weight, grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B), r, scale, threshold,
-            seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
+        arithmetic = self._arithmetic(grad)
+        work = self._workspace(arithmetic, weight, len(grad), r)
+        getattr(self._c, f"qloralab_adapted_{arithmetic}_backward")(
+            weight, DTYPES[grad.dtype], grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B), r,
+            scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
         )  # fmt: skip
 
     def adamw(
@@ -215,9 +222,12 @@ class Library:
         values, limits, below = moment_tables()
         self._c.qloralab_adamw_8bit(chunk.structure, values.data_ptr(), limits.data_ptr(), below.data_ptr(), threads())
 
-    def _workspace(self, weight: Weight, tokens: int, r: int) -> Tensor:
-        size = self._c.qloralab_product_workspace(weight.rows, weight.columns, tokens, r)
-        return torch.empty(size, dtype=torch.uint8)
+    def _arithmetic(self, x: Tensor) -> str:
+        return "bf16" if x.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
+
+    def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
+        workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
+        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8)
 
 
 def open() -> Library:  # noqa: A001  # library.open() says what it does

@@ -3,17 +3,21 @@
 Importing this module registers them. Nothing is compiled before the first call.
 
 ============================  =======================================================================================
-up to 8 or 16 tokens          ``few_tokens.c``: each packed byte is read once, nothing is written (bfloat16)
-more tokens                   ``product.c`` where there is AVX512-BF16 and no AMX (bfloat16)
-any other product             panels of at most 4 MB, dequantized by ``dequantize.c`` and multiplied by torch (oneDNN)
+up to 8 or 16 tokens          ``few_tokens.c``: each packed byte is read once, nothing is written
+more tokens, bfloat16         ``product_bf16.c`` where there is AVX512-BF16
+more tokens                   ``product_f32.c``: widened, multiplied in float32, rounded once
+bfloat16 on a matrix unit     panels of at most 4 MB, dequantized by ``dequantize.c`` and multiplied by torch (oneDNN):
+                              AMX, and Arm's BF16
 quantize, dequantize, dropout ``quantize.c``, ``dequantize.c``, ``dropout.c``
 ============================  =======================================================================================
 
-The switch from the first to the second was measured on two threads of an AMD Zen 4, as time of ``few_tokens.c`` over
-that of ``product.c``. It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
+So no product of 16 bits goes to torch where torch would emulate it.
+
+The switch from the first to the others was measured on two threads, as time of ``few_tokens.c`` over that of the product.
+It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
 
 ==================  ======  ======  ======  =======
-weight              1       8       12      16 tokens
+AMD Zen 4, bf16     1       8       12      16 tokens
 ==================  ======  ======  ======  =======
 4096 x 4096         0.40    0.68    0.80    0.83
 4096 x 1024         0.51    0.63    0.82    0.93
@@ -40,6 +44,7 @@ from qloralab.nf4.adapter import rate
 from qloralab.nf4.autocast import without_autocast
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.double import BLOCK_SIZE
+from qloralab.nf4.processor import emulates
 
 from .. import dispatch
 from .library import DTYPES, FEW_TOKENS, Library, Weight, has_matrix_unit, weight_of
@@ -138,7 +143,7 @@ def linear(
     block_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """``few_tokens.c``, ``product.c``, or panels."""
+    """``few_tokens.c``, ``product.h``, or panels."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
     weight = _weight(operands, x.dtype) if library else None
@@ -148,12 +153,12 @@ def linear(
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], N))
     tokens = math.prod(x.shape[:-1])
-    if x.dtype == torch.bfloat16 and _is_few(tokens, N * K):
+    if _is_few(library, x, tokens, N * K):
         library.linear_few(weight, x, _contiguous(bias), y)
-    elif _has_product(library, x):
-        library.adapted_linear(weight, x.view(tokens, K), _contiguous(bias), y)
-    else:
+    elif _is_for_torch(library, x):
         _linear_by_panels(x.view(tokens, K), library, weight, bias, y.view(tokens, N))
+    else:
+        library.adapted_linear(weight, x.view(tokens, K), _contiguous(bias), y)
     return y
 
 
@@ -180,7 +185,7 @@ def linear_grad_input(
     shape: Sequence[int],
     block_size: int,
 ) -> Tensor:
-    """``product.c``, or panels of columns, whose sums are whole."""
+    """``product.h``, or panels of columns, whose sums are whole."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
     weight = _weight(operands, grad.dtype) if library else None
@@ -188,7 +193,7 @@ def linear_grad_input(
         return reference.linear_grad_input(grad, *operands)
     rows = _rows(grad)
     dx = grad.new_empty(len(rows), shape[1])
-    if _has_product(library, grad):
+    if not _is_for_torch(library, grad):
         library.adapted_linear_backward(weight, rows, dx)
     else:
         for panel in _panels(shape[1], shape[0] * grad.itemsize):
@@ -215,14 +220,14 @@ def adapted_linear(
     p: float,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``product.c``; otherwise the reference, on the operators above."""
+    """``product.h``; otherwise the reference, on the operators above."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
     weight = _weight(operands, x.dtype) if library else None
     if (
         library is None
         or weight is None
-        or not _has_product(library, x)
+        or _is_for_torch(library, x)
         or not _fits(x, shape[1], bias, shape[0])
         or not _is_adapter(A, B, shape)
     ):
@@ -255,14 +260,14 @@ def adapted_linear_backward(
     seed: Tensor,
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``product.c``; otherwise the reference, on the operators above."""
+    """``product.h``; otherwise the reference, on the operators above."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
     weight = _weight(operands, x.dtype) if library else None
     if (
         library is None
         or weight is None
-        or not _has_product(library, x)
+        or _is_for_torch(library, x)
         or not _fits(x, shape[1])
         or not _is_adapter(A, B, shape)
         or not (grad.dtype == h.dtype == x.dtype and grad.shape == (*x.shape[:-1], shape[0]))
@@ -329,13 +334,14 @@ def _is_adapter(A: Tensor, B: Tensor, shape: Sequence[int]) -> bool:
     return A.dtype == B.dtype == torch.float32 and A.shape[1:] == (K,) and B.shape == (N, len(A))
 
 
-def _is_few(tokens: int, numel: int) -> bool:
+def _is_few(library: Library, x: Tensor, tokens: int, numel: int) -> bool:
     """Whether ``few_tokens.c`` is the faster for a weight of this size; see the top of this file."""
     return 0 < tokens <= (FEW_TOKENS if numel >= LARGE else ONE_PASS)
 
 
-def _has_product(library: Library, x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and library.has_product and not has_matrix_unit()
+def _is_for_torch(library: Library, x: Tensor) -> bool:
+    """Whether torch multiplies x in hardware that the C does not use: bfloat16 on a matrix unit, or on Arm."""
+    return x.dtype == torch.bfloat16 and (has_matrix_unit() or not library.has_bf16_product) and not emulates(x)
 
 
 def _dropout_arguments(scaling: float, p: float, seed: Tensor) -> tuple[float, int, int]:

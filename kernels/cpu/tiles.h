@@ -1,300 +1,58 @@
-/* One step of a matrix product with AVX512-BF16, and the layouts it works on:
+/* What the matrix products of a layer have in common, whatever arithmetic they use.
 
-       C [12, 32] += L [12, pairs] R [pairs, 32]
+   A product is built from one step,
 
-   The contraction goes by pairs: one instruction multiplies 16 pairs of bfloat16 and adds both products to 16 float32.
-   So both sides are laid out in pairs (a 32-bit word holds elements 2p and 2p + 1 of the contraction):
+       C [MR, NR] += L [MR, steps] R [steps, NR]
 
-       L, a tile of up to 12 rows     word [p][row]       24 accumulators = 12 rows x 2 vectors stay in registers
-       R, a panel of 32 columns       word [p][column]    the weight is decoded straight into it
+   whose sums stay in registers. The contraction goes by words of 32 bits: STEP numbers, two bfloat16 or one float32.
 
-   A matrix whose contraction runs along its rows' length has to be transposed by words; one whose contraction runs over
-   its rows only needs two rows interleaved. The functions below make tiles and panels of what a layer multiplies: the
-   packed weight, float32 adapters, bfloat16 activations. */
+       L, a tile of up to MR rows     word [step][row]
+       R, a panel of NR columns       word [step][column]    the weight is decoded straight into it
+
+   A matrix whose contraction runs along its rows' length has to be transposed by words.
+
+   tiles_bf16.h and tiles_f32.h have the arithmetic: MR, NR, STEP, `multiply`, and functions that make tiles and panels of
+   what a layer multiplies: the packed weight, float32 adapters, activations. product.h is the walk over them. */
 #ifndef QLORALAB_TILES_H
 #define QLORALAB_TILES_H
 
 #include "dropout.h"
+#include "lanes.h"
 
-#if HAVE_AVX512 && defined(__AVX512BF16__)
+/* Numbers of a dtype, row after row. */
+typedef struct {
+    const void *data;
+    int64_t rows, columns;
+    dtype type;
+} matrix;
 
-enum { MR = 12, NR = 32 };
+static inline int64_t size_of(dtype type) { return type == FLOAT32 ? 4 : 2; }
 
-/* L: tiles of rows as even as they can be, each [pairs][its rows]. */
+/* The words of a contraction over n numbers. */
+static inline int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
+
+/* L: tiles of rows as even as they can be, each [steps][its rows]. */
 typedef struct {
     uint32_t *data;
-    int64_t rows, tiles, pairs;
+    int64_t rows, tiles, steps;
 } tiles;
 
-static tiles make_tiles(int64_t rows, int64_t pairs)
+static tiles make_tiles(int64_t rows, int64_t steps)
 {
-    tiles t = {NULL, rows, ceil_div(rows, MR), pairs};
+    tiles t = {NULL, rows, ceil_div(rows, MR), steps};
     return t;
 }
 
-/* Stores write 16 words where a row of a tile has fewer: one vector more at the end. */
-static size_t tiles_bytes(tiles t) { return ((size_t)(t.rows * t.pairs) * 4 + 127) / 64 * 64; }
+/* Stores write a vector where a row of a tile has less: one vector more at the end. */
+static size_t tiles_bytes(tiles t) { return ((size_t)(t.rows * t.steps) * 4 + 127) / 64 * 64; }
 
 static inline int64_t first_row(const tiles *t, int64_t tile) { return t->rows * tile / t->tiles; }
 
 static inline int tile_rows(const tiles *t, int64_t tile) { return (int)(first_row(t, tile + 1) - first_row(t, tile)); }
 
-static inline uint32_t *tile_data(const tiles *t, int64_t tile) { return t->data + first_row(t, tile) * t->pairs; }
-
-/* 16 vectors of 16 words, transposed: word c of vector r becomes word r of vector c. */
-static inline __attribute__((always_inline)) void transpose(__m512i v[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-        }
-    /* v[4a + c], lane l: word c + 4l of rows 4a ... 4a + 3 */
-    for (int c = 0; c < 4; c++) {
-        t[c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88);
-        t[4 + c] = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
-        t[8 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
-        t[12 + c] = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
-    }
-    for (int c = 0; c < 4; c++) {
-        v[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
-        v[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
-        v[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
-        v[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
-    }
-}
+static inline uint32_t *tile_data(const tiles *t, int64_t tile) { return t->data + first_row(t, tile) * t->steps; }
 
 /* The first n of 32 bits; n may be negative or above 32. */
 static inline uint32_t first_bits(int64_t n) { return n <= 0 ? 0 : n >= 32 ? ~0u : (1u << n) - 1; }
 
-static inline __m512i load_bf16(const uint16_t *p, uint32_t mask) { return _mm512_maskz_loadu_epi16(mask, p); }
-
-/* 32 float32 -> 32 bfloat16 in order. */
-static inline __m512i load_as_bf16(const float *p, uint32_t mask)
-{
-    halves low = to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)mask, p));
-    halves high = to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)(mask >> 16), p + 16));
-    __m256i l, h;
-    memcpy(&l, &low, 32);
-    memcpy(&h, &high, 32);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
-}
-
-/* Rows a and b of 32 bfloat16 -> 32 words (a, b), in two vectors. */
-static inline void interleave(__m512i a, __m512i b, __m512i *low, __m512i *high)
-{
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    *low = _mm512_permutex2var_epi16(a, first, b);
-    *high = _mm512_permutex2var_epi16(a, second, b);
-}
-
-/* Columns first ... first + count - 1 of mr rows of x [rows, K] -> words [pair][mr]. With a dropout, zeros where it drops. */
-static void pack_rows(const uint16_t *x, int64_t K, int64_t row, int mr, const dropout *drop, uint32_t *out)
-{
-    for (int64_t k = 0; k < K; k += 32) {
-        __m512i v[16];
-        uint32_t inside = first_bits(K - k);
-        for (int m = 0; m < 16; m++) {
-            if (m < mr) {
-                uint32_t mask = drop ? inside & kept(drop, row + m, k / 32) : inside;
-                v[m] = load_bf16(x + (row + m) * K + k, mask);
-            } else
-                v[m] = _mm512_setzero_si512();
-        }
-        transpose(v);
-        int pairs = (int)min64(16, (K - k + 1) / 2);
-        for (int p = 0; p < pairs; p++)
-            _mm512_storeu_si512(out + (k / 2 + p) * mr, v[p]);
-    }
-}
-
-/* C [mr, 32] += L R, or = L R. mr is a constant wherever this is inlined. */
-static inline __attribute__((always_inline)) void multiply_n(int mr, const uint32_t *l, const uint32_t *r, int64_t pairs,
-                                                             float *c, int add)
-{
-    __m512 acc[MR][2];
-#pragma GCC unroll 12
-    for (int m = 0; m < mr; m++)
-        for (int j = 0; j < 2; j++)
-            acc[m][j] = add ? _mm512_loadu_ps(c + m * NR + 16 * j) : _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512bh r0 = (__m512bh)_mm512_load_si512(r + p * NR), r1 = (__m512bh)_mm512_load_si512(r + p * NR + 16);
-#pragma GCC unroll 12
-        for (int m = 0; m < mr; m++) {
-            __m512bh word = (__m512bh)_mm512_set1_epi32((int)l[p * mr + m]);
-            acc[m][0] = _mm512_dpbf16_ps(acc[m][0], word, r0);
-            acc[m][1] = _mm512_dpbf16_ps(acc[m][1], word, r1);
-        }
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < mr; m++)
-        for (int j = 0; j < 2; j++)
-            _mm512_storeu_ps(c + m * NR + 16 * j, acc[m][j]);
-}
-
-static void multiply(int mr, const uint32_t *l, const uint32_t *r, int64_t pairs, float *c, int add)
-{
-#define CASE(n) \
-    case n: \
-        multiply_n(n, l, r, pairs, c, add); \
-        break;
-    switch (mr) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-    }
-#undef CASE
-}
-
-static inline void store_words(uint32_t *out, __m512i low, __m512i high)
-{
-    _mm512_store_si512(out, low);
-    _mm512_store_si512(out + 16, high);
-}
-
-/* 16 rows, each a vector of 32 numbers -> half a panel: 16 columns of `pairs` pairs. */
-static inline __attribute__((always_inline)) void store_transposed(__m512i rows[16], int pairs, uint32_t *out)
-{
-    transpose(rows);
-#pragma GCC unroll 16
-    for (int p = 0; p < 16; p++)
-        if (p < pairs)
-            _mm512_store_si512(out + p * NR, rows[p]);
-}
-
-/* 16 rows of the weight, 32 columns from k, any shape: `inside` of the columns and `rows` of the rows are there. */
-static void any_weight_rows(const weight *w, int64_t n, int64_t rows, int64_t k, int64_t inside, uint32_t *out)
-{
-    __m512i v[16];
-    for (int i = 0; i < 16; i++) {
-        uint16_t numbers[32] = {0};
-        if (i < rows)
-            decode(w, (n + i) * w->columns + k, inside, BFLOAT16, numbers, 0);
-        v[i] = _mm512_loadu_si512(numbers);
-    }
-    store_transposed(v, (int)((inside + 1) / 2), out);
-}
-
-enum { LINE = 128 }; /* weights in a cache line of codes */
-
-/* The weight's rows n ..., columns [k, end) as the contraction: the panel of the forward product. k is a multiple of
-   LINE. Where K is a power of two, the codes of 32 rows fall on a few sets of the L1 cache: 16 rows are done with a line
-   before the next 16 begin. */
-static void weight_rows(const weight *w, int64_t n, int64_t k, int64_t end, uint32_t *out)
-{
-    int64_t K = w->columns, mask = w->block_size - 1;
-    int shift = __builtin_ctzll((uint64_t)w->block_size);
-    floats values = load_floats(w->values);
-    for (int64_t line = k; line < end; line += LINE)
-        for (int half = 0; half < 2; half++) {
-            int64_t first = n + 16 * half;
-            __m512i table[8]; /* of two rows each */
-            for (int64_t at = line; at < min64(end, line + LINE); at += 32) {
-                uint32_t *to = out + (at - k) / 2 * NR + 16 * half;
-                int64_t flat = first * K + at;
-                if (K % 32 || first + 16 > w->rows) {
-                    any_weight_rows(w, first, w->rows - first, at, min64(32, end - at), to);
-                    continue;
-                }
-                if (at == line || K & mask || (flat & mask) == 0) /* a row enters a block */
-                    for (int i = 0; i < 8; i++)
-                        table[i] = table_pair(w, values, (flat + 2 * i * K) >> shift, (flat + (2 * i + 1) * K) >> shift);
-                const uint8_t *codes = w->packed + flat / 2;
-                __m512i v[16];
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; i++) {
-                    v[2 * i] = look_up_pair(codes + i * K, table[i], 0);
-                    v[2 * i + 1] = look_up_pair(codes + i * K + K / 2, table[i], 1);
-                }
-                store_transposed(v, 16, to);
-            }
-        }
-}
-
-/* The weight's columns k ... k + 31, rows [n, end) as the contraction: the panel of the gradient. n is even. */
-static void weight_columns(const weight *w, int64_t k, int64_t n, int64_t end, uint32_t *out)
-{
-    int64_t K = w->columns, length = min64(NR, K - k);
-    int aligned = K % 32 == 0, shift = __builtin_ctzll((uint64_t)w->block_size);
-    floats values = load_floats(w->values);
-    uint16_t line[2][32] = {{0}};
-    for (; n < end; n += 2, out += NR) {
-        int64_t first = n * K + k, second = n + 1 < end ? first + K : first;
-        __m512i a, b, low, high;
-        if (aligned) {
-            __m512i table = table_pair(w, values, first >> shift, second >> shift);
-            a = look_up_pair(w->packed + first / 2, table, 0);
-            b = look_up_pair(w->packed + second / 2, table, 1);
-        } else {
-            decode(w, first, length, BFLOAT16, line[0], 0);
-            decode(w, second, length, BFLOAT16, line[1], 0);
-            a = _mm512_loadu_si512(line[0]);
-            b = _mm512_loadu_si512(line[1]);
-        }
-        if (n + 1 == end)
-            b = _mm512_setzero_si512();
-        interleave(a, b, &low, &high);
-        store_words(out, low, high);
-    }
-}
-
-/* Rows n ... n + 31 of a float32 matrix [rows, columns], its columns [k, end) as the contraction. */
-static void float_rows(const float *x, int64_t rows, int64_t columns, int64_t n, int64_t k, int64_t end, uint32_t *out)
-{
-    for (int64_t at = k; at < end; at += 32)
-        for (int half = 0; half < 2; half++) {
-            __m512i v[16];
-            for (int i = 0; i < 16; i++) {
-                int64_t row = n + 16 * half + i;
-                v[i] = row < rows ? load_as_bf16(x + row * columns + at, first_bits(end - at)) : _mm512_setzero_si512();
-            }
-            store_transposed(v, (int)min64(16, (end - at + 1) / 2), out + (at - k) / 2 * NR + 16 * half);
-        }
-}
-
-/* Columns k ... k + 31 of a float32 matrix [rows, columns], its rows [n, end) as the contraction. */
-static void float_columns(const float *x, int64_t columns, int64_t k, int64_t n, int64_t end, uint32_t *out)
-{
-    uint32_t inside = first_bits(columns - k);
-    for (; n < end; n += 2, out += NR) {
-        __m512i a = load_as_bf16(x + n * columns + k, inside), low, high;
-        __m512i b = n + 1 < end ? load_as_bf16(x + (n + 1) * columns + k, inside) : _mm512_setzero_si512();
-        interleave(a, b, &low, &high);
-        store_words(out, low, high);
-    }
-}
-
-/* Columns k ... k + 31 of a bfloat16 matrix [rows, columns], its rows as the contraction; zeros where it drops. */
-static void bf16_columns(const uint16_t *x, int64_t rows, int64_t columns, int64_t k, const dropout *drop, uint32_t *out)
-{
-    uint32_t inside = first_bits(columns - k);
-    for (int64_t m = 0; m < rows; m += 2, out += NR) {
-        __m512i row[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, low, high;
-        for (int i = 0; i < min64(2, rows - m); i++) {
-            uint32_t mask = drop ? inside & kept(drop, m + i, k / 32) : inside;
-            row[i] = load_bf16(x + (m + i) * columns + k, mask);
-        }
-        interleave(row[0], row[1], &low, &high);
-        store_words(out, low, high);
-    }
-}
-
-/* Up to 32 float32 -> bfloat16. */
-static inline void store_bf16(uint16_t *out, __m512 low, __m512 high, uint32_t mask)
-{
-    halves l = to_bf16((floats)low), h = to_bf16((floats)high);
-    __m256i a, b;
-    memcpy(&a, &l, 32);
-    memcpy(&b, &h, 32);
-    _mm512_mask_storeu_epi16(out, mask, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
-}
-
-static inline __m512 bf16_to_float(__m256i v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16); }
-
-#endif
 #endif
