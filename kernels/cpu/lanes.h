@@ -51,8 +51,13 @@ static inline lane multiply_add(lane a, lane b, lane sum)
 
 static inline lane all_lanes(float x)
 {
-    lane zero = {0};
-    return zero + x;
+#if HAVE_AVX512
+    return _mm512_set1_ps(x);
+#elif HAVE_AVX2
+    return _mm256_set1_ps(x);
+#else
+    return (lane){x, x, x, x};
+#endif
 }
 
 #if HAVE_AVX512

@@ -242,8 +242,7 @@ static void backward_panels(void *data, int64_t index)
         return;
     for (int64_t n = 0; n == 0 || n < N; n += part) { /* N may be 0: then c is 0 */
         int64_t end = min64(N, n + part);
-        for (int64_t p = 0; p < count; p++)
-            weight_columns(job->w, job->type, k + p * NR, n, end, panels + p * stride);
+        weight_columns(job->w, job->type, k, count, n, end, panels, stride);
         multiply_panels(&job->left, n / STEP, panels, stride, steps_of(end - n), count, c, n > 0);
     }
     for (int64_t p = 0; p < count; p++)

@@ -163,9 +163,10 @@ static void weight_rows(const weight *w, dtype type, int64_t n, int64_t k, int64
 }
 
 /* The weight's columns k ... k + 31, rows [n, end) as the contraction: the panel of the gradient. n is even. */
-static void weight_columns(const weight *w, dtype type, int64_t k, int64_t n, int64_t end, uint32_t *out)
+static void weight_columns(const weight *w, dtype type, int64_t k, int64_t count, int64_t n, int64_t end, uint32_t *out,
+                           int64_t stride)
 {
-    (void)type;
+    (void)type, (void)count, (void)stride; /* WIDEST is 1 */
     int64_t K = w->columns, length = min64(NR, K - k);
     int aligned = K % 32 == 0, shift = __builtin_ctzll((uint64_t)w->block_size);
     floats values = load_floats(w->values);

@@ -25,6 +25,7 @@ enum { MR = 4, NR = 16, MAX_STEPS = 384 };
 enum { MR = 4, NR = 8, MAX_STEPS = 384 };
 #endif
 enum { STEP = 1, VECTORS = NR / LANE, WIDEST = 4, DIVISOR = 32 /* codes that one step of decoding takes */ };
+enum { AHEAD = 16 }; /* rows whose codes are asked for */
 
 #include "tiles.h"
 
@@ -38,6 +39,7 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const float
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++)
             acc[m][j] = add ? load_lane(c + m * NR + LANE * j) : all_lanes(0.0f);
+#pragma GCC unroll 4
     for (int64_t p = 0; p < steps; p++) {
         lane right[VECTORS];
 #pragma GCC unroll 4
@@ -304,27 +306,32 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
     }
 }
 
-/* The weight's columns k ... k + NR - 1, rows [n, end) as the contraction: the panel of the gradient. */
-static inline __attribute__((always_inline)) void typed_weight_columns(const weight *w, dtype type, int64_t k, int64_t n,
-                                                                       int64_t end, float *out)
+/* The weight's columns from k on, `count` panels of them, rows [n, end) as the contraction: panels of the gradient, which
+   follow each other every `stride` numbers. A row has a cache line of codes for 128 columns: all panels take theirs while it
+   is near. */
+static inline __attribute__((always_inline)) void typed_weight_columns(const weight *w, dtype type, int64_t k, int64_t count,
+                                                                       int64_t n, int64_t end, float *out, int64_t stride)
 {
     int64_t K = w->columns;
 #if HAVE_AVX512
-    if (K % 32 == 0) {
-        int shift = __builtin_ctzll((uint64_t)w->block_size);
-        lane values = load_lane(w->values);
-        for (; n < end; n++, out += NR) {
-            int64_t first = n * K + k;
+    int64_t whole = K % 32 == 0 ? count : 0; /* panels */
+    int shift = __builtin_ctzll((uint64_t)w->block_size);
+    lane values = load_lane(w->values);
+    for (int64_t row = n; whole && row < end; row++) {
+        __builtin_prefetch(w->packed + ((row + AHEAD) * K + k) / 2);
+        for (int64_t p = 0; p < whole; p++) {
+            int64_t first = row * K + k + p * NR;
             lane table = round_to(type, values * block_scale(w, first >> shift));
             for (int half = 0; half < 2; half++) {
-                const uint8_t *codes = w->packed + first / 2 + 8 * half;
-                __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)codes));
+                __m128i codes = _mm_loadl_epi64((const __m128i *)(w->packed + first / 2 + 8 * half));
+                __m512i bytes = _mm512_cvtepu8_epi64(codes);
                 __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-                store_lane(out + 16 * half, _mm512_permutexvar_ps(index, table));
+                store_lane(out + p * stride + (row - n) * NR + 16 * half, _mm512_permutexvar_ps(index, table));
             }
         }
-        return;
     }
+    if (whole)
+        return;
 #elif HAVE_AVX2
     if (K % 32 == 0) { /* two rows at a time, 16 columns of each */
         const __m256i nibbles = _mm256_set1_epi16(0x0f00), nibble = _mm256_set1_epi16(15);
@@ -334,26 +341,38 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
         int shift = __builtin_ctzll((uint64_t)w->block_size);
         planes t = make_planes(w->values);
         for (; n + 2 <= end; n += 2, out += 2 * NR) {
-            int64_t first = n * K + k, second = first + K;
-            __m128i both = _mm_loadl_epi64((const __m128i *)(w->packed + first / 2));
-            both = _mm_unpacklo_epi64(both, _mm_loadl_epi64((const __m128i *)(w->packed + second / 2)));
-            __m256i codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(both), spread);
-            codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), _mm256_and_si256(codes, nibbles));
-            __m256 x[4], a = all_lanes(block_scale(w, first >> shift)), b = all_lanes(block_scale(w, second >> shift));
-            look_up32(codes, &t, x);
-            _mm256_store_ps(out, round_to(type, x[0] * a));
-            _mm256_store_ps(out + 8, round_to(type, x[1] * a));
-            _mm256_store_ps(out + NR, round_to(type, x[2] * b));
-            _mm256_store_ps(out + NR + 8, round_to(type, x[3] * b));
+            lane a = all_lanes(0.0f), b = a;
+            for (int i = 0; i < 2; i++)
+                __builtin_prefetch(w->packed + ((n + i + AHEAD) * K + k) / 2);
+            for (int64_t p = 0; p < count; p++) {
+                int64_t first = n * K + k + p * NR, second = first + K;
+                float *to = out + p * stride;
+                if (p == 0 || first >> shift != (first - NR) >> shift || second >> shift != (second - NR) >> shift) {
+                    a = all_lanes(block_scale(w, first >> shift));
+                    b = all_lanes(block_scale(w, second >> shift));
+                }
+                __m128i both = _mm_loadl_epi64((const __m128i *)(w->packed + first / 2));
+                both = _mm_unpacklo_epi64(both, _mm_loadl_epi64((const __m128i *)(w->packed + second / 2)));
+                __m256i codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(both), spread);
+                codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble),
+                                        _mm256_and_si256(codes, nibbles));
+                __m256 x[4];
+                look_up32(codes, &t, x);
+                _mm256_store_ps(to, round_to(type, x[0] * a));
+                _mm256_store_ps(to + 8, round_to(type, x[1] * a));
+                _mm256_store_ps(to + NR, round_to(type, x[2] * b));
+                _mm256_store_ps(to + NR + 8, round_to(type, x[3] * b));
+            }
         }
     }
 #endif
-    int64_t columns = min64(NR, K - k);
-    for (; n < end; n++, out += NR) {
-        float row[32] = {0};
-        decode_numbers(w, type, n * K + k, columns, row);
-        memcpy(out, row, NR * sizeof *out);
-    }
+    for (; n < end; n++, out += NR)
+        for (int64_t p = 0; p < count; p++) {
+            float row[32] = {0};
+            int64_t first = k + p * NR;
+            decode_numbers(w, type, n * K + first, min64(NR, K - first), row);
+            memcpy(out + p * stride, row, NR * sizeof *out);
+        }
 }
 
 #define FOR_EACH_TYPE(function, ...) \
@@ -369,9 +388,10 @@ static void weight_rows(const weight *w, dtype type, int64_t n, int64_t k, int64
     FOR_EACH_TYPE(typed_weight_rows, n, k, end, (float *)out);
 }
 
-static void weight_columns(const weight *w, dtype type, int64_t k, int64_t n, int64_t end, uint32_t *out)
+static void weight_columns(const weight *w, dtype type, int64_t k, int64_t count, int64_t n, int64_t end, uint32_t *out,
+                           int64_t stride)
 {
-    FOR_EACH_TYPE(typed_weight_columns, k, n, end, (float *)out);
+    FOR_EACH_TYPE(typed_weight_columns, k, count, n, end, (float *)out, stride);
 }
 
 #endif
