@@ -14,11 +14,11 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test fuzz sanitize bench finetune clean
+.PHONY: help install check format test test-arm fuzz sanitize bench finetune clean
 
 help: ## list these commands
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo "  ARGS='…' reaches the program behind test, fuzz, sanitize, bench and finetune."
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@echo "  ARGS='…' reaches the program behind test, test-arm, fuzz, sanitize, bench and finetune."
 
 install: $(READY) ## create .venv and install everything, at the versions of constraints.txt
 
@@ -33,6 +33,9 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 
 test: $(READY) ## run the tests, a process for each processor, print the coverage
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --cov --cov-report=term $(ARGS)
+
+test-arm: $(READY) ## run the tests of the CPU kernels, compiled for 64-bit Arm, under QEMU
+	HF_HUB_OFFLINE=1 ARM_TESTS=all $(BIN)/python -m pytest --numprocesses logical -rs tests/kernels/cpu/test_arm.py $(ARGS)
 
 fuzz: $(READY) ## open 10,000 spoiled checkpoints
 	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/test_fuzz.py $(ARGS)
