@@ -314,13 +314,18 @@ static void order_groups(const void *x, dtype type, int64_t tokens, int64_t K, f
                 out[j] = number(x, type, m * K + k + order[j]);
 }
 
-/* Row n times `tokens` tokens. Inlined with a constant count, type and `blocks`: how many blocks a group is: 2, or 1 for a
-   block of 64 or a part of a larger one. */
-static inline __attribute__((always_inline)) void f32_block_row(const few_job *job, int64_t n, int tokens, dtype type,
-                                                                int blocks)
+static __attribute__((noinline)) void row_scales(const weight *w, int64_t first, int64_t length, float *out)
+{
+    int shift = __builtin_ctzll((uint64_t)w->block_size);
+    block_scales(w, first >> shift, ceil_div(length, w->block_size), out);
+}
+
+/* Row n times `tokens` tokens. Inlined with a constant count and type. */
+static inline __attribute__((always_inline)) void f32_block_row(const few_job *job, int64_t n, int tokens, dtype type)
 {
     enum { VECTORS = GROUP / LANE };
     const weight *w = job->w;
+    int blocks = w->block_size == 32 ? 2 : 1; /* that a group is; 1 for a part of one, too */
     int64_t K = w->columns, inside = w->block_size - 1;
     int shift = __builtin_ctzll((uint64_t)w->block_size);
     int chains = tokens <= 2 ? 4 : tokens <= 6 ? 2 : 1; /* a sum waits 4 cycles for the one before */
@@ -333,10 +338,9 @@ static inline __attribute__((always_inline)) void f32_block_row(const few_job *j
     const float *x = job->x;
     for (int64_t first = 0; first < K; first += STRETCH) {
         int64_t length = min64(STRETCH, K - first);
-        uint64_t flat = (uint64_t)(n * K + first);
-        const uint8_t *codes = w->packed + flat / 2;
-        float scales[STRETCH / 32 + 1];
-        block_scales(w, (int64_t)(flat >> shift), ceil_div(length, w->block_size), scales);
+        const uint8_t *codes = w->packed + (n * K + first) / 2;
+        float scales[STRETCH / 32];
+        row_scales(w, n * K + first, length, scales);
         for (int64_t k = 0; k < length; k += GROUP, x += GROUP * tokens) {
             lane weights[VECTORS];
             if ((k & inside) == 0)
@@ -359,10 +363,7 @@ static inline __attribute__((always_inline)) void f32_block_row(const few_job *j
 
 #define CASE(TYPE, M) \
     case M: \
-        if (job->w->block_size == 32) \
-            f32_block_row(job, n, M, TYPE, 2); \
-        else \
-            f32_block_row(job, n, M, TYPE, 1); \
+        f32_block_row(job, n, M, TYPE); \
         break;
 #define CASES(TYPE) \
     switch (job->tokens) { \

@@ -336,7 +336,8 @@ def _is_adapter(A: Tensor, B: Tensor, shape: Sequence[int]) -> bool:
 
 def _is_few(library: Library, x: Tensor, tokens: int, numel: int) -> bool:
     """Whether ``few_tokens.c`` is the faster for a weight of this size; see the top of this file."""
-    return 0 < tokens <= (FEW_TOKENS if numel >= LARGE else ONE_PASS)
+    twice = numel >= LARGE and x.dtype == torch.bfloat16 and library.has_bf16_product
+    return 0 < tokens <= (FEW_TOKENS if twice else ONE_PASS)
 
 
 def _is_for_torch(library: Library, x: Tensor) -> bool:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.cpu.build import supported_isas
 from qloralab.kernels.cpu.library import Library
 from qloralab.nf4.codebook import dynamic_map
+from qloralab.nf4.processor import supported_isas
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 Allocate = Callable[..., Tensor]
@@ -31,15 +32,6 @@ MARGIN = 4096  # bytes
 def library(request: pytest.FixtureRequest) -> Library:
     """The library for each instruction set of this machine, from the user's cache."""
     return Library(request.param)
-
-
-@pytest.fixture(scope="session")
-def product() -> Library:
-    """The library with `adapted_linear`."""
-    native = Library()
-    if not native.has_product:
-        pytest.skip("needs AVX512-BF16, in the processor and in the compiler")
-    return native
 
 
 @pytest.fixture
@@ -80,9 +72,10 @@ def empty(monkeypatch) -> Iterator[Allocate]:
         margins.extend([memory[:before], memory[before + size :]])
         return memory[before : before + size].fill_(0xFF).view(dtype).view(shape)  # NaN, until it is written
 
-    def workspace(self: Library, weight, tokens: int, r: int) -> Tensor:
-        size = self._c.qloralab_product_workspace(weight.rows, weight.columns, tokens, r)
-        return allocate(size, dtype=torch.uint8, align=True)
+    make = Library._workspace
+
+    def workspace(self: Library, *problem: Any) -> Tensor:
+        return allocate(len(make(self, *problem)), dtype=torch.uint8, align=True)
 
     monkeypatch.setattr(Library, "_workspace", workspace)
     yield allocate

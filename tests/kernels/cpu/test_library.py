@@ -28,6 +28,7 @@ from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
 from qloralab.nf4 import adapter, blockwise, reference
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import dynamic_map, fp4, fp4_e3m0, int4, normal_float, thresholds
+from qloralab.nf4.processor import supported_isas
 
 pytestmark = pytest.mark.compiler
 
@@ -42,15 +43,18 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 block_sizes = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 
-# Root-mean-square error relative to float64 with the same bfloat16 weights and adapter. A rounding to bfloat16 is off
-# by at most 2**-8 of the number, evenly spread: 2**-8 / sqrt(3) = 2.3e-3 if every mantissa were 1.0, 1.65e-3 measured.
-# A float32 sum of n products is off by about sqrt(n) * 2**-24; here n is up to 5000.
-TOLERANCE = {
-    "y": 2e-3,  # one rounding: the adapter's product is added to the base's in float32. h is given.
-    "h": 2e-3,  # one rounding
-    "dB": 5e-6,  # float32 sums of products of what is given
-    "dA": 2e-3,  # G is rounded, then float32 sums
-    "dx": 2.5e-3,  # G is rounded, and the sum of both products
+# Root-mean-square error relative to float64 with the same weights and adapter of the dtype. A rounding to bfloat16 is off
+# by at most 2**-8 of the number, evenly spread: 2**-8 / sqrt(3) = 2.3e-3 if every mantissa were 1.0, 1.65e-3 measured;
+# to float16, an eighth of that. A float32 sum of n products is off by about sqrt(n) * 2**-24; here n is up to 5000.
+SUMS = 5e-6
+ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+ULP = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a number, at most
+TOLERANCE = {  # roundings to the dtype
+    "y": 1,  # the adapter's product is added to the base's in float32. h is given.
+    "h": 1,
+    "dB": 0,  # float32 sums of products of what is given
+    "dA": 1,  # G is rounded, then float32 sums
+    "dx": 1.25,  # G is rounded, and the sum of both products
 }
 
 NOISE = 2e-5  # of the terms' magnitudes: what a float32 sum of 5000 terms in 16 parts may lose at most, 320 * 2**-24
@@ -382,14 +386,14 @@ def whole(*shape: int, most: int = 3) -> Tensor:
     return torch.randint(-most, most + 1, shape).float()
 
 
-def exact_weight(operands: Operands) -> Tensor:
-    return reference.dequantize(*operands, torch.bfloat16).double()
+def exact_weight(operands: Operands, dtype: torch.dtype) -> Tensor:
+    return reference.dequantize(*operands, dtype).double()
 
 
-def to_bf16(exact: Tensor) -> Tensor:
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """A float64 whole number below 2**24, rounded once."""
     assert (exact.abs() < 2**24).all()
-    return exact.to(torch.bfloat16)
+    return exact.to(dtype)
 
 
 # N and K: multiples of everything; of 64 but not of a block; of 32 alone; of nothing, so that rows begin inside bytes
@@ -401,35 +405,40 @@ WEIGHTS = [
 weights = pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 
 
+@dtypes
 @pytest.mark.parametrize("shape", [shape for shape in WEIGHTS if shape[1]], ids=str)
-@double_quants
-def test_few_tokens(library, shape, double_quant, whole_weight, empty):
+def test_few_tokens(library, shape, dtype, whole_weight, empty):
     N, K = shape
     for tokens in range(1, FEW_TOKENS + 1):
         for block_size in (32, 64, 128, 4096):
-            operands = whole_weight(shape, block_size, double_quant)
-            x = whole(tokens, K).bfloat16()
-            bias = whole(N, most=200).bfloat16() if tokens % 2 else None
-            y = empty(tokens, N, dtype=torch.bfloat16)
+            operands = whole_weight(shape, block_size, double_quant=tokens % 3 > 0)
+            x = whole(tokens, K).to(dtype)
+            bias = whole(N, most=200).to(dtype) if tokens % 2 else None
+            y = empty(tokens, N, dtype=dtype)
             library.linear_few(weight_of(*operands), x, bias, y)
-            exact = x.double() @ exact_weight(operands).T + (0 if bias is None else bias.double())
-            assert torch.equal(y, to_bf16(exact)), (tokens, block_size)
+            exact = x.double() @ exact_weight(operands, dtype).T + (0 if bias is None else bias.double())
+            assert torch.equal(y, rounded(exact, dtype)), (tokens, block_size)
 
 
 class Layer:
-    """An adapted layer, and what the C makes of it. `draw` gives its numbers; A and B are not yet bfloat16."""
+    """An adapted layer, and what the C makes of it. `draw` gives its numbers; A and B are not yet of 16 bits."""
 
-    def __init__(self, operands: Operands, tokens: int, r: int, scale: float, threshold: int, bias: bool, draw=whole):
+    def __init__(
+        self, operands: Operands, tokens: int, r: int, scale: float, threshold: int, bias: bool, dtype, draw=whole
+    ):
         self.operands, self.scale, self.threshold, self.seed = operands, scale, threshold, -12345
+        self.dtype = dtype
         N, K = operands[5]
-        self.x, self.grad = draw(tokens, K).bfloat16(), draw(tokens, N).bfloat16()
-        self.bias = draw(N).bfloat16() if bias else None
-        self.A, self.B = draw(r, K) * (1 + 2**-12), draw(N, r) * (1 - 2**-12)
+        self.x, self.grad = draw(tokens, K).to(dtype), draw(tokens, N).to(dtype)
+        self.bias = draw(N).to(dtype) if bias else None
+        self.A, self.B = draw(r, K), draw(N, r)
+        if dtype != torch.float32:
+            self.A, self.B = self.A * (1 + 2**-12), self.B * (1 - 2**-12)
 
     def run(self, library: Library, empty=torch.empty, needs_input: bool = True) -> dict[str, Tensor]:
         """y, h, dA, dB, and dx if it is wanted."""
         weight, (N, K), r, tokens = weight_of(*self.operands), self.operands[5], len(self.A), len(self.x)
-        low = {"dtype": torch.bfloat16}
+        low = {"dtype": self.dtype}
         y, h, dx = empty(tokens, N, **low), empty(tokens, r, **low), empty(tokens, K, **low)
         dA, dB = empty(r, K), empty(N, r)
         options = {"scale": self.scale, "threshold": self.threshold, "seed": self.seed}
@@ -446,22 +455,33 @@ class Layer:
         tokens, K = self.x.shape
         keep = adapter.keep_mask(torch.tensor(self.seed), tokens, K, self.threshold / 65536)
         x, bias = self.x.double(), torch.zeros(()) if self.bias is None else self.bias.double()
-        A, B = self.A.bfloat16().double(), self.B.bfloat16().double()
-        return x, x * keep, keep, self.grad.double(), bias, exact_weight(self.operands), A, B
+        A, B = self.A.to(self.dtype).double(), self.B.to(self.dtype).double()
+        return x, x * keep, keep, self.grad.double(), bias, exact_weight(self.operands, self.dtype), A, B
 
     def check_whole(self, found: dict[str, Tensor]) -> None:
         """The results of whole numbers are exact, but for the roundings: of y and dx, and of h and G before."""
         x, kept, keep, grad, bias, W, A, B = self.float64()
-        h, G = to_bf16(self.scale * kept @ A.T), to_bf16(self.scale * grad @ B).double()
+        h, G = rounded(self.scale * kept @ A.T, self.dtype), rounded(self.scale * grad @ B, self.dtype).double()
         exact = {
-            "y": to_bf16(x @ W.T + h.double() @ B.T + bias),
+            "y": rounded(x @ W.T + h.double() @ B.T + bias, self.dtype),
             "h": h,
-            "dx": to_bf16(grad @ W + keep * (G @ A)),
+            "dx": rounded(grad @ W + keep * (G @ A), self.dtype),
             "dA": (G.T @ kept).float(),
             "dB": (grad.T @ h.double()).float(),
         }
         for name, tensor in found.items():
             assert torch.equal(tensor, exact[name]), name
+
+
+# The arithmetic of products: float32 of each instruction set, and bfloat16 where it has it, from what dtype.
+PRODUCTS = [(isa, dtype) for isa in supported_isas() for dtype in DTYPES if isa == "native" or dtype != torch.float16]
+
+
+@pytest.fixture(scope="session", params=PRODUCTS, ids=lambda one: f"{one[0]}-{str(one[1])[6:]}")
+def product(request: pytest.FixtureRequest) -> tuple[Library, torch.dtype]:
+    """The library of an instruction set, and the dtype to multiply."""
+    isa, dtype = request.param
+    return Library(isa), dtype
 
 
 # Every height of a tile of tokens (1 to 12), one and several tiles, odd counts; every way that r is no multiple of 32.
@@ -472,84 +492,91 @@ RANKS = [0, 1, 2, 7, 12, 13, 16, 31, 32, 33, 64]
 @weights
 @double_quants
 def test_adapted_products_of_any_weight(product, shape, double_quant, whole_weight, empty):
+    library, dtype = product
     for block_size, (tokens, r) in zip(
         (32, 64, 128, 1024, 4096), [(9, 5), (14, 16), (25, 33), (1, 1), (6, 0)], strict=True
     ):
         operands = whole_weight(shape, block_size, double_quant)
-        layer = Layer(operands, tokens, r, scale=0.5, threshold=20_000 * (tokens % 2), bias=r % 2 == 0)
-        layer.check_whole(layer.run(product, empty))
+        layer = Layer(operands, tokens, r, 0.5, 20_000 * (tokens % 2), r % 2 == 0, dtype)
+        layer.check_whole(layer.run(library, empty))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("threshold", [0, 13_000], ids=["plain", "dropout"])
 def test_adapted_products_of_any_number_of_tokens(product, tokens, threshold, whole_weight, empty):
+    library, dtype = product
     for shape in [(40, 96), (33, 65)]:
         for r in (0, 7, 33):
-            layer = Layer(whole_weight(shape, 32), tokens, r, 2.0, threshold, bias=True)
-            layer.check_whole(layer.run(product, empty))
+            layer = Layer(whole_weight(shape, 32), tokens, r, 2.0, threshold, True, dtype)
+            layer.check_whole(layer.run(library, empty))
 
 
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("threshold", [0, 13_000], ids=["plain", "dropout"])
 def test_adapted_products_of_any_rank(product, r, threshold, whole_weight, empty):
+    library, dtype = product
     for shape in [(64, 64), (31, 67), (520, 1030)]:  # a packing task is 512 long
         for tokens in (5, 26):
-            layer = Layer(whole_weight(shape, 64), tokens, r, 1.0, threshold, bias=False)
-            layer.check_whole(layer.run(product, empty))
+            layer = Layer(whole_weight(shape, 64), tokens, r, 1.0, threshold, False, dtype)
+            layer.check_whole(layer.run(library, empty))
 
 
 def test_the_gradient_of_the_input_may_be_left_out(product, whole_weight, empty):
+    library, dtype = product
     for r, tokens in [(5, 9), (33, 26)]:
-        layer = Layer(whole_weight((37, 70)), tokens, r, 1.0, 9_000, bias=False)
-        layer.check_whole(layer.run(product, empty, needs_input=False))
+        layer = Layer(whole_weight((37, 70)), tokens, r, 1.0, 9_000, False, dtype)
+        layer.check_whole(layer.run(library, empty, needs_input=False))
 
 
 @pytest.mark.parametrize("threshold", [1, 32_767, 32_768, 65_535])
 def test_thresholds_are_unsigned(product, threshold, whole_weight, empty):
-    layer = Layer(whole_weight((16, 1000)), 20, 8, 1.0, threshold, bias=False)
-    layer.check_whole(layer.run(product, empty))
+    library, dtype = product
+    layer = Layer(whole_weight((16, 1000)), 20, 8, 1.0, threshold, False, dtype)
+    layer.check_whole(layer.run(library, empty))
 
 
-def assert_near(name: str, found: Tensor, exact: Tensor, magnitude: Tensor, roundings: float) -> None:
-    """Within TOLERANCE altogether, and no element off by more than its own roundings and a share of its terms.
+def assert_near(name: str, found: Tensor, exact: Tensor, magnitude: Tensor, dtype: torch.dtype) -> None:
+    """Within TOLERANCE altogether, and no element off by more than its own rounding and a share of its terms.
 
     `magnitude` is the sum of the terms without their signs.
     """
     error = found.double() - exact
     assert found.isfinite().all(), name
-    assert error.norm() <= TOLERANCE[name] * exact.norm(), (name, (error.norm() / exact.norm()).item())
-    assert (error.abs() <= roundings * exact.abs() + NOISE * magnitude).all(), name
+    allowed = SUMS + TOLERANCE[name] * ROUNDED[dtype]
+    assert error.norm() <= allowed * exact.norm(), (name, (error.norm() / exact.norm()).item())
+    assert (error.abs() <= ULP[found.dtype] * exact.abs() + NOISE * magnitude).all(), name
 
 
 @pytest.mark.parametrize("shape", [(320, 512), (67, 4997), (200, 129)], ids=str)
-@double_quants
-def test_few_tokens_on_any_numbers(library, shape, double_quant):
+@dtypes
+def test_few_tokens_on_any_numbers(library, shape, dtype):
     N, K = shape
     for block_size in (32, 64, 4096):
-        operands = normal_weight(shape, block_size, double_quant)
-        W = exact_weight(operands)
+        operands = normal_weight(shape, block_size)
+        W = exact_weight(operands, dtype)
         for tokens in (1, 3, 8):
-            x, bias = torch.randn(tokens, K).bfloat16(), torch.randn(N).bfloat16()
-            y = torch.empty(tokens, N, dtype=torch.bfloat16)
+            x, bias = torch.randn(tokens, K).to(dtype), torch.randn(N).to(dtype)
+            y = torch.empty(tokens, N, dtype=dtype)
             library.linear_few(weight_of(*operands), x, bias, y)
             exact, magnitude = x.double() @ W.T + bias, x.double().abs() @ W.abs().T
-            assert_near("y", y, exact, magnitude, 2**-8)
+            assert_near("y", y, exact, magnitude, dtype)
 
 
 @pytest.mark.parametrize("shape", [(320, 512), (67, 4997), (4997, 129)], ids=str)
 @pytest.mark.parametrize("threshold", [0, 6_554], ids=["plain", "dropout"])
 def test_adapted_products_on_any_numbers(product, shape, threshold):
-    layer = Layer(normal_weight(shape, 64, True), 33, 16, 0.03, threshold, bias=True, draw=torch.randn)
-    found = layer.run(product)
+    library, dtype = product
+    layer = Layer(normal_weight(shape, 64, True), 33, 16, 0.03, threshold, True, dtype, torch.randn)
+    found = layer.run(library)
     x, kept, keep, grad, bias, W, A, B = layer.float64()
     h, G = found["h"].double(), layer.scale * grad @ B
-    assert_near("h", found["h"], layer.scale * kept @ A.T, layer.scale * kept.abs() @ A.abs().T, 2**-8)
-    assert_near("y", found["y"], x @ W.T + h @ B.T + bias, x.abs() @ W.abs().T + h.abs() @ B.abs().T, 2**-8)
-    assert_near("dB", found["dB"], grad.T @ h, grad.abs().T @ h.abs(), 0)
-    off = 2**-8 / NOISE * G.abs()  # what the rounding of G adds
-    assert_near("dA", found["dA"], G.T @ kept, (G.abs() + off).T @ kept.abs(), 0)
+    assert_near("h", found["h"], layer.scale * kept @ A.T, layer.scale * kept.abs() @ A.abs().T, dtype)
+    assert_near("y", found["y"], x @ W.T + h @ B.T + bias, x.abs() @ W.abs().T + h.abs() @ B.abs().T, dtype)
+    assert_near("dB", found["dB"], grad.T @ h, grad.abs().T @ h.abs(), dtype)
+    off = ULP[dtype] / NOISE * G.abs() + layer.scale * grad.abs() @ B.abs()  # what G's rounding and its sum add
+    assert_near("dA", found["dA"], G.T @ kept, (G.abs() + off).T @ kept.abs(), dtype)
     terms = grad.abs() @ W.abs() + keep * ((G.abs() + off) @ A.abs())
-    assert_near("dx", found["dx"], grad @ W + keep * (G @ A), terms, 2**-8)
+    assert_near("dx", found["dx"], grad @ W + keep * (G @ A), terms, dtype)
 
 
 def normal_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = True) -> Operands:
@@ -574,15 +601,16 @@ def everything(library: Library) -> list[Tensor]:
     results = [packed, absmax, *scales_quantized(library, torch.rand(3000), 0.5)]
     operands = normal_weight((260, 1088))  # few_tokens.c leaves less than 2**18 weights to one thread
     results += [dequantized(library, operands, dtype) for dtype in DTYPES]
-    dropped, few = torch.empty_like(x), torch.empty(5, 260, dtype=torch.bfloat16)
+    dropped, few = torch.empty_like(x), [torch.empty(5, 260, dtype=dtype) for dtype in DTYPES]
     library.dropout(x, 7, 30_000, 2.0, dropped)
-    library.linear_few(weight_of(*operands), torch.randn(5, 1088).bfloat16(), None, few)
+    for y in few:
+        library.linear_few(weight_of(*operands), torch.randn(5, 1088).to(y.dtype), None, y)
     wide, narrow = segments([50_000, 200_000, 7]), segments([50_000, 20_000, 7], torch.bfloat16, bits=8)
     library.adamw(*wide, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
     library.adamw_8bit(*narrow, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
-    results += [dropped, few, *(tensor for some in (*wide, *narrow) for tensor in some)]
-    if library.has_product:
-        results += Layer(operands, 50, 70, 0.1, 5_000, bias=True, draw=torch.randn).run(library).values()
+    results += [dropped, *few, *(tensor for some in (*wide, *narrow) for tensor in some)]
+    for dtype in DTYPES:
+        results += Layer(operands, 50, 70, 0.1, 5_000, True, dtype, torch.randn).run(library).values()
     return results
 
 
@@ -723,17 +751,18 @@ def between_fences(library: Library, shape: tuple[int, int], block_size: int, do
     for dtype in DTYPES:
         library.adamw(*segments([N * K, 3, K], dtype, put=put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
         library.adamw_8bit(*segments([N * K, 3, K], dtype, 8, put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
-    bias = put(torch.randn(N).bfloat16())
-    for tokens in (1, 2, 3, 8):
-        print("linear_few", tokens, case, flush=True)
-        x = put(torch.randn(tokens, K).bfloat16())
-        library.linear_few(weight, x, bias, new(tokens, N, dtype=torch.bfloat16))
-    for tokens, r in [(1, 1), (13, 7), (9, 33), (14, 34), (2, 0)] if library.has_product else []:
-        print("adapted_linear", tokens, r, case, flush=True)
-        layer = Layer(operands, tokens, r, 1.0, 10_000 * (r % 2), bias=True)
-        layer.x, layer.grad, layer.bias = put(layer.x), put(layer.grad), bias
-        layer.A, layer.B = put(layer.A), put(layer.B)
-        layer.run(library, new)
+    for dtype in DTYPES:
+        bias = put(torch.randn(N).to(dtype))
+        for tokens in (1, 2, 3, 8, 9):
+            print("linear_few", dtype, tokens, case, flush=True)
+            x = put(torch.randn(tokens, K).to(dtype))
+            library.linear_few(weight, x, bias, new(tokens, N, dtype=dtype))
+        for tokens, r in [(1, 1), (13, 7), (9, 33), (14, 34), (2, 0)]:
+            print("adapted_linear", dtype, tokens, r, case, flush=True)
+            layer = Layer(operands, tokens, r, 1.0, 10_000 * (r % 2), True, dtype)
+            layer.x, layer.grad, layer.bias = put(layer.x), put(layer.grad), bias
+            layer.A, layer.B = put(layer.A), put(layer.B)
+            layer.run(library, new)
 
 
 if __name__ == "__main__":
