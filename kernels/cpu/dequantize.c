@@ -21,7 +21,7 @@ static void dequantize_rows(void *data, int64_t index)
     int64_t first = index * job->rows_per_task, end = min64(job->rows, first + job->rows_per_task);
     if (job->columns == K) { /* whole rows follow each other */
         decode(job->w, (job->row + first) * K, (end - first) * K, job->type, job->out + first * K * bytes, job->stream);
-#if HAVE_AVX512
+#if HAVE_AVX512 || HAVE_AVX2
         _mm_sfence();
 #endif
         return;

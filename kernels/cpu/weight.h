@@ -4,7 +4,8 @@
    value * scale, rounded to the type wanted. Decoding is a look-up in that table, and a table of 16 fits a register:
 
        AVX512      vpermw: 32 look-ups of 16 bits in one instruction
-       AVX2, NEON  pshufb, tbl: 16 look-ups of a byte; one for the low bytes of the table, one for the high bytes
+       AVX2, NEON  pshufb, tbl: 32 or 16 look-ups of a byte, in a table of bytes: the low ones of the 16 products, the
+                   high ones, of float32 the two between. AMD takes two pshufb a cycle, and half a vpermps
        otherwise   one at a time
 
    The product is the same float32 product as in nf4/blockwise.py, rounded the same way, so the bits are the same on
@@ -78,14 +79,51 @@ static inline floats load_floats(const float *p)
     return v;
 }
 
+#if HAVE_AVX2
+
+/* The steps of to_bf16; the result is the low half of each word. */
+static inline __m256i rounded_bf16(__m256 x)
+{
+    __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+    __m256i up = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(bits, 16), one), _mm256_set1_epi32(0x7fff));
+    __m256i sum = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, up)),
+                                                       _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                                                       _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    return _mm256_srli_epi32(sum, 16);
+}
+
+/* 16 float32, the first eight in a, as 16 bits. */
+static inline __m256i narrowed(__m256 a, __m256 b, dtype type)
+{
+    if (type == BFLOAT16) /* packing goes half by half */
+        return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline halves narrowed16(floats x, dtype type)
+{
+    __m256 part[2];
+    halves out;
+    memcpy(part, &x, sizeof part);
+    __m256i h = narrowed(part[0], part[1], type);
+    memcpy(&out, &h, sizeof out);
+    return out;
+}
+
+#endif
+
 /* float32 -> bfloat16: to nearest, ties to even, every NaN to 0x7fc0. Integer steps: vcvtneps2bf16 flushes subnormals. */
 static inline halves to_bf16(floats x)
 {
+#if HAVE_AVX2
+    return narrowed16(x, BFLOAT16);
+#else
     words bits = (words)x;
     words nan = (words)(x != x);
     bits = (nan & 0x7fc00000u) | (~nan & bits);
     bits += 0x7fffu + ((bits >> 16) & 1u);
     return __builtin_convertvector(bits >> 16, halves);
+#endif
 }
 
 /* The 16 weights of a block as bfloat16. */
@@ -145,22 +183,19 @@ static inline uint16_t fp16_in_software(float x)
 
 static inline halves to_fp16(floats x)
 {
+#if HAVE_AVX2
+    return narrowed16(x, FLOAT16);
+#else
     halves out;
 #if HAVE_AVX512
     __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
     memcpy(&out, &h, 32);
-#elif HAVE_AVX2
-    float f[16];
-    memcpy(f, &x, 64);
-    for (int i = 0; i < 2; i++) {
-        __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(f + 8 * i), _MM_FROUND_TO_NEAREST_INT);
-        memcpy((char *)&out + 16 * i, &h, 16);
-    }
 #else
     for (int i = 0; i < 16; i++)
         out[i] = fp16_in_software(x[i]);
 #endif
     return out;
+#endif
 }
 
 static inline float from_fp16(uint16_t x)
@@ -226,6 +261,84 @@ static inline __m512i look_up_pair(const uint8_t *packed, __m512i table, int is_
 #endif
 #endif
 
+#if HAVE_AVX2
+
+/* The bytes of the 16 weights of a block: number b of the low ones is byte 0 of weight b, and so on. Two tables for types of
+   16 bits, four for float32, each in both halves of a register. */
+typedef struct {
+    __m256i byte[4];
+} byte_tables;
+
+static inline byte_tables tables16(__m256i weights)
+{
+    byte_tables t = {0};
+    __m256i low = _mm256_and_si256(weights, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(weights, 8);
+    __m256i both = _mm256_packus_epi16(low, high); /* of half h: low bytes of weights 8h ..., then their high bytes */
+    t.byte[0] = _mm256_permute4x64_epi64(both, 0x88);
+    t.byte[1] = _mm256_permute4x64_epi64(both, 0xdd);
+    return t;
+}
+
+static inline byte_tables tables32(__m256 a, __m256 b)
+{
+    const __m256i by_byte = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i even = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), odd = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+    __m256i x = _mm256_shuffle_epi8(_mm256_castps_si256(a), by_byte);
+    __m256i y = _mm256_shuffle_epi8(_mm256_castps_si256(b), by_byte);
+    __m256i low = _mm256_unpacklo_epi32(x, y), high = _mm256_unpackhi_epi32(x, y);
+    return (byte_tables){{_mm256_permutevar8x32_epi32(low, even), _mm256_permutevar8x32_epi32(low, odd),
+                          _mm256_permutevar8x32_epi32(high, even), _mm256_permutevar8x32_epi32(high, odd)}};
+}
+
+/* 16 bytes of codes -> 32 indices. Half 0 of the register has codes 0 to 7 and 16 to 23, half 1 the others: unpacking then
+   brings 32 results of 16 bits in order. by_eight: half 0 has codes 0 to 3, 8 to 11, ...: that is for 32 bits. */
+static inline __m256i indices(const uint8_t *packed, int by_eight)
+{
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i order = by_eight ? _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                      2, 3, 6, 7, 10, 11, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0)
+                                   : _mm256_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                      4, 5, 6, 7, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    __m256i bytes = _mm256_shuffle_epi8(both, order);
+    __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), second = _mm256_and_si256(bytes, nibble);
+    return _mm256_unpacklo_epi8(first, second);
+}
+
+/* stream: past the caches, where `to` is aligned to a vector. */
+static inline void put(void *to, __m256i v, int stream)
+{
+    if (stream)
+        _mm256_stream_si256(to, v);
+    else
+        _mm256_storeu_si256(to, v);
+}
+
+static inline __attribute__((always_inline)) void look_up16(const uint8_t *packed, byte_tables t, uint16_t *out, int stream)
+{
+    __m256i index = indices(packed, 0);
+    __m256i l = _mm256_shuffle_epi8(t.byte[0], index), h = _mm256_shuffle_epi8(t.byte[1], index);
+    put(out, _mm256_unpacklo_epi8(l, h), stream);
+    put(out + 16, _mm256_unpackhi_epi8(l, h), stream);
+}
+
+static inline __attribute__((always_inline)) void look_up32s(const uint8_t *packed, byte_tables t, float *out, int stream)
+{
+    __m256i index = indices(packed, 1);
+    __m256i b0 = _mm256_shuffle_epi8(t.byte[0], index), b1 = _mm256_shuffle_epi8(t.byte[1], index);
+    __m256i b2 = _mm256_shuffle_epi8(t.byte[2], index), b3 = _mm256_shuffle_epi8(t.byte[3], index);
+    __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
+    put(out, _mm256_unpacklo_epi16(low, high), stream);
+    put(out + 8, _mm256_unpackhi_epi16(low, high), stream);
+    low = _mm256_unpackhi_epi8(b0, b1);
+    high = _mm256_unpackhi_epi8(b2, b3);
+    put(out + 16, _mm256_unpacklo_epi16(low, high), stream);
+    put(out + 24, _mm256_unpackhi_epi16(low, high), stream);
+}
+
+#endif
+
 /* Look up n codes that begin with a high nibble. stream: past the caches, where out is aligned to a cache line. */
 static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, uint16_t *out, int stream)
 {
@@ -237,27 +350,22 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
             _mm512_stream_si512((__m512i *)(out + i), look_up16(packed + i / 2, t));
     for (; i + 32 <= n; i += 32)
         _mm512_storeu_si512(out + i, look_up16(packed + i / 2, t));
-#elif HAVE_AVX2 || HAVE_NEON
+#elif HAVE_AVX2
+    __m256i weights;
+    memcpy(&weights, &table, sizeof weights);
+    byte_tables t = tables16(weights);
+    if (stream && (uintptr_t)out % 64 == 0)
+        for (; i + 32 <= n; i += 32)
+            look_up16(packed + i / 2, t, out + i, 1);
+    for (; i + 32 <= n; i += 32)
+        look_up16(packed + i / 2, t, out + i, 0);
+#elif HAVE_NEON
     (void)stream;
     uint8_t low[16], high[16];
     for (int j = 0; j < 16; j++) {
         low[j] = (uint8_t)table[j];
         high[j] = (uint8_t)(table[j] >> 8);
     }
-#if HAVE_AVX2
-    __m128i tl = _mm_loadu_si128((const __m128i *)low), th = _mm_loadu_si128((const __m128i *)high);
-    __m128i nibble = _mm_set1_epi8(15);
-    for (; i + 32 <= n; i += 32) {
-        __m128i bytes = _mm_loadu_si128((const __m128i *)(packed + i / 2));
-        __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), second = _mm_and_si128(bytes, nibble);
-        __m128i index[2] = {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
-        for (int j = 0; j < 2; j++) {
-            __m128i l = _mm_shuffle_epi8(tl, index[j]), h = _mm_shuffle_epi8(th, index[j]);
-            _mm_storeu_si128((__m128i *)(out + i + 16 * j), _mm_unpacklo_epi8(l, h));
-            _mm_storeu_si128((__m128i *)(out + i + 16 * j + 8), _mm_unpackhi_epi8(l, h));
-        }
-    }
-#else
     uint8x16_t tl = vld1q_u8(low), th = vld1q_u8(high);
     for (; i + 32 <= n; i += 32) {
         uint8x16_t bytes = vld1q_u8(packed + i / 2);
@@ -268,19 +376,19 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
             vst1q_u8((uint8_t *)(out + i + 16 * j + 8), both.val[1]);
         }
     }
-#endif
 #else
     (void)stream;
 #endif
-    uint16_t t16[16];
-    memcpy(t16, &table, 32);
     for (; i < n; i++)
-        out[i] = t16[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
+        out[i] = table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
 }
 
-static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, float *out)
+static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, float *out, int stream)
 {
     int64_t i = 0;
+#if !HAVE_AVX2
+    (void)stream;
+#endif
 #if HAVE_AVX512
     for (; i + 16 <= n; i += 16) {
         __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
@@ -288,23 +396,17 @@ static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, 
         _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, (__m512)table));
     }
 #elif HAVE_AVX2
-    float t[16];
-    memcpy(t, &table, 64);
-    __m256 low = _mm256_loadu_ps(t), high = _mm256_loadu_ps(t + 8);
-    for (; i + 8 <= n; i += 8) {
-        int32_t four;
-        memcpy(&four, packed + i / 2, 4);
-        __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
-        __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
-        __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)); /* bit 3 of the code becomes the sign */
-        __m256 l = _mm256_permutevar8x32_ps(low, index), h = _mm256_permutevar8x32_ps(high, index);
-        _mm256_storeu_ps(out + i, _mm256_blendv_ps(l, h, is_high));
-    }
+    __m256 half[2];
+    memcpy(half, &table, sizeof half);
+    byte_tables t = tables32(half[0], half[1]);
+    if (stream && (uintptr_t)out % 64 == 0)
+        for (; i + 32 <= n; i += 32)
+            look_up32s(packed + i / 2, t, out + i, 1);
+    for (; i + 32 <= n; i += 32)
+        look_up32s(packed + i / 2, t, out + i, 0);
 #endif
-    float t32[16];
-    memcpy(t32, &table, 64);
     for (; i < n; i++)
-        out[i] = t32[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
+        out[i] = table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
 }
 
 /* The n weights that begin at the flat index `first`, in a type of 16 or 32 bits. Any first, any n. Adding 0 to a product
@@ -325,7 +427,7 @@ static inline void decode(const weight *w, int64_t first, int64_t n, dtype type,
             floats table = values * scale + 0.0f;
             if (odd)
                 to[0] = table[code];
-            decode_run32(packed + odd, run - odd, table, to + odd);
+            decode_run32(packed + odd, run - odd, table, to + odd, stream);
             out = to + run;
         } else {
             halves t = type == BFLOAT16 ? bf16_table(values, scale) : to_fp16(values * scale + 0.0f);
