@@ -65,8 +65,8 @@ def quantize_(
     Args:
         model: its layers as ``linear_names(model, skip)`` gives them; those already quantized stay as they are.
         codebook, block_size, double_quant: see ``quantize``.
-        compute_dtype: dtype of the products; by default what the device multiplies in hardware, bfloat16 or float32, see
-            ``nf4/processor.py``.
+        compute_dtype: dtype of the products; by default what the device multiplies in hardware, bfloat16 or float32
+            (``nf4/processor.py``).
         skip: see ``linear_names``.
         progress: called after each weight with how many are done and how many there are.
 

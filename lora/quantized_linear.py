@@ -29,9 +29,7 @@ class QuantizedLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(
-        self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
-    ):
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.weight = weight
         self.follows_device = compute_dtype is None

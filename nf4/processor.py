@@ -1,7 +1,7 @@
 """What this machine's processors can do, and so in which dtype a layer multiplies.
 
-The paper multiplies in bfloat16, because its GPUs do so in hardware. A processor that does not emulates it: a product of
-PyTorch's then takes 10 to 70 times as long as the same one in float32. So the compute dtype follows the device:
+The paper multiplies in bfloat16, because its GPUs do so in hardware. A processor that does not emulates it: a product
+of PyTorch's then takes 10 to 70 times as long as the same one in float32. So the compute dtype follows the device:
 
 =====================================================  ==========
 NVIDIA GPUs from sm_80 on                              bfloat16
@@ -101,7 +101,7 @@ def compute_dtype(device: torch.device | str = "cpu") -> ComputeDtype:
         return ComputeDtype(dtype, f"a GPU of sm_{major}{minor} {can} bfloat16 in hardware")
     if device.type != "cpu":
         return ComputeDtype(torch.float32, f"whether {device.type} multiplies bfloat16 in hardware is not known")
-    return _of_the_cpu(isa(), _lowered())
+    return _of_the_cpu(isa(), _lowered(), cpu_features(), platform.machine())
 
 
 def emulates(x: torch.Tensor) -> bool:
@@ -124,19 +124,18 @@ def processor_class() -> str:
         return "portable" if chosen == "portable" else f"{platform.machine()}{'-bf16' if multiplies else ''}"
     if multiplies:
         return "amx-bf16" if "amx_bf16" in features else "avx512-bf16"
-    lowered_torch = _lowered()
     widest = next(name for name in supported_isas() if name != "native") if chosen == "native" else chosen
-    return "avx2" if widest == "avx512" and lowered_torch else widest
+    lowered = (_lowered() or "").upper()
+    return "avx2" if widest == "avx512" and lowered and "AVX512" not in lowered else widest
 
 
 @functools.cache
-def _of_the_cpu(chosen: str, lowered: str | None) -> ComputeDtype:
+def _of_the_cpu(chosen: str, lowered: str | None, features: str, architecture: str) -> ComputeDtype:
     if chosen != "native":
         return ComputeDtype(torch.float32, f"{VARIABLE}={chosen} has no bfloat16 product")
-    features = set(cpu_features().split())
-    has = next((name for feature, name in _BFLOAT16.items() if feature in features), None)
+    has = next((name for feature, name in _BFLOAT16.items() if feature in features.split()), None)
     if has is None:
-        wanted = "Arm's BF16" if platform.machine() == "aarch64" else "AVX512-BF16"
+        wanted = "Arm's BF16" if architecture == "aarch64" else "AVX512-BF16"
         return ComputeDtype(torch.float32, f"the processor has no {wanted}; bfloat16 products would be emulated")
     if lowered:
         return ComputeDtype(torch.float32, f"{lowered} makes PyTorch emulate bfloat16 products")

@@ -1,11 +1,15 @@
 """Products of matrices as PyTorch takes them; in float32, rounded once, where it would emulate their dtype.
 
-On a processor that multiplies bfloat16 PyTorch adds the products up in float32 and rounds the sum. On one that does not, it
-does the same, 10 to 70 times slower than in float32 (``processor.py``). There the matrices are widened, which is exact,
-multiplied in float32 and rounded once: the same result but for the order of the sums.
+On a processor that multiplies bfloat16 PyTorch adds the products up in float32 and rounds the sum. On one that does
+not, it does the same, 10 to 70 times slower than in float32 (``processor.py``). There the matrices are widened, which is
+exact, multiplied in float32 and rounded once: the same result but for the order of the sums.
+
+Raises RuntimeError where PyTorch does: for sizes and dtypes that do not fit.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,18 +21,27 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """A b, in the dtype of both: [..., m, k] and [k, n] -> [..., m, n]."""
     if not emulates(a):
         return a @ b
-    return (a.float() @ b.float()).to(a.dtype)
+    wide_a, wide_b = _widened(a, b)
+    return (wide_a @ wide_b).to(a.dtype)
 
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W' + bias, all of one dtype: [..., K] and [N, K] -> [..., N]."""
     if not emulates(x):
         return F.linear(x, W, bias)
-    return F.linear(x.float(), W.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(*_widened(x, W, *([] if bias is None else [bias]))).to(x.dtype)
 
 
 def addmm(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """Y + alpha * a b, all of one dtype: [m, n], [m, k] and [k, n] -> [m, n]."""
     if not emulates(y):
         return y.addmm(a, b, alpha=alpha)
-    return y.float().addmm_(a.float(), b.float(), alpha=alpha).to(y.dtype)
+    wide_y, wide_a, wide_b = _widened(y, a, b)
+    return wide_y.addmm_(wide_a, wide_b, alpha=alpha).to(y.dtype)
+
+
+def _widened(*tensors: Tensor) -> Iterator[Tensor]:
+    dtypes = [tensor.dtype for tensor in tensors]
+    if len(set(dtypes)) > 1:
+        raise RuntimeError(f"a product takes tensors of the same dtype, not {', '.join(map(str, dtypes))}")
+    return (tensor.float() for tensor in tensors)

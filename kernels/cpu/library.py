@@ -165,8 +165,8 @@ class Library:
         arithmetic = self._arithmetic(x)
         work = self._workspace(arithmetic, weight, len(x), r)
         getattr(self._c, f"qloralab_adapted_{arithmetic}_forward")(
-            weight, DTYPES[x.dtype], x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale, threshold,
-            seed, y.data_ptr(), _address(h), work.data_ptr(), threads(),
+            weight, DTYPES[x.dtype], x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale,
+            threshold, seed, y.data_ptr(), _address(h), work.data_ptr(), threads(),
         )  # fmt: skip
 
     def adapted_linear_backward(
@@ -189,8 +189,8 @@ class Library:
         arithmetic = self._arithmetic(grad)
         work = self._workspace(arithmetic, weight, len(grad), r)
         getattr(self._c, f"qloralab_adapted_{arithmetic}_backward")(
-            weight, DTYPES[grad.dtype], grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B), r,
-            scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
+            weight, DTYPES[grad.dtype], grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B),
+            r, scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
         )  # fmt: skip
 
     def adamw(

@@ -6,15 +6,15 @@ Importing this module registers them. Nothing is compiled before the first call.
 up to 8 or 16 tokens          ``few_tokens.c``: each packed byte is read once, nothing is written
 more tokens, bfloat16         ``product_bf16.c`` where there is AVX512-BF16
 more tokens                   ``product_f32.c``: widened, multiplied in float32, rounded once
-bfloat16 on a matrix unit     panels of at most 4 MB, dequantized by ``dequantize.c`` and multiplied by torch (oneDNN):
-                              AMX, and Arm's BF16
+bfloat16 on a matrix unit     panels of at most 4 MB, dequantized by ``dequantize.c`` and multiplied by torch
+                              (oneDNN): AMX, and Arm's BF16
 quantize, dequantize, dropout ``quantize.c``, ``dequantize.c``, ``dropout.c``
 ============================  =======================================================================================
 
 So no product of 16 bits goes to torch where torch would emulate it.
 
-The switch from the first to the others was measured on two threads, as time of ``few_tokens.c`` over that of the product.
-It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
+The switch from the first to the others was measured on two threads, as time of ``few_tokens.c`` over that of the
+product. It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
 
 ==================  ======  ======  ======  =======
 AMD Zen 4, bf16     1       8       12      16 tokens

@@ -20,9 +20,10 @@ from qloralab.kernels import dispatch
 from qloralab.kernels.cpu import operators
 from qloralab.kernels.cpu.library import FEW_TOKENS, Library
 from qloralab.kernels.cpu.operators import LARGE, ONE_PASS
-from qloralab.nf4 import ops, reference
+from qloralab.nf4 import ops, processor, reference
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.processor import supported_isas
 
 pytestmark = pytest.mark.compiler
 
@@ -93,23 +94,26 @@ def calls(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def panels(monkeypatch) -> None:
-    """Products by panels, as on a machine that multiplies bfloat16 in hardware, and panels of a few rows."""
+    """bfloat16 by panels, as on a machine that multiplies it on a matrix unit, and panels of a few rows."""
     monkeypatch.setattr(operators, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(operators, "emulates", lambda x: False)
     monkeypatch.setattr(operators, "PANEL_BYTES", 1600)
 
 
-@pytest.fixture
-def product(product, monkeypatch) -> Library:
-    """Products by the library, as on a machine that does not multiply bfloat16 in hardware."""
+@pytest.fixture(params=[*supported_isas(), "panels"])
+def path(request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
+    """The ways to multiply by many tokens: by the library of each instruction set, and by panels."""
+    if request.param == "panels":
+        request.getfixturevalue("panels")
+        yield request.param
+        return
     monkeypatch.setattr(operators, "has_matrix_unit", lambda: False)
-    return product
+    with dispatch.use("native", isa=request.param):
+        yield request.param
 
 
-@pytest.fixture(params=["product", "panels"])
-def path(request: pytest.FixtureRequest) -> str:
-    """Either way to multiply by many tokens."""
-    request.getfixturevalue(request.param)
-    return request.param
+def by_panels(path: str, dtype: torch.dtype) -> bool:
+    return path == "panels" and dtype == torch.bfloat16
 
 
 def whole(*shape: int, dtype: torch.dtype = torch.float32, most: int = 3) -> Tensor:
@@ -135,30 +139,46 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", [(N, K), (LARGE // 1024, 1024)], ids=["small", "large"])
 @pytest.mark.parametrize("tokens", [1, ONE_PASS, ONE_PASS + 1, FEW_TOKENS, FEW_TOKENS + 1])
-def test_the_number_of_tokens_chooses_the_function(path, tokens, shape, calls):
-    weight, x = normal_weight(shape), torch.randn(tokens, shape[1], dtype=torch.bfloat16)
+@dtypes
+def test_the_number_of_tokens_chooses_the_function(path, dtype, tokens, shape, calls):
+    library = dispatch.native()
+    assert library is not None
+    weight, x = normal_weight(shape), torch.randn(tokens, shape[1]).to(dtype)
     calls.clear()
     ops.linear(x, *weight, None)
-    most = FEW_TOKENS if shape[0] * shape[1] >= LARGE else ONE_PASS
-    many = {"product": {"product"}, "panels": {"dequantize"}}[path]
-    assert set(calls) == ({"linear_few"} if tokens <= most else many)
+    twice = dtype == torch.bfloat16 and library.has_bf16_product and shape[0] * shape[1] >= LARGE
+    many = {"dequantize"} if by_panels(path, dtype) else {"product"}
+    assert set(calls) == ({"linear_few"} if tokens <= (FEW_TOKENS if twice else ONE_PASS) else many)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-def test_other_dtypes_go_by_panels(tokens, dtype, calls):
-    weight = normal_weight()
-    calls.clear()
-    x = torch.randn(tokens, K, dtype=dtype, requires_grad=True)
-    ops.linear(x, *weight, None).sum().backward()
-    assert set(calls) == {"dequantize"}
-
-
-def test_an_adapted_layer_is_one_call_each_way(product, calls):
-    weight, x = normal_weight(), torch.randn(3, K, dtype=torch.bfloat16)
+@dtypes
+def test_an_adapted_layer_is_one_call_each_way(path, dtype, calls):
+    weight, x = normal_weight(), torch.randn(20, K, dtype=dtype, requires_grad=True)
     calls.clear()
     ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
-    assert calls == ["adapted_linear", "adapted_linear_backward"]
+    if by_panels(path, dtype):
+        assert set(calls) == {"dequantize"}
+    else:
+        assert calls == ["adapted_linear", "adapted_linear_backward"]
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_torch_multiplies_nothing_that_it_would_emulate(tokens, dtype, monkeypatch):
+    """Not in the operators, not in the reference, which takes unusual weights."""
+    monkeypatch.setattr(processor, "compute_dtype", lambda device: processor.ComputeDtype(torch.float32, "a test"))
+    weight, (A, B) = normal_weight(), adapter()
+    usual, unusual = weight, (*weight[:4], strided(weight[4]), *weight[5:])
+    taken: set[str] = set()
+    for operands in (usual, unusual):
+        for choice in ("native", "reference"):
+            x = torch.randn(tokens, K, dtype=dtype, requires_grad=True)
+            with dispatch.use(choice), profile(record_shapes=True) as profiler:
+                y, _ = ops.adapted_linear(x, *operands, None, A, B, SCALING, P, SEED)
+                (y + ops.linear(x, *operands, None)).sum().backward()
+            events: Any = profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+            taken |= {kind for e in events if e.name() in ("aten::mm", "aten::addmm") for kind in e.dtypes() if kind}
+    assert {"float"} <= taken <= {"float", "Scalar"}
 
 
 def test_quantizing_calls_the_library_for_both_levels(calls):
@@ -228,7 +248,7 @@ def test_linear_and_its_gradient(path, rows, dtype, bias, whole_weight):
         assert x.grad is not None
         W = reference.dequantize(*weight, dtype=dtype).double()
         exact, exact_dx = x.detach().double() @ W.T + (0 if b is None else b.detach().double()), grad.double() @ W
-        if path == "product" and dtype == torch.bfloat16:
+        if not by_panels(path, dtype):
             assert torch.equal(y, exact.to(dtype))
             assert torch.equal(x.grad, exact_dx.to(dtype))
         assert error(y.detach(), exact) <= PANELS[dtype]
@@ -327,7 +347,7 @@ def test_strides_do_not_matter(path, view, size, dtype):
     results = ("y", "h", "dx", "dA", "dB", "linear", "linear_grad_input", "dropout")
     bare = run(lambda t: t.clone(memory_format=torch.contiguous_format))
     for name, one, other in zip(results, run(lambda t: t), bare, strict=True):
-        if (path == "product" and dtype == torch.bfloat16) or name == "dropout":
+        if not by_panels(path, dtype) or name == "dropout":
             assert torch.equal(one, other), name
         assert error(one, other.double()) <= ADAPTED[dtype], name  # torch's own sums depend on strides
 
@@ -566,11 +586,10 @@ def test_autocast_changes_nothing(path, tokens, dtype):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("way", "dtype"), [("product", torch.bfloat16), ("panels", torch.bfloat16), ("panels", torch.float32)]
-)
-def test_opcheck(way, dtype, request):
-    request.getfixturevalue(way)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_opcheck(path, dtype):
+    if path not in ("native", "panels"):
+        pytest.skip("the schemas are the same for every instruction set")
     check = torch.library.opcheck
     weight, (A, B) = normal_weight(), adapter()
     bias = torch.randn(N).to(dtype).requires_grad_()
@@ -611,15 +630,11 @@ def largest_allocation(run: Callable[[], object]) -> int:
     return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
-@pytest.mark.parametrize("way", ["product", "a panel", "f32"])
-def test_no_copy_of_the_whole_weight_is_made(way, monkeypatch, request):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_no_copy_of_the_whole_weight_is_made(path, dtype, monkeypatch):
     """Forward and backward of a layer whose weight is 9.4 MB in bfloat16."""
-    if way == "product":
-        request.getfixturevalue("product")
-    if way == "a panel":
-        monkeypatch.setattr(operators, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(operators, "PANEL_BYTES", 4 << 20)
     n, k, tokens = 2304, 2048, 16
-    dtype = torch.float32 if way == "f32" else torch.bfloat16
     weight = normal_weight((n, k))
     x = torch.randn(tokens, k).to(dtype).requires_grad_()
     A, B = torch.randn(R, k, requires_grad=True), torch.randn(n, R, requires_grad=True)
