@@ -1,5 +1,6 @@
 /* A copy with some elements zeroed and the others scaled up. */
 #include "dropout.h"
+#include "lanes.h"
 
 enum { ROWS = 8 }; /* per task */
 
@@ -12,27 +13,49 @@ typedef struct {
     dropout d;
 } dropout_job;
 
+/* 32 elements, all there. */
+static inline __attribute__((always_inline)) void drop_segment(const dropout_job *job, dtype type, int64_t at, uint32_t keep)
+{
+    float y[32];
+    for (int i = 0; i < 32; i += LANE)
+        store_lane(y + i, where(keep >> i, load_numbers(job->x, type, at + i, LANE) * all_lanes(job->scale)));
+    if (type == FLOAT32) {
+        memcpy((float *)job->out + at, y, sizeof y);
+        return;
+    }
+    for (int i = 0; i < 32; i += 16) {
+        halves h = type == BFLOAT16 ? to_bf16(load_floats(y + i)) : to_fp16(load_floats(y + i));
+        memcpy((uint16_t *)job->out + at + i, &h, sizeof h);
+    }
+}
+
+static inline __attribute__((always_inline)) void drop_row(const dropout_job *job, dtype type, int64_t m)
+{
+    int64_t k = 0, K = job->columns;
+    for (; k + 32 <= K; k += 32)
+        drop_segment(job, type, m * K + k, kept(&job->d, m, k / 32));
+    if (k == K)
+        return;
+    uint32_t keep = kept(&job->d, m, k / 32);
+    for (int64_t at = m * K + k; k < K; k++, at++, keep >>= 1) {
+        float y = keep & 1 ? number(job->x, type, at) * job->scale : 0.0f;
+        if (type == FLOAT32)
+            ((float *)job->out)[at] = y;
+        else
+            ((uint16_t *)job->out)[at] = type == BFLOAT16 ? bf16(y) : fp16_in_software(y);
+    }
+}
+
 static void drop_rows(void *data, int64_t index)
 {
     const dropout_job *job = data;
     for (int64_t m = index * ROWS; m < min64(job->rows, (index + 1) * ROWS); m++)
-        for (int64_t k = 0; k < job->columns; k += 32) {
-            uint32_t keep = kept(&job->d, m, k / 32);
-            int64_t first = m * job->columns + k;
-            int n = (int)min64(32, job->columns - k);
-            for (int i = 0; i < n; i++) {
-                int64_t at = first + i;
-                int stays = keep >> i & 1;
-                if (job->type == FLOAT32)
-                    ((float *)job->out)[at] = stays ? ((const float *)job->x)[at] * job->scale : 0.0f;
-                else if (job->type == BFLOAT16)
-                    ((uint16_t *)job->out)[at] =
-                        stays ? bf16(from_bf16(((const uint16_t *)job->x)[at]) * job->scale) : 0;
-                else
-                    ((uint16_t *)job->out)[at] =
-                        stays ? fp16_in_software(from_fp16(((const uint16_t *)job->x)[at]) * job->scale) : 0;
-            }
-        }
+        if (job->type == FLOAT32)
+            drop_row(job, FLOAT32, m);
+        else if (job->type == BFLOAT16)
+            drop_row(job, BFLOAT16, m);
+        else
+            drop_row(job, FLOAT16, m);
 }
 
 /* x [rows, columns] -> out, the elements that stay times scale. */

@@ -7,14 +7,11 @@
 
 enum { CHUNK = 1 << 14, MAX_BLOCK = 4096, SCALES_PER_BLOCK = 256 };
 
-typedef int32_t counts __attribute__((vector_size(64)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-
 /* |x| as an integer: ordered as the magnitudes are, NaN above infinity. */
 static inline words magnitude(floats x) { return (words)x & 0x7fffffffu; }
 
 /* The largest magnitude of n floats, n a multiple of 16; NaN if there is one. */
-static float largest(const float *x, int64_t n)
+static float largest_of_floats(const float *x, int64_t n)
 {
     words top = {0};
     for (int64_t i = 0; i < n; i += 16) {
@@ -38,13 +35,6 @@ static inline float reciprocal(float absmax, int *exact)
     return r;
 }
 
-static inline floats divide(floats x, float absmax, float r, int exact)
-{
-    if (absmax == 0.0f)
-        return x - x; /* all zeros */
-    return exact ? x / absmax : x * r;
-}
-
 typedef struct {
     const void *x;
     dtype type;
@@ -54,6 +44,167 @@ typedef struct {
     uint8_t *packed;
     float *absmax;
 } quantize_job;
+
+#if HAVE_AVX2
+
+/* A block is taken in its own dtype, 32 numbers at a time. The thresholds are a tree of four levels. A node is known by how
+   many of its level are on its left, as -1, -2, ..., since a comparison that is true adds -1; the low bits of such a number
+   are its place in a permutation, so number i is at place -i of its level. Only the last level needs a permutation across
+   the halves of a register. */
+typedef struct {
+    __m256 level[4];
+    __m256i codes; /* of the 16 ranks */
+} search;
+
+static search make_search(const quantize_job *job)
+{
+    search s;
+    for (int level = 0; level < 4; level++) {
+        float places[8];
+        for (int i = 0; i < 8; i++) /* a level of fewer than eight is repeated */
+            places[-i & 7] = job->thresholds[(16 >> level) * (i & ((1 << level) - 1)) + (8 >> level) - 1];
+        s.level[level] = _mm256_loadu_ps(places);
+    }
+    uint8_t codes[16];
+    for (int i = 0; i < 16; i++)
+        codes[i] = job->codes ? job->codes[i] & 15 : (uint8_t)i;
+    s.codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+    return s;
+}
+
+/* Minus how many thresholds are below each of eight numbers. */
+static inline __m256i ranks8(__m256 q, const search *s)
+{
+    __m256i node = _mm256_castps_si256(_mm256_cmp_ps(q, s->level[0], _CMP_GT_OQ));
+    for (int level = 1; level < 4; level++) {
+        __m256 threshold = level == 3 ? _mm256_permutevar8x32_ps(s->level[3], node)
+                                      : _mm256_permutevar_ps(s->level[level], node);
+        __m256i above = _mm256_castps_si256(_mm256_cmp_ps(q, threshold, _CMP_GT_OQ));
+        node = _mm256_add_epi32(_mm256_add_epi32(node, node), above);
+    }
+    return node;
+}
+
+/* 16 numbers from x on as float32: 0 to 3 and 8 to 11, the others. */
+static inline void load16(const char *x, dtype type, __m256 *even, __m256 *odd)
+{
+    if (type == FLOAT32) {
+        const float *p = (const float *)x;
+        *even = _mm256_set_m128(_mm_loadu_ps(p + 8), _mm_loadu_ps(p));
+        *odd = _mm256_set_m128(_mm_loadu_ps(p + 12), _mm_loadu_ps(p + 4));
+        return;
+    }
+    __m256i h = _mm256_loadu_si256((const __m256i *)x);
+    if (type == BFLOAT16) {
+        *even = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), h));
+        *odd = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), h));
+    } else {
+        h = _mm256_permute4x64_epi64(h, 0xd8);
+        *even = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+        *odd = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+    }
+}
+
+/* The largest magnitude of n numbers, n a multiple of 32; NaN if there is one. Without the sign, the bits of numbers are
+   ordered as the numbers are, NaN above infinity, in every type. */
+static inline __attribute__((always_inline)) float largest(const char *x, dtype type, int64_t n)
+{
+    __m256i top[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t bytes = type == FLOAT32 ? 4 * n : 2 * n;
+    for (int64_t i = 0; i < bytes; i += 64)
+        for (int j = 0; j < 2; j++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(x + i + 32 * j));
+            top[j] = type == FLOAT32 ? _mm256_max_epu32(top[j], _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff)))
+                                     : _mm256_max_epu16(top[j], _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
+        }
+    if (type != FLOAT32) { /* there is an instruction for the least of eight */
+        __m256i both = _mm256_max_epu16(top[0], top[1]);
+        __m128i half = _mm_max_epu16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+        uint16_t most = (uint16_t)~_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1))));
+        return type == BFLOAT16 ? from_bf16(most) : from_fp16(most);
+    }
+    __m256i both = _mm256_max_epu32(top[0], top[1]);
+    __m128i half = _mm_max_epu32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(half));
+}
+
+/* n numbers, a multiple of 32, divided or multiplied by a number -> n / 2 bytes of codes. */
+static inline __attribute__((always_inline)) void encode(const char *x, dtype type, int64_t n, int exact, float by,
+                                                         const search *s, uint8_t *packed)
+{
+    const __m256i places = _mm256_set1_epi16(1 << 8 | 16); /* 16 times the first of two, and the second */
+    __m256 factor = _mm256_set1_ps(by);
+    int size = type == FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < n; i += 32) {
+        __m256 q[4];
+        load16(x + i * size, type, q, q + 1);
+        load16(x + (i + 16) * size, type, q + 2, q + 3);
+        __m256i r[4];
+        for (int j = 0; j < 4; j++)
+            r[j] = ranks8(exact ? _mm256_div_ps(q[j], factor) : _mm256_mul_ps(q[j], factor), s);
+        /* Half h of these has numbers 8h to 8h + 7 of either 16. */
+        __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
+        __m256i codes = _mm256_shuffle_epi8(s->codes, _mm256_abs_epi8(bytes));
+        __m256i pairs = _mm256_maddubs_epi16(codes, places);
+        __m128i out = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        _mm_storeu_si128((__m128i *)(packed + i / 2), _mm_shuffle_epi32(out, 0xd8));
+    }
+}
+
+static inline __attribute__((always_inline)) void quantize_blocks(const quantize_job *job, dtype type, int64_t first,
+                                                                  int64_t end)
+{
+    const search s = make_search(job);
+    int64_t bs = job->block_size, size = type == FLOAT32 ? 4 : 2;
+    for (; first < end; first += bs) {
+        int64_t n = min64(bs, end - first);
+        const char *x = (const char *)job->x + first * size;
+        uint8_t *packed = job->packed + first / 2;
+        float whole[MAX_BLOCK];
+        uint8_t codes[MAX_BLOCK / 2];
+        if (n < bs) { /* zeros complete it; they have the code of 0, which completes an odd count */
+            memset(whole, 0, (size_t)(bs * size));
+            memcpy(whole, x, (size_t)(n * size));
+            x = (const char *)whole;
+            packed = codes;
+        }
+        float absmax = largest(x, type, bs);
+        int exact;
+        float r = reciprocal(absmax, &exact);
+        job->absmax[first / bs] = absmax;
+        if (absmax == 0.0f)
+            encode(x, type, bs, 0, 0.0f, &s, packed);
+        else if (exact)
+            encode(x, type, bs, 1, absmax, &s, packed);
+        else
+            encode(x, type, bs, 0, r, &s, packed);
+        if (n < bs)
+            memcpy(job->packed + first / 2, codes, (size_t)((n + 1) / 2));
+    }
+}
+
+static void quantize_chunk(void *data, int64_t index)
+{
+    const quantize_job *job = data;
+    int64_t first = index * CHUNK, end = min64(job->numel, first + CHUNK);
+    if (job->type == FLOAT32)
+        quantize_blocks(job, FLOAT32, first, end);
+    else if (job->type == BFLOAT16)
+        quantize_blocks(job, BFLOAT16, first, end);
+    else
+        quantize_blocks(job, FLOAT16, first, end);
+}
+
+#else
+
+static inline floats divide(floats x, float absmax, float r, int exact)
+{
+    if (absmax == 0.0f)
+        return x - x; /* all zeros */
+    return exact ? x / absmax : x * r;
+}
 
 /* The n elements from `first` as float32, completed by zeros to `padded`. */
 static void load(const quantize_job *job, int64_t first, int64_t n, int64_t padded, float *out)
@@ -69,6 +220,8 @@ static void load(const quantize_job *job, int64_t first, int64_t n, int64_t padd
     for (int64_t i = n; i < padded; i++)
         out[i] = 0.0f;
 }
+
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
 #if HAVE_AVX512
 
@@ -98,6 +251,7 @@ static inline bytes ranks16(floats q, search tree)
 
 #else
 
+typedef int32_t counts __attribute__((vector_size(64)));
 typedef const float *search;
 
 static search make_search(const float *thresholds) { return thresholds; }
@@ -122,7 +276,7 @@ static void quantize_chunk(void *data, int64_t index)
     for (int64_t first = index * CHUNK; first < end; first += bs) {
         int64_t n = min64(bs, end - first);
         load(job, first, n, bs, x);
-        float absmax = largest(x, bs);
+        float absmax = largest_of_floats(x, bs);
         int exact;
         float r = reciprocal(absmax, &exact);
         job->absmax[first / bs] = absmax;
@@ -140,6 +294,8 @@ static void quantize_chunk(void *data, int64_t index)
                 packed[i] = job->codes[packed[i]];
     }
 }
+
+#endif
 
 /* x [numel] -> packed [(numel + 1) / 2], absmax [ceil(numel / block_size)]. */
 EXPORT void qloralab_quantize(const void *x, int type, int64_t numel, int64_t block_size, const float *thresholds,
@@ -165,7 +321,7 @@ static void quantize_scales_block(void *data, int64_t index)
     int64_t first = index * SCALES_PER_BLOCK, n = min64(SCALES_PER_BLOCK, job->count - first);
     for (int64_t i = 0; i < n; i++)
         x[i] = job->absmax[first + i] - job->offset;
-    float absmax = largest(x, SCALES_PER_BLOCK);
+    float absmax = largest_of_floats(x, SCALES_PER_BLOCK);
     int exact;
     float r = reciprocal(absmax, &exact);
     job->absmax2[index] = absmax;
