@@ -5,7 +5,7 @@ the arguments and the memory that they point to, and brings back what that memor
 such calls is like any other, so each test that takes a library takes this one. Every buffer ends at a page that may not
 be touched.
 
-``make test-arm`` runs all of them. ``make test`` runs those of what is no product, on the build with NEON.
+``make test-arm`` runs all of them. ``make test`` runs the short ones, on the build with NEON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.build import build
-from qloralab.kernels.cpu.library import Library, Segments
+from qloralab.kernels.cpu.library import DTYPES, Library, Segments
 
 COMPILER = "aarch64-linux-gnu-gcc"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
@@ -216,6 +216,12 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     assert machine.close() == 0
 
 
+@pytest.fixture(scope="module", params=DTYPES, ids=["f32", "bf16", "f16"])
+def product(request: pytest.FixtureRequest, library: Library) -> tuple[Library, torch.dtype]:
+    """The library, and the dtype to multiply."""
+    return library, request.param
+
+
 @pytest.mark.parametrize("too_far", [1, 32])
 def test_a_step_too_far_ends_the_process_and_is_told(library, too_far):
     x, out = torch.randn(1, 64), torch.empty(1, 64)
@@ -244,10 +250,10 @@ def shared_tests() -> Iterator[tuple[str, Callable[..., None]]]:
     tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
     for name, test in vars(tests).items():
-        if not name.startswith("test_") or "library" not in inspect.signature(test).parameters or name in NOT_HERE:
-            continue
-        if ALL or not any(word in name for word in LONG):
-            yield name, test
+        if name.startswith("test_") and {"library", "product"} & inspect.signature(test).parameters.keys():
+            is_wanted = ALL or not any(word in name for word in LONG)
+            if is_wanted and name not in NOT_HERE:
+                yield name, test
 
 
 if not MISSING:
