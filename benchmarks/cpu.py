@@ -1,7 +1,10 @@
-"""The CPU operators, beside bitsandbytes and PyTorch's bfloat16: how long each takes, and what bounds it.
+"""The CPU operators, beside bitsandbytes and PyTorch's dense layers: how long each takes, and what bounds it.
 
-    python -m benchmarks.cpu            measure, write benchmarks/records/cpu.json, show it
-    python -m benchmarks.cpu --view     show it again: tables on the terminal, a picture in cpu.png
+    python -m benchmarks.cpu                measure, write benchmarks/records/cpu-CLASS.json, show it
+    python -m benchmarks.cpu --view         show every class again: tables on the terminal, a picture in cpu-CLASS.png
+    python -m benchmarks.cpu --view avx2    one of them
+
+A class lower than the processor's own is measured with variables, see ``benchmarks/provenance.py``.
 
 A point is an operation on a weight of [N, K], for products with M rows of input. All providers of a point take turns in
 one process (``benchmarks/timing.py``), after each has passed the check of its result (``benchmarks/cpu_check.py``);
@@ -14,8 +17,9 @@ So the points are measured twice, each time in a process of its own: ``recycled`
 next call, is the operation itself; ``fresh``, where glibc does as it does by default, is what a program sees that
 dequantizes a large weight and drops it. What writes no such block is the same in both.
 
-**Roofline.** The same process measures the rate of a large copy and of a large bfloat16 product. ``bound_ms`` of a
-record is the time that its least traffic takes at the one or its arithmetic at the other, whichever is longer.
+**Roofline.** The same process measures the rate of a large copy and of a large product, in float32 and, where that is
+in hardware, in bfloat16. ``bound_ms`` of a record is the time that its least traffic takes at the one or its arithmetic
+at the other, whichever is longer.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +39,34 @@ import torch
 from rich.console import Console
 
 from benchmarks.cpu_check import WrongResultError, check
-from benchmarks.cpu_problem import Problem, Weight
+from benchmarks.cpu_problem import EMULATED, SEED, Problem, Weight
 from benchmarks.cpu_providers import PROVIDERS, Provider
 from benchmarks.cpu_views import plot, tables
-from benchmarks.provenance import RECORDS, provenance
-from benchmarks.timing import interleave, quantiles
+from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
+from benchmarks.timing import Run, interleave, quantiles
 from qloralab.kernels import dispatch
+from qloralab.nf4.processor import processor_class
 
 SHAPES = ((4096, 4096), (11008, 4096))  # [N, K]: attention and MLP of a model with 7 billion weights
 POINTS = [
     ("dequantize", None),
     ("quantize", None),
     *(("linear", M) for M in (1, 4, 16, 128, 512)),
-    *(("input gradient", M) for M in (128, 512)),
+    *((operation, M) for operation in ("input gradient", "adapted layer") for M in (128, 512)),
 ]
 MEMORY = {
     "recycled": {"GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}"},
     "fresh": {},
 }
 HEAP = 2**30
-WIDTH = 132  # of the tables, where the terminal says less or is none
+WIDTH = 156  # of the tables, where the terminal says less or is none
 SECONDS = 1.0  # a provider and point
 OPERATORS = {
     "dequantize": "dequantize",
     "quantize": "quantize_blockwise",
     "linear": "linear",
     "input gradient": "linear_grad_input",
+    "adapted layer": "adapted_linear",
 }
 
 
@@ -69,15 +76,19 @@ class Roofline:
 
     Attributes:
         copy_gb_per_s: bytes read plus bytes written by a copy of 256 MiB, 10**9 a second.
-        gemm_gflop_per_s: a bfloat16 product [512, 4096] x [4096, 4096], 10**9 floating-point operations a second.
+        float32_gflop_per_s: a product [512, 4096] x [4096, 4096], 10**9 floating-point operations a second.
+        bfloat16_gflop_per_s: the same in bfloat16; None where PyTorch would emulate it.
     """
 
     copy_gb_per_s: float
-    gemm_gflop_per_s: float
+    float32_gflop_per_s: float
+    bfloat16_gflop_per_s: float | None
 
-    def bound_ms(self, nbytes: int, flops: int) -> float:
-        """The least time for this much traffic and arithmetic, in milliseconds."""
-        return 1e-6 * max(nbytes / self.copy_gb_per_s, flops / self.gemm_gflop_per_s)
+    def bound_ms(self, nbytes: int, flops: int, dtype: torch.dtype) -> float:
+        """The least time for this much traffic and arithmetic, in milliseconds. bfloat16 that is not multiplied in
+        hardware is multiplied in float32."""
+        wanted = self.bfloat16_gflop_per_s if dtype == torch.bfloat16 else None
+        return 1e-6 * max(nbytes / self.copy_gb_per_s, flops / (wanted or self.float32_gflop_per_s))
 
 
 def roofline(nbytes: int = 2**28, shape: tuple[int, int, int] = (512, 4096, 4096), seconds: float = 1.0) -> Roofline:
@@ -86,16 +97,18 @@ def roofline(nbytes: int = 2**28, shape: tuple[int, int, int] = (512, 4096, 4096
     Args:
         nbytes: of the copy.
         shape: (M, N, K) of the product.
-        seconds: for each of the two.
+        seconds: for each of them.
     """
     M, N, K = shape
     source = torch.ones(nbytes, dtype=torch.uint8)  # zeros would all be one page of the kernel's
     target = torch.empty_like(source)
-    x, weight = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16()
-    times = interleave(
-        {"copy": [lambda: target.copy_(source)], "gemm": [lambda: torch.nn.functional.linear(x, weight)]}, seconds
-    )
-    return Roofline(1e-6 * 2 * nbytes / min(times["copy"]), 1e-6 * 2 * M * N * K / min(times["gemm"]))
+    contenders: dict[str, list[Run]] = {"copy": [lambda: target.copy_(source)]}
+    for name in ("float32", "bfloat16")[: 1 if EMULATED else 2]:
+        x, weight = (torch.randn(size).to(getattr(torch, name)) for size in ((M, K), (N, K)))
+        contenders[name] = [partial(torch.nn.functional.linear, x, weight)]
+    least = {name: min(times) for name, times in interleave(contenders, seconds).items()}
+    rates = {name: 1e-6 * 2 * M * N * K / ms for name, ms in least.items()}
+    return Roofline(1e-6 * 2 * nbytes / least["copy"], rates["float32"], rates.get("bfloat16"))
 
 
 def measure(
@@ -120,24 +133,32 @@ def measure(
         fields: that every record gets besides.
 
     Yields:
-        a record for each provider and point; ``ms`` is None and ``wrong`` says why when its result was refused.
+        a record for each provider and point; ``ms`` is None where it was not timed: ``wrong`` says why its result was
+        refused, ``skipped`` why it was not asked for one.
     """
     common = {"benchmark": "cpu", **fields, "roofline": vars(limits), **provenance()}
     served = {row["operator"]: row["implementation"] for row in dispatch.report()}
     for shape in shapes:
         weight = Weight(shape)
         for operation, M in points:
-            problem = Problem(operation, weight, M)
+            dtypes = {torch.bfloat16} if M is None else {provider.dtype for provider in providers}
+            problems = {dtype: Problem(operation, weight, M, dtype) for dtype in dtypes}
             runs, results = {}, {}
             for provider in providers:
                 if operation not in provider.operations:
                     continue
-                contender = provider.runs(problem)
-                result = {"provider": provider.name, "error": None, "wrong": None, "ms": None, "reps": 0}
-                result["bound_ms"] = limits.bound_ms(*problem.work(provider.dense))
-                if provider.name == "ours":
+                problem = problems[torch.bfloat16 if M is None else provider.dtype]
+                result: dict[str, Any] = {"provider": provider.name, "dtype": str(problem.dtype).removeprefix("torch.")}
+                result |= {"error": None, "wrong": None, "skipped": None, "ms": None, "reps": 0}
+                result["bound_ms"] = limits.bound_ms(*problem.work(provider.dense), problem.dtype)
+                if provider.name.startswith("ours"):
                     result["implementation"] = served[OPERATORS[operation]]
                 results[provider.name] = result
+                if (M or 0) > provider.most_rows:
+                    result["skipped"] = f"PyTorch emulates this product; timed up to M = {provider.most_rows}"
+                    continue
+                contender = provider.runs(problem)
+                torch.manual_seed(SEED)
                 try:
                     result["error"] = check(problem, provider, contender[0]())
                 except WrongResultError as error:
@@ -159,20 +180,21 @@ def write(records: Sequence[dict[str, Any]], path: Path) -> None:
     path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
 
 
-def view(out: Path) -> None:
-    """Show the records in a folder: tables on the terminal, the picture beside them."""
-    records = json.loads((out / "cpu.json").read_text())
+def view(out: Path, asked: str) -> None:
+    """Show the records in a folder, of a class or of all: tables on the terminal, the picture beside them."""
     console = Console()
     console.width = max(console.width, WIDTH)
-    for table in tables(records):
-        console.print(table)
-    plot(records, out / "cpu.png")
+    for file in record_files(out, "cpu", asked):
+        records = json.loads(file.read_text())
+        for table in tables(records):
+            console.print(table)
+        plot(records, file.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure in a process for each kind of memory, write the records, show them."""
-    parser = argparse.ArgumentParser(description="The CPU operators beside bitsandbytes and PyTorch's bfloat16.")
-    parser.add_argument("--view", action="store_true", help="show the records, measure nothing")
+    parser = argparse.ArgumentParser(description="The CPU operators beside bitsandbytes and PyTorch's dense layers.")
+    parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a provider and point")
@@ -184,10 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(record), flush=True)
         return
     if not args.view:
+        lower_mkl()
         command = [sys.executable, "-m", "benchmarks.cpu", "--seconds", str(args.seconds)]
         command += [word for shape in args.shape or () for word in ("--shape", *map(str, shape))]
-        write([r for memory in MEMORY for r in _worker([*command, "--worker", memory], memory)], args.out / "cpu.json")
-    view(args.out)
+        file = record_file(args.out, "cpu")
+        write([r for memory in MEMORY for r in _worker([*command, "--worker", memory], memory)], file)
+    view(args.out, args.view or processor_class())
 
 
 def _worker(command: list[str], memory: str) -> Iterator[dict[str, Any]]:
@@ -198,7 +222,7 @@ def _worker(command: list[str], memory: str) -> Iterator[dict[str, Any]]:
             record = json.loads(line)
             N, K = record["shape"]
             rows = f" M={record['M']}" if record["M"] else ""
-            time = record["wrong"] or f"{record['ms']['p50']:.2f} ms"
+            time = record["wrong"] or record["skipped"] or f"{record['ms']['p50']:.2f} ms"
             print(f"{memory} {record['operation']} {N}x{K}{rows} {record['provider']}: {time}", file=sys.stderr)
             yield record
     if process.returncode:

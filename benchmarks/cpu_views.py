@@ -13,23 +13,26 @@ Record = Mapping[str, Any]
 
 COLOURS = {
     "ours": "#1f5fa8",
+    "ours, f32": "#2a9d8f",
     "reference": "#9bb7d4",
     "bitsandbytes": "#c0392b",
     "bitsandbytes, eval": "#e59866",
     "bf16": "#555555",
+    "f32": "#b0883a",
 }
-COLUMNS = ("ours", "reference", "bitsandbytes", "bf16")  # of a table; bitsandbytes is the faster of its two
-OPERATIONS = ("dequantize", "quantize", "linear", "input gradient")
+# Of a table; bitsandbytes is the faster of its two. A column that no record has is left out.
+COLUMNS = ("ours", "ours, f32", "reference", "bitsandbytes", "bf16", "f32")
+OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio to reach on a processor with AVX512-BF16.
+    """A ratio to reach on a class of processors, by what of ours multiplies in the dtype of its hardware.
 
     Attributes:
         operation: of the point.
         M: rows, or None.
-        peer: a column of the table.
+        peer: a column of the table, or dense, the faster of bf16 and f32.
         ratio: of the times.
         faster: the peer's time over ours is at least the ratio; else ours over the peer's is at most the ratio.
     """
@@ -50,18 +53,29 @@ class Goal:
         return ratio, ratio >= self.ratio if self.faster else ratio <= self.ratio
 
 
-GOALS = [
-    Goal("dequantize", None, "bitsandbytes", 6),
-    Goal("dequantize", None, "bf16", 0.8, faster=False),
-    Goal("quantize", None, "bitsandbytes", 25),
-    Goal("linear", 1, "bf16", 3),
-    Goal("linear", 1, "bitsandbytes", 20),
-    Goal("linear", 4, "bf16", 2),
-    Goal("linear", 16, "bf16", 1),
-    Goal("linear", 16, "bitsandbytes", 4),
-    *(Goal(operation, 128, "bf16", 1.10, faster=False) for operation in ("linear", "input gradient")),
-    *(Goal(operation, 512, "bf16", 1.04, faster=False) for operation in ("linear", "input gradient")),
-]
+_PRODUCTS = ("linear", "input gradient")
+GOALS = {
+    "avx512-bf16": [
+        Goal("dequantize", None, "bitsandbytes", 6),
+        Goal("dequantize", None, "bf16", 0.8, faster=False),
+        Goal("quantize", None, "bitsandbytes", 25),
+        Goal("linear", 1, "bf16", 3),
+        Goal("linear", 1, "bitsandbytes", 20),
+        Goal("linear", 4, "bf16", 2),
+        Goal("linear", 16, "bf16", 1),
+        Goal("linear", 16, "bitsandbytes", 4),
+        *(Goal(operation, 128, "bf16", 1.10, faster=False) for operation in _PRODUCTS),
+        *(Goal(operation, 512, "bf16", 1.04, faster=False) for operation in _PRODUCTS),
+    ],
+    "avx2": [
+        Goal("dequantize", None, "bf16", 0.9, faster=False),
+        Goal("quantize", None, "bitsandbytes", 15),
+        *(Goal("linear", M, "dense", ratio, faster=False) for M, ratio in ((1, 0.6), (4, 0.7), (16, 1.0))),
+        *(Goal(operation, 128, "f32", 1.10, faster=False) for operation in _PRODUCTS),
+        *(Goal(operation, 512, "f32", 1.05, faster=False) for operation in _PRODUCTS),
+        Goal("adapted layer", 512, "f32", 1.15, faster=False),
+    ],
+}
 
 
 def points(records: Sequence[Record]) -> Iterator[dict[str, Record]]:
@@ -74,12 +88,23 @@ def points(records: Sequence[Record]) -> Iterator[dict[str, Record]]:
 
 
 def columns(point: Mapping[str, Record]) -> dict[str, Record]:
-    """A point's records by column: bitsandbytes is the faster of its modes that gave a right result."""
+    """A point's records by column, and the faster dense one: bitsandbytes is the faster of its modes that is right."""
     chosen = {name: record for name, record in point.items() if name in COLUMNS}
     modes = [record for name, record in point.items() if name.startswith("bitsandbytes")]
     if right := [record for record in modes if record["ms"]]:
-        chosen["bitsandbytes"] = min(right, key=lambda record: record["ms"]["p50"])
+        chosen["bitsandbytes"] = min(right, key=_median)
+    if dense := [point[name] for name in ("bf16", "f32") if name in point and point[name]["ms"]]:
+        chosen["dense"] = min(dense, key=_median)
     return chosen
+
+
+def _median(record: Record) -> float:
+    return record["ms"]["p50"]
+
+
+def _best(kind: str, M: int | None) -> str:
+    """The column of ours that a class is judged by: products in the dtype that its hardware multiplies."""
+    return "ours" if M is None or kind.endswith("bf16") else "ours, f32"
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
@@ -90,25 +115,30 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
 
 
 def _table(memory: str, records: Sequence[Record]) -> Table:
-    first = records[0]
+    first, kind = records[0], records[0]["class"]
     limits = first["roofline"]
+    rates = {dtype: limits[f"{dtype}_gflop_per_s"] for dtype in ("float32", "bfloat16")}
+    lowered = "".join(f", {name}={value}" for name, value in first.get("lowered", {}).items())
     view = Table(
-        title=f"{first['device']}, commit {first['commit']}, memory {memory}: median ms",
-        caption=f"copy {limits['copy_gb_per_s']:.1f} GB/s, bfloat16 product {limits['gemm_gflop_per_s']:.0f} GFLOP/s; "
-        "bound: the least time at these rates over ours",
+        title=f"{kind}: {first['device']}, commit {first['commit']}{lowered}, memory {memory}: median ms",
+        caption=f"copy {limits['copy_gb_per_s']:.1f} GB/s, "
+        + "".join(f"{dtype} product {rate:.0f} GFLOP/s, " for dtype, rate in rates.items() if rate)
+        + "bound: the least time at these rates over ours",
     )
-    for heading in ("operation", "weight", "M", *COLUMNS, "bound", "goal", "reached"):
+    there = {record["provider"].partition(", eval")[0] for record in records}
+    shown = [name for name in COLUMNS if name in there]
+    for heading in ("operation", "weight", "M", *shown, "bound", "goal", "reached"):
         left = heading in ("operation", "weight", "goal")
         view.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for point in points(records):
         some, by_column = next(iter(point.values())), columns(point)
-        goals = [g for g in GOALS if (g.operation, g.M) == (some["operation"], some["M"])]
-        ours = by_column.get("ours")
+        goals = [g for g in GOALS.get(kind, ()) if (g.operation, g.M) == (some["operation"], some["M"])]
+        ours = by_column.get(_best(kind, some["M"]))
         view.add_row(
             some["operation"],
             "x".join(map(str, some["shape"])),
             str(some["M"] or ""),
-            *(_cell(by_column.get(name)) for name in COLUMNS),
+            *(_cell(by_column.get(name)) for name in shown),
             f"{ours['bound_ms'] / ours['ms']['p50']:.0%}" if ours and ours["ms"] else "",
             "\n".join(map(str, goals)),
             "\n".join(_reached(goal, ours, by_column.get(goal.peer)) for goal in goals),
@@ -120,7 +150,7 @@ def _cell(record: Record | None) -> str:
     if record is None:
         return ""
     if not record["ms"]:
-        return "wrong"
+        return "emulated" if record.get("skipped") else "wrong"
     return f"{record['ms']['p50']:.3g}{_mode(record['operation'], record['provider'])}"
 
 
@@ -153,8 +183,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     drawn = [record for record in records if record["memory"] == "recycled" and record["ms"]]
     shapes = list(dict.fromkeys(tuple(record["shape"]) for record in drawn))
     figure, grid = plt.subplots(
-        max(len(shapes), 1), len(OPERATIONS), figsize=(15, 1 + 3.4 * max(len(shapes), 1)), squeeze=False,
-        layout="constrained", width_ratios=[1, 1, 1.6, 1],
+        max(len(shapes), 1), len(OPERATIONS), figsize=(18, 1 + 3.4 * max(len(shapes), 1)), squeeze=False,
+        layout="constrained", width_ratios=[1, 1, 1.6, 1, 1],
     )  # fmt: skip
     for shape, row in zip(shapes, grid, strict=False):
         for operation, axes in zip(OPERATIONS, row, strict=True):
@@ -165,7 +195,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
             else:
                 _bars(axes, panel)
     if drawn:
-        figure.suptitle(f"{drawn[0]['device']}: median, 20th and 80th percentile; dotted: the bound of ours")
+        figure.suptitle(
+            f"{drawn[0]['class']}: {drawn[0]['device']}: median, 20th and 80th percentile; dotted: the bound of ours"
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -179,7 +211,7 @@ def _lines(axes: Any, panel: Sequence[Record]) -> None:
             continue
         axes.plot(rows, p50, "o-", color=colour, label=name, markersize=4)
         axes.fill_between(rows, p20, p80, color=colour, alpha=0.2, linewidth=0)
-        if name == "ours":
+        if name.startswith("ours"):
             axes.plot(rows, [record["bound_ms"] for record in mine], ":", color=colour)
     axes.set(xscale="log", yscale="log", xlabel="M, rows of the input", ylabel="ms")
     ticks = sorted({record["M"] for record in panel})

@@ -1,7 +1,18 @@
-"""Where a record comes from: the processor, the versions, the commit. Every benchmark writes these into its records."""
+"""Where a record comes from: the processor, its class, the versions, the commit. Every benchmark writes these into its
+records.
+
+A figure belongs to a class of processors (``nf4/processor.py``): avx2, avx512-bf16. Where it depends on the class, the
+name of the record's file ends in it, so that each class keeps its own. Variables lower the class, to measure what
+slower processors do; a record names those that were set::
+
+    QLORALAB_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m benchmarks.cpu
+
+They do not reach MKL, which multiplies float32 for PyTorch: ``lower_mkl`` does. Nor do they reach bitsandbytes' own C.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,20 +21,64 @@ from typing import Any
 
 import torch
 
+from qloralab.nf4.processor import processor_class
 from qloralab.run_directory import versions
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
+LOWERING = ("QLORALAB_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+_MKL = {"avx2": "AVX2", "portable": "SSE4_2"}  # what it calls the classes below AVX512
 
 
 def provenance() -> dict[str, Any]:
-    """The fields that every record carries: device, threads, versions, commit."""
+    """The fields that every record carries: device, class, what torch uses of it, threads, versions, commit."""
     return {
         "device": device(),
+        "class": processor_class(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl": torch.backends.mkl.is_available(),
+        "lowered": lowered(),
         "threads": torch.get_num_threads(),
         "versions": library_versions(),
         "commit": commit(),
     }
+
+
+def lowered() -> dict[str, str]:
+    """The variables that may have lowered the class, and what they are set to."""
+    return {name: value for name in LOWERING if (value := os.environ.get(name))}
+
+
+def lower_mkl() -> None:
+    """Hold MKL to the class that variables ask for, where it is not told otherwise; before its first product.
+
+    Raises:
+        SystemExit: only the C of this library was lowered. Beside a PyTorch that uses more it is of no class.
+    """
+    asked, capability = lowered(), torch.backends.cpu.get_cpu_capability()
+    if asked and (name := _MKL.get(processor_class())):
+        if capability == "AVX512":
+            raise SystemExit(
+                f"{asked} leaves PyTorch at {capability}: set ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA too"
+            )
+        os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", name)
+
+
+def record_file(folder: Path, name: str) -> Path:
+    """Where the record of a name goes on this machine: its class is in the name of the file."""
+    return folder / f"{name}-{processor_class()}.json"
+
+
+def record_files(folder: Path, name: str, asked: str = "all") -> list[Path]:
+    """The records of a name that there are: of one class, or of all, in the order of their names.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    files = sorted(folder.glob(f"{name}-{'*' if asked == 'all' else asked}.json"))
+    if not files:
+        raise SystemExit(f"{folder} has no {name}-{asked}.json" if asked != "all" else f"{folder} has no {name}-*.json")
+    return files
 
 
 def library_versions() -> dict[str, str]:

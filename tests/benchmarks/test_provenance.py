@@ -1,0 +1,57 @@
+"""A record says which class of processors it is of, and variables lower all that multiplies or nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from benchmarks import provenance as module
+from benchmarks.provenance import LOWERING, lower_mkl, lowered, provenance, record_file, record_files
+
+
+@pytest.fixture(autouse=True)
+def _none_set(monkeypatch):
+    for name in LOWERING:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_record_names_its_class_and_the_variables(monkeypatch):
+    monkeypatch.setattr(module, "processor_class", lambda: "avx2")
+    assert provenance()["class"] == "avx2"
+    assert provenance()["lowered"] == {}
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert provenance()["lowered"] == {"ATEN_CPU_CAPABILITY": "avx2"}
+    assert provenance()["capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "mkl"),
+    [("avx2", "avx2", "AVX2"), ("portable", "portable", "SSE4_2"), ("avx512", "avx512", None), ("", "avx2", None)],
+)
+def test_mkl_follows_a_lowered_class(monkeypatch, asked, kind, mkl):
+    monkeypatch.setattr(module, "processor_class", lambda: kind)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("QLORALAB_ISA", asked)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what is set is gone afterwards
+    lower_mkl()
+    assert lowered().get("MKL_ENABLE_INSTRUCTIONS") == mkl
+
+
+def test_a_class_that_pytorch_does_not_follow_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "processor_class", lambda: "avx2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("QLORALAB_ISA", "avx2")
+    with pytest.raises(SystemExit, match="set ATEN_CPU_CAPABILITY"):
+        lower_mkl()
+
+
+def test_a_class_has_a_file_of_its_own(tmp_path, monkeypatch):
+    for kind in ("avx512-bf16", "avx2"):
+        monkeypatch.setattr(module, "processor_class", lambda kind=kind: kind)
+        record_file(tmp_path, "cpu").touch()
+    assert [file.name for file in record_files(tmp_path, "cpu")] == ["cpu-avx2.json", "cpu-avx512-bf16.json"]
+    assert [file.name for file in record_files(tmp_path, "cpu", "avx2")] == ["cpu-avx2.json"]
+    with pytest.raises(SystemExit, match=r"cpu-portable\.json"):
+        record_files(tmp_path, "cpu", "portable")
