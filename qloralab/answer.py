@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import torch
+from rich.console import Console
 
-from qloralab.lora.inject import quantize_
-
+from .compute import precision, prepare_kernels, run_device
+from .display import Display
 from .encoding import prompt_text
 from .errors import UserError
 from .examples import Example
 from .generate import generate
-from .models import check_adapter, check_model, holds_4bit, load_adapter, load_model, load_tokenizer
+from .models import (
+    DENSE_DTYPE,
+    check_adapter,
+    check_model,
+    holds_4bit,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_name,
+    quantize_loaded_,
+)
+from .settings import Dtype
 
 
-def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, quantized: bool) -> str:
+def answer(
+    model: Path,
+    adapter: Path | None,
+    prompt: str,
+    max_new_tokens: int,
+    quantized: bool,
+    dtype: Dtype = "auto",
+    display: Display | None = None,
+) -> str:
     """Load a model and an adapter and answer a prompt, in the model's chat format.
 
     Args:
@@ -23,25 +43,37 @@ def answer(model: Path, adapter: Path | None, prompt: str, max_new_tokens: int, 
         adapter: directory of an adapter, or None.
         prompt: what the user says.
         max_new_tokens: where the answer is cut.
-        quantized: hold the weights in 4 bits, as they were when a QLoRA adapter was trained; otherwise in bfloat16.
+        quantized: hold the weights in 4 bits, as they were when a QLoRA adapter was trained; otherwise dense, in dtype.
+        dtype: that is computed in, see ``Settings``.
+        display: shows what is going on; by default on standard error.
 
     Raises:
         UserError, FormatError: the model or the adapter cannot be used.
     """
+    display = display or Display(Console(file=sys.stderr))
+    chosen = precision(dtype, run_device())
     check_model(model)
     packed = holds_4bit(model)
     if packed and not quantized:
         raise UserError(f"{model} holds 4-bit weights; --dense needs the dense model")
     if adapter is not None:
         check_adapter(adapter)
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model)
-    if quantized and not packed:
-        quantize_(loaded)
+    if chosen.slow:
+        display.fact("dtype", chosen.described())
+    to_quantize = quantized and not packed
+    with display.busy("reading the tokenizer"):
+        tokenizer = load_tokenizer(model)
+    with display.busy(f"reading {model_name(model)}"):
+        loaded = load_model(model, DENSE_DTYPE if to_quantize else chosen.dtype)
+    if quantized:
+        prepare_kernels(display)
+    if to_quantize:
+        with display.busy("quantizing", "weights") as progress:
+            quantize_loaded_(loaded, chosen.dtype, progress)
     if adapter is not None:
         load_adapter(loaded, adapter)
-    if torch.cuda.is_available():
-        loaded.to("cuda")
+    loaded.to(run_device())
     example = Example.from_instruction(prompt, "…", source="prompt")  # also has a form for no chat template
     ids = tokenizer(prompt_text(example, tokenizer), add_special_tokens=False).input_ids
-    return generate(loaded, tokenizer, [ids], max_new_tokens)[0].strip()
+    with display.busy("answering", "tokens") as progress:
+        return generate(loaded, tokenizer, [ids], max_new_tokens, progress)[0].strip()

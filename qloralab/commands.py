@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -17,7 +19,7 @@ from qloralab.nf4.errors import FormatError
 from . import __version__
 from .errors import UserError
 from .interrupt import STATUS, stopping_at_once
-from .settings import STDLIB, Method, Settings
+from .settings import STDLIB, Dtype, Method, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
@@ -29,10 +31,24 @@ app = typer.Typer(
 ModelOption = Annotated[
     Path | None, typer.Option(help="Hugging Face directory or GGUF file.", show_default="SmolLM2-135M-Instruct")
 ]
-
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the products; auto is bfloat16 where the hardware multiplies it, else float32.")
+]
 
 # What typer raises for a wrong option: a class of click, or of the copy of click that newer versions of typer carry.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+@contextmanager
+def _loading(file: TextIO) -> Iterator[None]:
+    """For imports: Ctrl-C ends the process at once, and `file` is told why nothing else happens."""
+    with stopping_at_once():
+        from rich.console import Console
+
+        from .display import Display
+
+        with Display(Console(file=file)).busy("loading PyTorch and transformers"):
+            yield
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,8 +78,9 @@ def finetune(
         str | None, typer.Option(help="Of the JSONL: alpaca, chat or text.", show_default="detected")
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="4-bit weights and adapters; bf16 weights and adapters; all weights.")
+        Method, typer.Option(help="4-bit weights and adapters; dense weights and adapters; all weights.")
     ] = "qlora",
+    dtype: DtypeOption = Settings.dtype,
     out: Annotated[
         Path | None, typer.Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")
     ] = None,
@@ -95,7 +112,7 @@ def finetune(
 
     With the defaults, on this machine's CPU in minutes.
     """
-    with stopping_at_once():
+    with _loading(sys.stdout):
         from .finetune import finetune as run
         from .models import default_model
 
@@ -105,6 +122,7 @@ def finetune(
         data=data,
         format=format,
         method=method,
+        dtype=dtype,
         adapter=adapter,
         steps=steps,
         batch_size=batch_size,
@@ -136,18 +154,19 @@ def generate(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.", min=1)] = 96,
     quantized: Annotated[
-        bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or in bf16.")
+        bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or as in LoRA.")
     ] = True,
+    dtype: DtypeOption = Settings.dtype,
 ) -> None:
     """Answer a prompt with a model and an adapter."""
-    with stopping_at_once():
+    with _loading(sys.stderr):
         from .answer import answer
         from .models import default_model
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty")
-    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized))
+    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
 
 
 @app.command()
@@ -168,10 +187,12 @@ def quantize(
     What it writes opens here, and in transformers with bitsandbytes. A directory streams, one tensor after the other:
     memory follows the largest of them, not the model. A GGUF file is loaded whole first.
     """
-    with stopping_at_once():
+    with _loading(sys.stdout):
+        from .compute import check_environment
         from .models import default_model
         from .quantize_checkpoint import Options, quantize_model, storage_dtype
 
+    check_environment()
     options = Options(codebook, block_size, double_quant, storage_dtype(storage))
     quantize_model(model or default_model(), out, options)
 
@@ -192,9 +213,11 @@ def parity(
 
     Exit status 1 when something differs beyond what is documented.
     """
-    with stopping_at_once():
+    with _loading(sys.stderr):
+        from .compute import check_environment
         from .parity.report import compare_and_show
 
+    check_environment()
     if not compare_and_show(weights, model, seed, json):
         raise typer.Exit(1)
 
@@ -215,7 +238,7 @@ def sass(
     Compiles the Triton kernels, without a GPU, and disassembles bitsandbytes' beside them. Exit status 1 when a kernel
     exceeds its budget.
     """
-    with stopping_at_once():
+    with _loading(sys.stderr):
         from .sass_report import sass as count_and_show
 
     if not count_and_show(target, kernel, json, explain):

@@ -20,7 +20,7 @@ tokenizer's eos token. Where the tokenizer starts texts with a bos token, so do 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,13 @@ def encode(example: Example, tokenizer: Any) -> Encoded:
     return next(_encode([example], tokenizer))
 
 
-def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too_long: str = "error") -> list[Encoded]:
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    too_long: str = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Encoded]:
     """Tokens and labels of examples of at most max_length tokens, in the order given.
 
     Args:
@@ -72,6 +78,7 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too
         max_length: tokens.
         too_long: what happens to a longer example. "error" refuses all of them. "skip" leaves the example out. "cut"
             keeps its first max_length tokens, and leaves the example out when none of those has a label.
+        progress: called now and then with how many examples are done and how many there are.
 
     Returns:
         One per example that was not left out; ``len(examples) - len(result)`` were.
@@ -81,7 +88,7 @@ def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int, too
     """
     if too_long not in TOO_LONG:
         raise UserError(f"unknown way {too_long!r} to treat long examples; --too-long takes {', '.join(TOO_LONG)}")
-    encoded = list(_encode(examples, tokenizer))
+    encoded = list(_encode(examples, tokenizer, progress))
     longer = [one for one in encoded if len(one.input_ids) > max_length]
     if longer and too_long == "error":
         raise _too_long_error(longer, len(encoded), max_length)
@@ -182,7 +189,9 @@ def _eos(tokenizer: Any, text: str) -> str:
     return "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
+def _encode(
+    examples: Sequence[Example], tokenizer: Any, progress: Callable[[int, int], None] | None = None
+) -> Iterator[Encoded]:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the tokenizer does not tell which characters a token holds; give the model a tokenizer.json")
     for first in range(0, len(examples), _CHUNK):
@@ -195,6 +204,8 @@ def _encode(examples: Sequence[Example], tokenizer: Any) -> Iterator[Encoded]:
             if not _is_labelled(encoded):
                 raise UserError(f"{one.source}: no token of the answer is left, so there is nothing to learn")
             yield encoded
+        if progress:
+            progress(first + len(written), len(examples))
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_, quantize_, trainable
+from qloralab.lora.inject import adapters, inject_, trainable
 from qloralab.lora.quantized_linear import QuantizedLinear
 
 from .batches import split
+from .compute import Precision, precision, prepare_kernels, run_device
 from .display import Display
 from .encoding import NO_LABEL, Encoded, encode_all
 from .errors import UserError
@@ -23,6 +25,7 @@ from .generate import generate
 from .interrupt import StopRequest
 from .memory import peak_mb, resident_mb
 from .models import (
+    DENSE_DTYPE,
     check_adapter,
     check_model,
     holds_4bit,
@@ -31,7 +34,9 @@ from .models import (
     load_model,
     load_tokenizer,
     model_name,
+    quantize_loaded_,
 )
+from .outlook import LONG, note, seconds_left
 from .output_directory import check_writable
 from .quantized_model import parameter_count
 from .report import plot_loss, write_samples
@@ -79,25 +84,27 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     """
     display = display or Display()
     config = _lora_config(settings)
+    chosen = precision(settings.dtype, run_device())
     _check_paths(settings)
     tokenizer, train, held_out = _read_data(settings, display)
     torch.manual_seed(settings.seed)
-    model = _prepare_model(settings, config, display)
-    settings = _as_trained(settings, model)
-    trainer = _trainer(model, tokenizer, train, held_out, settings)
+    model = _prepare_model(settings, config, chosen, display)
+    settings = dataclasses.replace(_as_trained(settings, model), dtype=chosen.name)
+    trainer = _trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
     samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
-    with display.busy("answering held-out prompts before training"):
-        before = _answer(trainer, samples)
-        val_before = trainer.validate()
+    before = _answer(trainer, samples, "before", display)
+    start = time.perf_counter()
+    val_before = _validate(trainer, display)
+    validation_s = time.perf_counter() - start
 
     try:
-        run = RunDirectory(settings)
+        run = RunDirectory(settings, dtype_reason=chosen.why)
     except OSError as error:
         raise UserError(f"{settings.out} cannot be written: {error.strerror}") from error
     display.fact("run", str(run.path))
     try:
         run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
-        return _train(trainer, run, samples, before, display)
+        return _train(trainer, run, samples, before, validation_s, chosen, display)
     except (OSError, SafetensorError) as error:  # mostly a full disk
         raise UserError(f"{settings.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -105,10 +112,15 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
 
 
 def _trainer(
-    model: Any, tokenizer: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    settings: Settings,
+    dtype: torch.dtype,
 ) -> Trainer:
     try:
-        return Trainer(model, tokenizer, train, held_out, settings)
+        return Trainer(model, tokenizer, train, held_out, settings, dtype)
     except (OSError, MemoryError) as error:  # no room for the state of the optimizer
         raise UserError(getattr(error, "strerror", None) or str(error)) from error
 
@@ -135,7 +147,7 @@ def _check_paths(settings: Settings) -> None:
     """Refuse at once what would be refused after the data, or the model, has been read."""
     check_model(settings.model)
     if settings.method != "qlora" and holds_4bit(settings.model):
-        needs = "trains all weights" if settings.method == "full" else "trains adapters beside bf16 weights"
+        needs = "trains all weights" if settings.method == "full" else "trains adapters beside dense ones"
         raise UserError(
             f"{settings.model} holds 4-bit weights and --method {settings.method} {needs}; "
             "give --model the dense model, or use --method qlora"
@@ -160,10 +172,10 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
         examples: list[Example] = stdlib_examples() if stdlib else read_jsonl(Path(settings.data), settings.format)
     with display.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(settings.model)
-    with display.busy("tokenizing"):
+    with display.busy("tokenizing", "examples") as progress:
         # The standard library is there to be sampled: what is too long in it is left out.
         too_long = "skip" if stdlib else settings.too_long
-        encoded = encode_all(examples, tokenizer, settings.max_length, too_long)
+        encoded = encode_all(examples, tokenizer, settings.max_length, too_long, progress)
         train, held_out = split(encoded, settings.held_out, settings.seed)
     source = "docstrings of the Python standard library" if stdlib else settings.data
     left_out = f"; {len(examples) - len(encoded):,} left out as too long" if len(encoded) < len(examples) else ""
@@ -171,15 +183,19 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
     return tokenizer, train, held_out
 
 
-def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> Any:
+def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, display: Display) -> Any:
     name = model_name(settings.model)
+    to_quantize = settings.method == "qlora" and not holds_4bit(settings.model)
     with display.busy(f"reading {name}"):
-        model = load_model(settings.model, torch.float32 if settings.method == "full" else torch.bfloat16)
+        dtype = torch.float32 if settings.method == "full" else chosen.dtype
+        model = load_model(settings.model, DENSE_DTYPE if to_quantize else dtype)
     display.fact("model", f"{name}, {parameter_count(model) / 1e6:.1f} M parameters")
+    display.fact("dtype", chosen.described(settings.method))
+    prepare_kernels(display)
     if settings.method == "qlora":
-        if not holds_4bit(settings.model):  # otherwise what is dense there is to stay dense
-            with display.busy("quantizing"):
-                quantize_(model)
+        if to_quantize:  # in a model with 4-bit weights, what is dense is to stay dense
+            with display.busy("quantizing", "weights") as progress:
+                quantize_loaded_(model, chosen.dtype, progress)
         weights = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
         count, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
         bits = 8 * size / count
@@ -192,20 +208,18 @@ def _prepare_model(settings: Settings, config: LoraConfig, display: Display) -> 
             load_adapter(model, settings.adapter)
         else:
             _inject(model, config)
-        chosen = next(iter(adapters(model).values())).config
+        used = next(iter(adapters(model).values())).config
         start = f", from {settings.adapter}" if settings.adapter else ""
         count = sum(p.numel() for p in trainable(model))
         display.fact(
             "adapters",
-            f"r = {chosen.r}, alpha = {chosen.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters{start}",
+            f"r = {used.r}, alpha = {used.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters{start}",
         )
     if settings.checkpointing:
         # transformers renames it; the old name goes in version 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if torch.cuda.is_available():
-        model.to("cuda")
-    return model
+    return model.to(run_device())
 
 
 def _inject(model: Any, config: LoraConfig) -> None:
@@ -215,12 +229,25 @@ def _inject(model: Any, config: LoraConfig) -> None:
         raise UserError(str(error)) from error
 
 
-def _answer(trainer: Trainer, samples: Sequence[Sample]) -> list[str]:
-    return generate(trainer.model, trainer.tokenizer, [prompt for prompt, _ in samples], _SAMPLE_TOKENS)
+def _answer(trainer: Trainer, samples: Sequence[Sample], when: str, display: Display) -> list[str]:
+    prompts = [prompt for prompt, _ in samples]
+    with display.busy(f"answering held-out prompts {when} training", "tokens") as progress:
+        return generate(trainer.model, trainer.tokenizer, prompts, _SAMPLE_TOKENS, progress)
+
+
+def _validate(trainer: Trainer, display: Display) -> float:
+    with display.busy("validating", "tokens") as progress:
+        return trainer.validate(progress)
 
 
 def _train(
-    trainer: Trainer, run: RunDirectory, samples: Sequence[Sample], before: list[str], display: Display
+    trainer: Trainer,
+    run: RunDirectory,
+    samples: Sequence[Sample],
+    before: list[str],
+    validation_s: float,
+    chosen: Precision,
+    display: Display,
 ) -> Result:
     settings = trainer.settings
     val_before = val_after = run.metrics[0].val_loss
@@ -232,18 +259,22 @@ def _train(
             metrics = trainer.train_step()
             last = metrics.step == settings.steps
             if last or (metrics.step % settings.eval_every == 0 and not stop.requested):
-                val_after = trainer.validate()
+                val_after = _validate(trainer, display)
                 metrics = dataclasses.replace(metrics, val_loss=val_after)
-                trainer.save(run.path)
+                with display.busy("saving"):
+                    trainer.save(run.path)
             run.log(metrics)
             display.step(metrics, settings.steps, trainer.paging())
-    saved = trainer.save(run.path)
+            if not (last or stop.requested):
+                _tell_if_long(trainer, metrics, validation_s, chosen, display)
+    with display.busy("saving"):
+        saved = trainer.save(run.path)
     interrupted = trainer.step < settings.steps
     answers = {"before": before}
     if not interrupted:
-        with display.busy("answering the same prompts after training"):
-            answers["after"] = _answer(trainer, samples)
-    _write_reports(trainer, run, samples, answers)
+        answers["after"] = _answer(trainer, samples, "after", display)
+    with display.busy("drawing the losses"):
+        _write_reports(trainer, run, samples, answers)
     result = Result(
         path=run.path,
         steps=trainer.step,
@@ -257,6 +288,18 @@ def _train(
     run.update_config(result={**dataclasses.asdict(result), "path": str(result.path)})
     _summarize(result, saved, settings, display)
     return result
+
+
+def _tell_if_long(trainer: Trainer, metrics: Metrics, validation_s: float, chosen: Precision, display: Display) -> None:
+    """Once, after the first step; on a GPU after the second: the kernels of backward are compiled in the first."""
+    device = trainer.device.type
+    if metrics.step != (1 if device == "cpu" else 2):
+        return
+    assert metrics.tokens_per_s is not None
+    settings = trainer.settings
+    left = seconds_left(settings, metrics.step, trainer.tokens_per_step, metrics.tokens_per_s, validation_s)
+    if left > LONG:
+        display.fact("note", note(settings, metrics.step, left, chosen, device))
 
 
 def _write_reports(

@@ -5,7 +5,6 @@ An exception alone does not do: some of the places where it may be raised swallo
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -63,7 +62,12 @@ def stopping_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+_CLEAN_LINE = b"\r\x1b[K\x1b[?25h"  # to its start, erased, the cursor shown: a spinner hides it
+
+
 def _end(number: int, frame: FrameType | None) -> None:
+    for terminal in filter(os.isatty, (1, 2)):
+        os.write(terminal, _CLEAN_LINE)
     os.write(2, f"{LINE}\n".encode())
     os._exit(STATUS)
 
@@ -80,7 +84,10 @@ def no_lost_interrupt() -> Iterator[None]:
 
     def again(lost: sys.UnraisableHookArgs) -> None:
         if issubclass(lost.exc_type, KeyboardInterrupt):
-            threading.Timer(_LATER, _thread.interrupt_main).start()  # now, it would be raised in here
+            main = threading.main_thread().ident or 0
+            threading.Timer(
+                _LATER, signal.pthread_kill, [main, signal.SIGINT]
+            ).start()  # now, it would be raised in here
         else:
             before(lost)
 

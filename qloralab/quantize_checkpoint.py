@@ -11,17 +11,14 @@ that was not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qloralab.lora.inject import quantize_
 from qloralab.lora.quantized_linear import QuantizedLinear
@@ -37,9 +34,10 @@ from .display import Display
 from .errors import UserError
 from .interrupt import StopRequest
 from .memory import peak_mb
-from .models import check_model, load_model, load_tokenizer, model_name, quiet, reading
+from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_name, quiet, reading
 from .output_directory import check_writable, size_text, written_beside
 from .quantized_model import (
+    COMPUTE_DTYPE,
     CONFIG_FILE,
     floating_dtype,
     quantizable,
@@ -56,7 +54,6 @@ _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle",
     ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy", ".tflite", ".ot",
 )  # fmt: skip
-_COMPUTE_DTYPE = torch.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +215,8 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
     start = time.perf_counter()
     held, weight_map, total = 0, {}, 0
     stop = StopRequest(lambda: None)
-    with written_beside(out, needed) as part, stop, _progress(display, len(descriptions)) as step:
+    done = 0
+    with written_beside(out, needed) as part, stop, display.busy("quantizing", "tensors") as progress:
         for writer, names in stream.shards(part):
             with writer:
                 for name in names:
@@ -232,13 +230,14 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
                         weight_map[key] = writer.path.name
                         total += tensor.nbytes
                         del tensor
-                    step()
+                    done += 1
+                    progress(done, len(descriptions))
         if files > 1:
             write_index(part, weight_map, total)
         for file in stream.small_files:
             shutil.copyfile(file, part / file.name)
         config = QuantizationConfig(
-            options.codebook, options.double_quant, _COMPUTE_DTYPE, options.storage, stream.skip_modules
+            options.codebook, options.double_quant, COMPUTE_DTYPE, options.storage, stream.skip_modules
         )
         # Without a dtype, transformers takes that of the first tensor it finds, which now may be a scale.
         stated = any(stream.config.get(field) for field in ("dtype", "torch_dtype"))
@@ -277,20 +276,20 @@ def _load_and_save(path: Path, out: Path, options: Options, display: Display) ->
         raise UserError(f"--storage {name} goes with a directory; a GGUF file is written with uint8")
     start = time.perf_counter()
     with display.busy(f"reading {model_name(path)}"):
-        model = load_model(path, _COMPUTE_DTYPE)
+        model = load_model(path, DENSE_DTYPE)
         tokenizer = load_tokenizer(path)
     parameters = sum(p.numel() for p in model.parameters())
     before = sum(t.nbytes for t in saved_tensors(model).values())
     display.fact("model", f"{model_name(path)}, {parameters / 1e6:.1f} M parameters in bfloat16")
     try:
-        with _progress(display, None) as step:
+        with display.busy("quantizing", "tensors") as progress:
             quantize_(
-                model, options.codebook, options.block_size, options.double_quant, _COMPUTE_DTYPE, progress=step
-            )  # fmt: skip
+                model, options.codebook, options.block_size, options.double_quant, COMPUTE_DTYPE, progress=progress
+            )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
     after = sum(t.nbytes for t in saved_tensors(model).values())
-    with written_beside(out, after) as part, quiet():
+    with display.busy("writing"), written_beside(out, after) as part, quiet():
         tokenizer.save_pretrained(part)
         save_quantized(model, part)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
@@ -310,33 +309,6 @@ def _check_out(out: Path) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise UserError(f"{out} is not a directory; give --out the name of a new one")
     check_writable(out, out.absolute().parent)
-
-
-@contextlib.contextmanager
-def _progress(display: Display, total: int | None) -> Iterator[Any]:
-    """A bar on a terminal. What it gives is called after each tensor: with how many are done and how many there are, or
-    without when total says so."""
-    bar = Progress(
-        TextColumn("[bold] quantize[/] "),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("tensors"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=display.console,
-        disable=not display.console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("quantize", total=total)
-
-        def step(done: int | None = None, of: int | None = None) -> None:
-            if done is None:
-                bar.advance(task)
-            else:
-                bar.update(task, completed=done, total=of)
-
-        yield step
 
 
 def _summarize(result: Result, display: Display) -> None:

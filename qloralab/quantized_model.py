@@ -32,9 +32,15 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+# Of a layer whose compute dtype was left open, in a file: the paper's, on whatever machine it is written.
+COMPUTE_DTYPE = torch.bfloat16
+
+
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     """Write a quantized model so that ``load_quantized`` opens it, and ``from_pretrained`` of transformers with
     bitsandbytes.
+
+    The file does not depend on the machine: where ``quantize_`` was given no compute dtype, it says bfloat16.
 
     Args:
         model: of transformers, after ``quantize_`` with the codebook "nf4" or "fp4".
@@ -184,11 +190,15 @@ def skip_modules(model: Any, quantized: Collection[str]) -> tuple[str, ...] | No
 
 
 def saved_tensors(model: Any) -> dict[str, Tensor]:
-    """``model.state_dict()`` without the second name of what is tied."""
+    """``model.state_dict()`` without the second name of what is tied, and biases in the dtype that a file states."""
     state = model.state_dict()
     for target, source in model.all_tied_weights_keys.items():
         if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
             del state[target]
+    for name, module in model.named_modules(remove_duplicate=False):
+        bias = f"{name}.bias"
+        if isinstance(module, QuantizedLinear) and module.follows_device and bias in state:
+            state[bias] = state[bias].to(COMPUTE_DTYPE)
     return state
 
 
@@ -207,7 +217,8 @@ def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _described(model: Any, layers: dict[str, QuantizedLinear]) -> QuantizationConfig:
     """The configuration that holds for all layers."""
     kinds = {
-        (layer.weight.codebook, layer.weight.double_quant, layer.compute_dtype): name for name, layer in layers.items()
+        (layer.weight.codebook, layer.weight.double_quant, _stated_compute_dtype(layer)): name
+        for name, layer in layers.items()
     }
     if len(kinds) > 1:
         (a, first), (b, second), *_ = kinds.items()
@@ -224,6 +235,10 @@ def _described(model: Any, layers: dict[str, QuantizedLinear]) -> QuantizationCo
     return QuantizationConfig(
         codebook, double_quant, compute_dtype, skip_modules=skip_modules(model, layers.keys())
     )  # fmt: skip
+
+
+def _stated_compute_dtype(layer: QuantizedLinear) -> torch.dtype:
+    return COMPUTE_DTYPE if layer.follows_device else layer.compute_dtype
 
 
 def _kind(codebook: str, double_quant: bool, compute_dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """What a run leaves behind.
 
 =================  =================================================================================================
-config.json        the settings, and the versions and the machine that ran them
+config.json        the settings, the dtype that they came to and why; the versions and the machine that ran them
 metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_norm, tokens_per_s, rss_mb
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+
+from qloralab.nf4.processor import processor_class
 
 from .settings import Settings
 
@@ -51,15 +53,19 @@ class Metrics:
 class RunDirectory:
     """Creates the directory and writes into it as the run goes.
 
+    Args:
+        settings: of the run.
+        fields: more of config.json.
+
     Raises:
         OSError: it cannot be written.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, **fields: Any):
         self.path = settings.out
         self.path.mkdir(parents=True, exist_ok=True)
         self.metrics: list[Metrics] = []
-        self._config = {**_plain(settings), "lr": settings.learning_rate, "versions": versions()}
+        self._config = {**_plain(settings), "lr": settings.learning_rate, **fields, "versions": versions()}
         self.update_config()
         self._lines: TextIO = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
 
@@ -86,7 +92,7 @@ class RunDirectory:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """The versions, and the machine, that a result depends on."""
     import transformers
 
     from . import __version__
@@ -98,6 +104,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()}, {threads} threads, {features}",
+        "processor": processor_class(),
     }
 
 

@@ -9,7 +9,9 @@ from typing import Literal
 from .errors import UserError
 
 Method = Literal["qlora", "lora", "full"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
+DTYPES: tuple[Dtype, ...] = ("auto", "bfloat16", "float32")
 STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 
@@ -26,8 +28,10 @@ class Settings:
         model: a Hugging Face directory or a GGUF file.
         data: a JSONL file, or "stdlib": the docstrings of the running interpreter's standard library.
         format: of the JSONL file, "alpaca", "chat" or "text"; None detects it.
-        method: "qlora" (4-bit weights and adapters), "lora" (bfloat16 weights and adapters) or "full" (all weights,
+        method: "qlora" (4-bit weights and adapters), "lora" (weights in dtype, and adapters) or "full" (all weights,
             float32, train).
+        dtype: of the products, and of the weights that are neither in 4 bits nor train: "bfloat16", "float32", or
+            "auto", what the device multiplies in hardware.
         adapter: directory of an adapter to start from; it sets r, lora_alpha and lora_dropout.
         steps: optimizer steps.
         batch_size: examples per step.
@@ -50,6 +54,7 @@ class Settings:
     data: str = STDLIB
     format: str | None = None
     method: Method = "qlora"
+    dtype: Dtype = "auto"
     adapter: Path | None = None
     steps: int = 150
     batch_size: int = 4
@@ -77,6 +82,8 @@ class Settings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive and finite")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.state_bits not in (32, 8):
             raise UserError(f"--state-bits is {self.state_bits}; it must be 32 or 8")
         if self.state_budget is not None and self.state_budget < LEAST_STATE_BUDGET:

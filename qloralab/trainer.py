@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,32 @@ LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a
 
 
 class Trainer:
-    """The state of a run: the model, the order of the examples, the optimizer."""
+    """The state of a run: the model, the order of the examples, the optimizer.
+
+    Args:
+        model: with adapters, or, for "full", in float32.
+        tokenizer: of the model.
+        train: the examples to train on.
+        held_out: those to validate with.
+        settings: of the run.
+        dtype: what is computed in. The model has it already, but for "full": there it is that of autocast.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        settings: Settings,
+        dtype: torch.dtype,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.train = train
         self.held_out = held_out
         self.settings = settings
+        self.dtype = dtype
         self.device = next(model.parameters()).device
         self.loss = AnswerLoss(model)
         self.parameters = trainable(model)
@@ -72,8 +88,16 @@ class Trainer:
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
 
     def _autocast(self) -> torch.autocast:
-        # Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.method == "full")
+        # Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
+        # faster.
+        wanted = self.settings.method == "full" and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """On average over an epoch, padding not counted."""
+        batches = -(-len(self.train) // self.settings.batch_size)
+        return sum(len(example.input_ids) for example in self.train) / batches
 
     def train_step(self) -> Metrics:
         """One optimizer step.
@@ -125,8 +149,11 @@ class Trainer:
         return lr
 
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self, progress: Callable[[int, int], None] | None = None) -> float:
         """The mean loss of the held-out answers, in nats per token.
+
+        Args:
+            progress: called after each batch with how many tokens are done and how many there are.
 
         Raises:
             UserError: it is NaN or infinite.
@@ -135,11 +162,16 @@ class Trainer:
         order = sorted(self.held_out, key=lambda example: len(example.input_ids))
         size = 2 * self.settings.batch_size
         total, count = 0.0, 0
+        tokens, done = sum(len(example.input_ids) for example in order), 0
         for start in range(0, len(order), size):
+            batch = order[start : start + size]
             with self._autocast():
-                loss, answers = self.loss(*self._tensors(order[start : start + size]))
+                loss, answers = self.loss(*self._tensors(batch))
             total += loss.item()
             count += answers
+            done += sum(len(example.input_ids) for example in batch)
+            if progress:
+                progress(done, tokens)
         if not total < float("inf"):
             raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}; try a smaller --lr")
         return total / count

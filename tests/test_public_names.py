@@ -19,8 +19,7 @@ CALLS = {
     "linear": "(x, weight, bias=None)",
     "linear_names": "(model, skip=None)",
     "quantize_": (
-        "(model, codebook='nf4', block_size=64, double_quant=True, compute_dtype=torch.bfloat16, skip=None, "
-        "progress=None)"
+        "(model, codebook='nf4', block_size=64, double_quant=True, compute_dtype=None, skip=None, progress=None)"
     ),
     "LoraConfig": (
         "(r, lora_alpha, lora_dropout=0.0, target_modules='all-linear', bias='none', task_type='CAUSAL_LM', "

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qloralab.cli import main
 from qloralab.display import Display
 from qloralab.errors import UserError
+from qloralab.nf4 import processor
 from qloralab.settings import Settings
 
 TEMPLATE = (
@@ -122,12 +123,28 @@ def silent() -> Display:
     return Display(Console(file=io.StringIO()))
 
 
+def without_progress(text: str) -> str:
+    """What was printed, but for the lines that say what is going on."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("        …  "))
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["multiplies-bf16", "emulates-bf16"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """A CPU that multiplies bfloat16 in hardware, and one that does not, as far as the program can tell; its dtype."""
+    found = processor.ComputeDtype(request.param, "the processor is made up")
+    monkeypatch.setattr(processor, "compute_dtype", lambda device="cpu": found)
+    return request.param
+
+
 Program = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Program:
-    """The command in this process and an empty directory: ``program("generate", ...)`` -> status, stdout, stderr."""
+    """The command in this process and an empty directory: ``program("generate", ...)`` -> status, stdout, stderr.
+
+    Without the lines about what takes time: whether there are any depends on how busy the machine is.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: Any) -> tuple[int, str, str]:
@@ -137,7 +154,7 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         status = ended.value.code
         assert status is None or isinstance(status, int)
         shown = capsys.readouterr()
-        return status or 0, shown.out, shown.err
+        return status or 0, without_progress(shown.out), without_progress(shown.err)
 
     return run
 
@@ -161,7 +178,10 @@ def launch() -> Launch:
 
 @pytest.fixture(scope="session")
 def command(launch: Launch) -> Command:
-    """Runs the installed command to its end: ``command("generate", "--prompt", "Hello", cwd=...)``."""
+    """Runs the installed command to its end: ``command("generate", "--prompt", "Hello", cwd=...)``.
+
+    Its output is without the lines about what takes time, as that of ``program``.
+    """
 
     def run(*arguments: Any, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         with launch(*arguments, **options) as process:
@@ -169,7 +189,9 @@ def command(launch: Launch) -> Command:
                 out, err = process.communicate(timeout=timeout)
             finally:
                 process.kill()
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(
+            process.args, process.returncode, without_progress(out), without_progress(err)
+        )
 
     return run
 

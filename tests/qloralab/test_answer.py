@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 from qloralab import LoraConfig, inject_, load_adapter_, quantize_, save_adapter
+from qloralab import answer as module
 from qloralab.answer import answer
+from qloralab.display import Display
 from qloralab.errors import UserError
 from qloralab.generate import generate
 from qloralab.lora.inject import adapters
+from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import load_model, load_tokenizer
+from qloralab.nf4.processor import compute_dtype
 
 WRITTEN = "<|start|>user\nColour?<|end|>\n<|start|>assistant\n"
 
@@ -27,10 +34,12 @@ def adapter(model_dir, tmp_path_factory):
     return path
 
 
-def expected(model_dir, prompt: str, adapter=None, quantized=True) -> str:
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+def expected(model_dir, prompt: str, adapter=None, quantized=True, dtype=None) -> str:
+    tokenizer, dtype = load_tokenizer(model_dir), dtype or compute_dtype().dtype
     if quantized:
-        quantize_(model)
+        model = quantize_(load_model(model_dir, torch.bfloat16), compute_dtype=dtype).to(dtype)
+    else:
+        model = load_model(model_dir, dtype)
     if adapter:
         load_adapter_(model, adapter)
     return generate(model, tokenizer, [tokenizer(prompt).input_ids], 8)[0].strip()
@@ -42,6 +51,40 @@ def test_the_answer(model_dir, adapter, with_adapter, quantized):
     chosen = adapter if with_adapter else None
     found = answer(model_dir, chosen, "Colour?", 8, quantized)
     assert found == expected(model_dir, WRITTEN, chosen, quantized)
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["4 bits", "dense"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_dtype_is_the_one_asked_for_and_said_when_it_is_slow(model_dir, machine, dtype, quantized, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(module, "generate", lambda model, *rest: seen.update(dtypes(model)) or ["an answer"])
+    file = io.StringIO()
+    answer(model_dir, None, "Colour?", 8, quantized, dtype, Display(Console(file=file), patience=60))
+    assert seen == {getattr(torch, dtype)}
+    slow = "    dtype  bfloat16: asked for, but slow; the processor is made up\n"
+    assert file.getvalue() == (slow if (dtype, machine) == ("bfloat16", torch.float32) else "")
+
+
+def test_by_default_the_dtype_is_that_of_the_machine(model_dir, machine, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(module, "generate", lambda model, *rest: seen.update(dtypes(model)) or ["an answer"])
+    answer(model_dir, None, "Colour?", 8, True)
+    assert seen == {machine}
+
+
+def dtypes(model) -> set[torch.dtype]:
+    """Of the parameters and of the products with 4-bit weights."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    return {p.dtype for p in model.parameters()} | {layer.compute_dtype for layer in layers}
+
+
+def test_what_takes_time_is_said(model_dir, capsys):
+    file = io.StringIO()
+    answer(model_dir, None, "Colour?", 8, True, "auto", Display(Console(file=file), patience=0.0))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    said = ["reading the tokenizer", "reading tiny", "preparing the CPU kernels", "quantizing", "answering"]
+    assert [line.removeprefix("…  ") for line in lines if ":" not in line] == said
+    assert capsys.readouterr().out == ""
 
 
 def test_each_choice_matters(model_dir, adapter):

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from qloralab import answer as answer_module
+from qloralab.kernels import dispatch
+from qloralab.nf4 import processor
 
 ALPACA = {"instruction": "Colour?", "output": "It is red."}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -57,6 +59,7 @@ BAD_OPTIONS = {
     "a typo": (["--stepz", 3], "--stepz"),
     "an argument": (["more"], "unexpected extra argument"),
     "method": (["--method", "dora"], "'dora' is not one of 'qlora', 'lora', 'full'"),
+    "dtype": (["--dtype", "float16"], "'float16' is not one of 'auto', 'bfloat16', 'float32'"),
     "rank": (["--r", 65], "r is 65, larger than model.layers.0.self_attn.q_proj (64 x 64)"),
     "rank 0": (["--r", 0], "r is 0; the rank of an adapter is a whole number from 1"),
     "seed": (["--seed", 2**64], f"--seed is {2**64}; it must be a number of 64 bits"),
@@ -152,6 +155,31 @@ def test_an_empty_prompt(program, prompt, monkeypatch):
     refused(program("generate", "--prompt", prompt), "the prompt is empty")
     monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
     refused(program("generate", "--prompt", "-"), "the prompt is empty")
+
+
+COMMANDS = {
+    "finetune": ["finetune", "--out", "run"],
+    "generate": ["generate", "--prompt", "a"],
+    "quantize": ["quantize", "--out", "run"],
+    "parity": ["parity", "--weights", 1],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_instruction_set_that_cannot_be_had(program, monkeypatch, command):
+    monkeypatch.setenv(processor.VARIABLE, "avx513")
+    message = "QLORALAB_ISA is one of native, avx512, avx2, portable, not 'avx513'"
+    refused(program(*COMMANDS[command]), message)
+    monkeypatch.setenv(processor.VARIABLE, "avx512")
+    monkeypatch.setattr(processor, "supported_isas", lambda: ("native", "avx2", "portable"))
+    refused(program(*COMMANDS[command]), "QLORALAB_ISA asks for avx512; this machine runs native, avx2, portable")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_implementation_that_is_none(program, monkeypatch, command):
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    monkeypatch.setattr(dispatch, "_mode", None)  # it is read once
+    refused(program(*COMMANDS[command]), "QLORALAB_CPU is one of auto, native, reference, not 'fast'")
 
 
 def test_other_mistakes(program):

@@ -26,7 +26,8 @@ def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeyp
 
     monkeypatch.setattr(finetune_module, "finetune", stop)
     changed = {
-        "model": model_dir, "data": "d", "format": "chat", "method": "lora", "out": Path("o"), "adapter": Path("a"),
+        "model": model_dir, "data": "d", "format": "chat", "method": "lora", "dtype": "float32", "out": Path("o"),
+        "adapter": Path("a"),
         "steps": 7, "batch_size": 6, "accumulate": 3, "max_length": 99, "too_long": "cut", "lr": 0.5, "r": 3,
         "lora_alpha": 5.0, "lora_dropout": 0.25, "max_grad_norm": 0.75, "held_out": 11, "eval_every": 13, "seed": 17,
     }  # fmt: skip
@@ -44,8 +45,11 @@ def test_generate_hands_on_its_options(program, model_dir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("from\na file\n"))
     start = ["generate", "--model", model_dir]
     assert program(*start, "--prompt", "Hi") == (0, "the answer\n", "")
-    assert program(*start, "--prompt", "-", "--adapter", "a", "--dense", "--max-new-tokens", 5)[0] == 0
-    assert calls == [(model_dir, None, "Hi", 96, True), (model_dir, Path("a"), "from\na file\n", 5, False)]
+    more = ["--adapter", "a", "--dense", "--max-new-tokens", 5, "--dtype", "bfloat16"]
+    assert program(*start, "--prompt", "-", *more)[0] == 0
+    assert calls == [
+        (model_dir, None, "Hi", 96, True, "auto"), (model_dir, Path("a"), "from\na file\n", 5, False, "bfloat16")
+    ]  # fmt: skip
 
 
 def test_help(program):

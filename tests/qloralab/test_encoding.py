@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qloralab import encoding as module
 from qloralab.encoding import NO_LABEL, encode, encode_all, prompt_text
 from qloralab.errors import UserError
 from qloralab.examples import Example, Message
@@ -250,6 +251,14 @@ LONG = [Example(f"t:{length}", text="x" * length) for length in (3, 9, 5, 12)]  
 def test_all_are_encoded_in_order(tokenizer):
     examples = [Example(f"t:{number}", text=f"text {number}") for number in range(600)]
     assert encode_all(examples, tokenizer, 100) == [encode(example, tokenizer) for example in examples]
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [(2, [2, 4]), (3, [3, 4]), (4, [4]), (9, [4])])
+def test_progress_counts_the_examples(tokenizer, monkeypatch, chunk, expected):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    seen: list[tuple[int, int]] = []
+    encode_all(LONG, tokenizer, 6, "skip", lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 4) for done in expected]
 
 
 def test_too_long_is_an_error(tokenizer):

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from contextlib import ExitStack
@@ -17,13 +18,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from qloralab import compute, loss, outlook, quantize_, save_quantized
 from qloralab import finetune as module
 from qloralab.display import Display
 from qloralab.encoding import NO_LABEL, Encoded, encode
 from qloralab.examples import Example, Message
 from qloralab.finetune import finetune, prompt_and_answer
+from qloralab.kernels.cpu.build import BuildError
 from qloralab.lora.layer import LoRALinear
-from qloralab.models import load_tokenizer
+from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.models import load_model, load_tokenizer
 from qloralab.settings import METHODS
 from qloralab.trainer import Trainer
 
@@ -59,6 +63,127 @@ def test_each_method_learns(settings, silent, metrics_of, method):
         "config.json", "metrics.jsonl", "loss.png", "samples.md", saved
     }  # fmt: skip
     assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_dtype_follows_the_machine(settings, metrics_of, machine, method, monkeypatch):
+    seen = watch_products(monkeypatch)
+    file = io.StringIO()
+    result = finetune(settings(method=method, steps=1), Display(Console(file=file), patience=60))
+    assert seen == {machine}
+    name = str(machine).removeprefix("torch.")
+    config = config_of(result.path)
+    assert (config["dtype"], config["dtype_reason"]) == (name, "the processor is made up")
+    what = {
+        "bfloat16": "float32 weights, bfloat16 products (autocast)", "float32": "float32, weights and products"
+    }[name] if method == "full" else name  # fmt: skip
+    assert f"    dtype  {what}: the processor is made up\n" in file.getvalue()
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_another_dtype_can_be_asked_for(settings, machine, method, asked, monkeypatch):
+    seen = watch_products(monkeypatch)
+    file = io.StringIO()
+    result = finetune(settings(method=method, steps=1, dtype=asked), Display(Console(file=file), patience=60))
+    assert seen == {getattr(torch, asked)}
+    assert config_of(result.path)["dtype"] == asked
+    slow = (asked, machine) == ("bfloat16", torch.float32)
+    why = f"asked for{', but slow' if slow else ''}; the processor is made up"
+    assert config_of(result.path)["dtype_reason"] == why
+    assert file.getvalue().count(f": {why}\n") == 1
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
+def test_a_model_in_4_bits_computes_in_the_dtype_too(settings, silent, model_dir, tmp_path, asked, monkeypatch):
+    model = quantize_(load_model(model_dir), compute_dtype=torch.float16)  # what the file says is another one
+    save_quantized(model, tmp_path / "4bit")
+    for file in model_dir.glob("*token*"):
+        shutil.copy(file, tmp_path / "4bit")
+    seen = watch_products(monkeypatch)
+    finetune(settings(model=tmp_path / "4bit", steps=1, dtype=asked), silent)
+    assert seen == {getattr(torch, asked)}
+
+
+def watch_products(monkeypatch) -> set[torch.dtype]:
+    """The dtypes of what the adapted or dense layers of a block give, and of what the loss gets."""
+    seen: set[torch.dtype] = set()
+    prepare, cross_entropy = module._prepare_model, loss.linear_cross_entropy
+
+    def prepared(*values):
+        model = prepare(*values)
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                seen.add(layer.compute_dtype)
+        # In training: what tries the head out, and answers, is without autocast.
+        model.model.layers[0].mlp.register_forward_hook(lambda layer, x, y: layer.training and seen.add(y.dtype))
+        return model
+
+    def watched(hidden, *rest):
+        products = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        seen.add(products)
+        return cross_entropy(hidden, *rest)
+
+    monkeypatch.setattr(module, "_prepare_model", prepared)
+    monkeypatch.setattr(loss, "linear_cross_entropy", watched)
+    return seen
+
+
+def test_what_takes_time_is_said(settings):
+    file = io.StringIO()
+    finetune(settings(steps=2), Display(Console(file=file), patience=0.0, pace=0.001))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    phases = [line.removeprefix("…  ") for line in lines if line.startswith("…") and ":" not in line]
+    assert phases == [
+        "reading the examples", "reading the tokenizer", "tokenizing", "reading tiny", "preparing the CPU kernels",
+        "quantizing", "answering held-out prompts before training", "validating", "validating", "saving", "saving",
+        "answering held-out prompts after training", "drawing the losses",
+    ]  # fmt: skip
+    answering = [line for line in lines if "before training: " in line]
+    assert any(re.search(r"before training: \d+/32 tokens, 0:0\d left$", line) for line in answering)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "shown"), [(0.5, True), (1e9, False)])
+def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monkeypatch, tokens_per_s, shown):
+    train_step = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer,
+        "train_step",
+        lambda self: dataclasses.replace(train_step(self), tokens_per_s=tokens_per_s),
+    )
+    monkeypatch.setattr(outlook.dispatch, "report", lambda device: [SERVED])
+    file = io.StringIO()
+    finetune(settings(steps=20), Display(Console(file=file), patience=60, pace=0.0))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    notes = [line for line in lines if line.startswith("note")]
+    assert len(notes) == shown
+    if shown:
+        assert re.match(r"note  about \d+\S* (minutes|hours) for the 19 steps left; shorter with fewer --st", notes[0])
+        before, after = lines[lines.index(notes[0]) - 1], lines[lines.index(notes[0]) + 1]
+        assert before.startswith("step  1/20")
+        assert after.startswith("step  2/20")
+
+
+SERVED = {"operator": "adapted_linear", "implementation": "native", "why": "C"}
+
+
+def test_nothing_is_said_about_a_run_that_ends(settings, monkeypatch, tmp_path):
+    """After its only step, or after Ctrl-C."""
+    monkeypatch.setattr(module, "LONG", -1.0)
+    for steps, at_step in ((1, 2), (50, 1)):
+        press_ctrl_c(monkeypatch, at_step)
+        file = io.StringIO()
+        finetune(settings(out=tmp_path / str(steps), steps=steps), Display(Console(file=file), patience=60))
+        assert "note" not in file.getvalue()
+
+
+def test_kernels_that_were_asked_for_and_are_not_there_are_one_line(settings, silent, refusal, monkeypatch):
+    def fail():
+        raise BuildError("no C compiler: none of cc, gcc is on PATH")
+
+    monkeypatch.setattr(compute.dispatch, "native", fail)
+    message = refusal(finetune, settings(), silent)
+    assert message == "QLORALAB_CPU=native, but there are no CPU kernels: no C compiler: none of cc, gcc is on PATH"
 
 
 def test_the_same_seed_gives_the_same_run(settings, silent, results, tmp_path):

@@ -50,6 +50,13 @@ def test_an_answer_ends_with_eos_and_does_not_show_it(model, tokenizer, monkeypa
     assert len(found) <= len(expected) + 1
 
 
+def test_progress_counts_the_tokens_of_an_answer(model, tokenizer):
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    plain, seen = generate(model, tokenizer, prompts, 7), []
+    assert generate(model, tokenizer, prompts, 7, lambda done, total: seen.append((done, total))) == plain
+    assert seen == [(done, 7) for done in range(1, 8)]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_comes_back(model, tokenizer, training):
     model.train(training)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -144,6 +147,34 @@ print("went on", file=__import__("sys").stderr)
 
 def test_an_import_that_swallows_every_exception_is_stopped():
     assert run_python(SWALLOWS.format(before="")) == (STATUS, LINE + "\n")
+
+
+def test_the_terminal_gets_its_cursor_back():
+    """A spinner turns while libraries are imported, and nothing else is cleaned up when that is interrupted."""
+    code = "\n".join(
+        [
+            "import os, signal, time",
+            "from rich.console import Console",
+            "from qloralab.display import Display",
+            "from qloralab.interrupt import stopping_at_once",
+            "with stopping_at_once(), Display(Console(force_terminal=True)).busy('loading'):",
+            "    os.kill(os.getpid(), signal.SIGINT)",
+            "    time.sleep(30)",
+        ]
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # which is what the end of a terminal is on Linux
+            while part := os.read(ours, 4096):
+                shown += part
+        os.close(ours)
+    assert process.returncode == STATUS
+    hidden, visible = shown.rfind(b"\x1b[?25l"), shown.rfind(b"\x1b[?25h")
+    assert 0 <= hidden < visible
+    assert b"loading" in shown
+    assert shown.endswith(LINE.replace("\n", "\r\n").encode() + b"\r\n")
 
 
 def test_an_ignored_signal_stays_ignored():

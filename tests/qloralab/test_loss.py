@@ -69,6 +69,40 @@ def test_values_and_gradients_are_those_of_cross_entropy(dtype, weight_dtype, bi
         assert error(t.grad, e.grad) < TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_product_is_taken_in_a_dtype_that_is_emulated(dtype, monkeypatch):
+    """It is taken in float32 instead, and the gradient is rounded once: closer to the exact one."""
+    hidden, weight, bias = (t.detach().to(dtype).requires_grad_() for t in inputs(torch.float32, torch.float32))
+    targets = torch.randint(WORDS, (TOKENS,))
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    expected = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
+    expected.backward()
+    monkeypatch.setattr(module, "emulates", lambda x: x.dtype == dtype)
+    with Products() as products:
+        found = linear_cross_entropy(hidden, weight, targets, bias)
+        found.backward()
+    assert products.dtypes == {torch.float32}
+    assert error(found.detach(), expected.detach()) < TOLERANCE[torch.float32]
+    for t, e in zip((hidden, weight, bias), exact, strict=True):
+        assert t.grad is not None
+        assert e.grad is not None
+        assert t.grad.dtype == dtype
+        assert error(t.grad, e.grad) < TOLERANCE[torch.bfloat16] / 4
+
+
+class Products(TorchDispatchMode):
+    """Notes in which dtypes matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.dtypes.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("trains", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
 def test_only_what_trains_gets_a_gradient(trains):
     targets = torch.randint(WORDS, (TOKENS,))

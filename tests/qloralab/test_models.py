@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from qloralab import FormatError, LoraConfig, inject_, quantize_, save_adapter, save_quantized
+from qloralab import FormatError, LoraConfig, inject_, quantize, quantize_, save_adapter, save_quantized
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import (
     check_adapter,
@@ -29,6 +29,7 @@ from qloralab.models import (
     load_tokenizer,
     model_name,
     pad_id,
+    quantize_loaded_,
 )
 
 
@@ -80,10 +81,28 @@ def test_a_directory_may_hold_4_bit_weights(model_dir, tmp_path, dtype, capfd):
     assert {p.dtype for p in model.parameters()} == {dtype}
     expected = quantize_(load_model(model_dir))
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert {layer.compute_dtype for layer in layers.values()} == {dtype}
     assert len(layers) == 14
     for name, layer in layers.items():
         assert torch.equal(layer.weight.dequantize(), expected.get_submodule(name).weight.dequantize())  # type: ignore[union-attr]
     assert load_tokenizer(path)("Hi").input_ids == load_tokenizer(model_dir)("Hi").input_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_4_bit_weights_are_the_same_whatever_is_computed_in(model_dir, dtype):
+    seen = []
+    model = load_model(model_dir)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert quantize_loaded_(model, dtype, lambda *counts: seen.append(counts)) is model
+    assert seen == [(done, 14) for done in range(1, 15)]
+    dense = load_file(model_dir / "model.safetensors")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            expected = quantize(dense[f"{name}.weight"].bfloat16())
+            assert torch.equal(module.weight.dequantize(), expected.dequantize()), name
+            assert module.compute_dtype == dtype
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
 def test_broken_4_bit_weights(model_dir, tmp_path, refusal):

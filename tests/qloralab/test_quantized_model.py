@@ -28,8 +28,10 @@ from transformers import (
 )
 
 from qloralab import FormatError, LoraConfig, inject_, load_quantized, quantize_, save_quantized
+from qloralab.lora import quantized_linear
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import quiet
+from qloralab.nf4.processor import ComputeDtype
 from qloralab.quantized_model import parameter_count, quantizable, read_config, skeleton
 
 IDS = torch.arange(40)[None]
@@ -152,7 +154,7 @@ SAVED = {
 
 @pytest.mark.parametrize(("make", "options"), SAVED.values(), ids=SAVED)
 def test_what_is_saved_here_opens_everywhere(make: Callable[[], Any], options, tmp_path):
-    model = quantize_(make(), **options)
+    model = quantize_(make(), **{"compute_dtype": torch.bfloat16, **options})
     save_quantized(model, tmp_path)
     ours, theirs = load_quantized(tmp_path), open_with_bitsandbytes(tmp_path)
     before, after = model.state_dict(), ours.state_dict()
@@ -220,12 +222,34 @@ def test_experts_stay_dense_and_buffers_come_along(tmp_path):
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     bias = model.model.layers[1].mlp.gate.e_score_correction_bias  # a buffer that is saved
     bias.copy_(torch.arange(4))
-    save_quantized(quantize_(model), tmp_path)
+    save_quantized(quantize_(model, compute_dtype=torch.bfloat16), tmp_path)
     ours, theirs = load_quantized(tmp_path), open_with_bitsandbytes(tmp_path)
     assert torch.equal(ours.model.layers[1].mlp.gate.e_score_correction_bias, bias)
     assert_same(ours, theirs, sum(isinstance(module, QuantizedLinear) for module in model.modules()))
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("cpu", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("asked", [None, torch.bfloat16, torch.float32], ids=str)
+def test_a_file_does_not_depend_on_the_machine(tmp_path, monkeypatch, asked, cpu):
+    """Where the compute dtype was left open it is the paper's there; one that was chosen is written as it is."""
+    torch.manual_seed(1)
+    dense = llama(bias=True, dtype=torch.float32)
+    monkeypatch.setattr(quantized_linear, "dtype_of", lambda device: ComputeDtype(cpu, ""))
+    save_quantized(quantize_(dense, compute_dtype=asked), tmp_path)
+    stated = asked or torch.bfloat16
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_compute_dtype"] == str(stated).removeprefix("torch.")
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    biases = {n: p for n, p in llama(bias=True, dtype=torch.float32).named_parameters() if n.endswith("bias")}
+    assert biases
+    for name, bias in biases.items():
+        assert tensors[name].dtype == stated
+        assert torch.equal(tensors[name], bias.to(stated)), name
+    layer = load_quantized(tmp_path).model.layers[0].mlp.up_proj
+    assert (layer.compute_dtype, layer.follows_device) == (stated, False)
 
 
 def test_the_compute_dtype_can_be_chosen(tmp_path):

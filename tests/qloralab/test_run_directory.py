@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qloralab.nf4.processor import processor_class
 from qloralab.run_directory import Metrics, RunDirectory, versions
 from qloralab.settings import Settings
 
@@ -39,6 +40,19 @@ def test_the_config_has_the_versions(run):
     for package in ("qloralab", "torch", "transformers"):
         assert found[package] == importlib.metadata.version(package)
     assert platform.machine() in found["machine"]
+    assert found["processor"] == processor_class()
+
+
+def test_the_processor_is_the_class_that_was_asked_for(monkeypatch):
+    monkeypatch.setenv("QLORALAB_ISA", "portable")
+    assert versions()["processor"] == "portable"
+
+
+def test_the_config_has_what_else_it_is_given(tmp_path):
+    run = RunDirectory(Settings(out=tmp_path / "run", model=Path("model"), dtype="float32"), dtype_reason="asked for")
+    run.close()
+    config = json.loads((run.path / "config.json").read_text())
+    assert (config["dtype"], config["dtype_reason"]) == ("float32", "asked for")
 
 
 def test_fields_are_added_to_the_config(run):

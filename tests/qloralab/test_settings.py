@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qloralab.optim.paged_adamw import PagedAdamW
-from qloralab.settings import METHODS, Settings
+from qloralab.settings import DTYPES, METHODS, Settings
 
 
 @pytest.fixture
@@ -65,6 +65,13 @@ def test_no_more_parts_than_examples(refused, tmp_path):
 @pytest.mark.parametrize("bits", [0, 4, 16, 64])
 def test_moments_have_32_or_8_bits(refused, bits):
     assert refused(state_bits=bits) == f"--state-bits is {bits}; it must be 32 or 8"
+
+
+@pytest.mark.parametrize("dtype", ["", "float16", "bf16", "torch.float32"])
+def test_a_dtype_is_one_of_three(refused, tmp_path, dtype):
+    assert refused(dtype=dtype) == f"--dtype is {dtype!r}; it must be one of auto, bfloat16, float32"
+    for name in DTYPES:
+        Settings(out=tmp_path / "run", model=Path("model"), dtype=name)
 
 
 def test_the_smallest_budget_is_that_of_the_optimizer(refused, tmp_path):

@@ -42,12 +42,13 @@ def make(settings) -> Make:
         encoded = encode_all(read_jsonl(chosen.data), tokenizer, chosen.max_length)
         train, held_out = split(encoded, chosen.held_out, chosen.seed)
         torch.manual_seed(chosen.seed)
-        model = load_model(chosen.model, dtype or (torch.float32 if method == "full" else torch.bfloat16))
+        dtype = dtype or torch.bfloat16
+        model = load_model(chosen.model, torch.float32 if method == "full" else dtype)
         if method == "qlora":
-            quantize_(model, compute_dtype=dtype or torch.bfloat16)
+            quantize_(model, compute_dtype=dtype)
         if method != "full":
             inject_(model, LoraConfig(chosen.r, chosen.lora_alpha, chosen.lora_dropout))
-        return Trainer(model, tokenizer, train, held_out, chosen)
+        return Trainer(model, tokenizer, train, held_out, chosen, dtype)
 
     return trainer
 
@@ -107,13 +108,14 @@ def test_validation_is_repeatable_and_leaves_no_trace(make):
     assert trainer.step == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_products_are_taken_in_bfloat16(make, method):
-    trainer, seen = make(method), set()
+def test_products_are_taken_in_the_dtype(make, method, dtype):
+    trainer, seen = make(method, dtype), set()
     trainer.model.model.layers[0].mlp.register_forward_hook(lambda layer, x, y: seen.add(y.dtype))
     trainer.train_step()
     trainer.validate()
-    assert seen == {torch.bfloat16}
+    assert seen == {dtype}
     assert {parameter.dtype for parameter in trainer.parameters} == {torch.float32}
 
 
@@ -127,6 +129,20 @@ def test_only_what_should_train_moves(make, method):
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert moved == {name for name in before if method == "full" or "lora_" in name}
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_validation_tells_how_far_it_is(make):
+    trainer, seen = make(held_out=9, batch_size=2), []
+    loss = trainer.validate(lambda done, total: seen.append((done, total)))
+    lengths = sorted(len(example.input_ids) for example in trainer.held_out)
+    assert seen == [(sum(lengths[:end]), sum(lengths)) for end in (4, 8, 9)]
+    assert loss == trainer.validate()
+
+
+def test_the_tokens_of_a_step_are_a_mean_over_the_epoch(make):
+    trainer = make(batch_size=3)  # 16 examples: 6 batches
+    tokens = [trainer.train_step().tokens for _ in range(6)]
+    assert trainer.tokens_per_step == tokens[-1] / 6
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qloralab.nf4.processor import compute_dtype, processor_class
 
 KEYS = ["step", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "rss_mb"]
 # The layers of the default model; adapters do not depend on the vocabulary.
@@ -48,10 +51,15 @@ def test_the_default_job(default_gguf, command, metrics_of, tmp_path):
     assert 3.5 < lines[0]["val_loss"] < 5.0
     assert lines[3]["val_loss"] < lines[0]["val_loss"] - 0.5
     assert all(0 < line["loss"] < 6 and 0 < line["grad_norm"] < 100 for line in lines[1:])
-    assert 500 < lines[3]["rss_mb"] < 3000
+    assert 500 < lines[3]["rss_mb"] < 2500
 
     config = json.loads((run / "config.json").read_text())
     assert (config["method"], config["steps"], config["result"]["interrupted"]) == ("qlora", 3, False)
+    dtype, why = compute_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    assert (config["dtype"], config["dtype_reason"]) == (str(dtype).removeprefix("torch."), why)
+    assert f"    dtype  {config['dtype']}: {why}\n" in done.stdout
+    assert config["versions"]["processor"] == processor_class()
+    assert config["result"]["peak_mb"] < 2500
     assert plt.imread(run / "loss.png")[..., :3].std() > 0.05
     samples = (run / "samples.md").read_text()
     assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [3, 3, 3]
@@ -114,8 +122,9 @@ def test_ctrl_c_keeps_what_was_trained(long_run, model_dir, metrics_of, tmp_path
 
 
 def test_ctrl_c_while_loading_leaves_nothing(long_run, tmp_path):
-    first = long_run.stdout.readline()  # the data is read, the model is next
-    assert "16 examples + 4 held out" in first
+    for line in long_run.stdout:
+        if "16 examples + 4 held out" in line:  # the data is read, the model is next
+            break
     status, _, err = interrupt(long_run, lambda: True)
     assert (status, err) == (130, "\nqloralab: stopped\n")
     assert not (tmp_path / "run").exists()
