@@ -18,6 +18,7 @@ from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, trainable
 from qloralab.lora.layer import LoRALinear
 from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4.processor import compute_dtype
 from qloralab.nf4.tensor import quantize
 
 CONFIG = LoraConfig(4, 8)
@@ -99,7 +100,7 @@ def test_a_linear_layer_tied_to_an_embedding_is_left_out():
 def test_layers_that_share_a_weight_share_the_packed_one():
     model: Any = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)])
     model[2].weight = model[0].weight
-    biases = [layer.bias.detach().bfloat16() for layer in model]
+    biases = [layer.bias.detach().to(compute_dtype().dtype) for layer in model]
     assert linear_names(model) == ["0", "1", "2"]
     assert linear_names(model, skip=["2"]) == ["1"], "quantized on one side only"
     quantize_(model)
@@ -141,6 +142,16 @@ def test_each_weight_is_that_of_quantize():
         assert layer.compute_dtype == torch.float16
     assert type(model.lm_head) is nn.Linear
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("asked", [None, torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_compute_dtype_is_that_of_the_device_or_the_one_asked_for(asked, device):
+    model = quantize_(llama(), compute_dtype=asked).to(device)
+    expected = asked or compute_dtype(device).dtype
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {layer.compute_dtype for layer in layers} == {expected}
+    assert {layer.follows_device for layer in layers} == {asked is None}
 
 
 def test_a_weight_is_freed_before_the_next_is_quantized():
