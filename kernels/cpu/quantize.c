@@ -27,9 +27,14 @@ static float largest_of_floats(const float *x, int64_t n)
     return value;
 }
 
-/* What to multiply by so that x / absmax follows the policy of nf4/blockwise.py; *exact asks for the quotient itself. */
+/* What to multiply by so that x / absmax follows the policy of nf4/blockwise.py; *exact asks for the quotient itself. A block
+   of zeros is multiplied by 0. */
 static inline float reciprocal(float absmax, int *exact)
 {
+    if (absmax == 0.0f) {
+        *exact = 0;
+        return 0.0f;
+    }
     float r = 1.0f / absmax;
     *exact = absmax < FLT_MIN || r < FLT_MIN;
     return r;
@@ -47,38 +52,33 @@ typedef struct {
 
 #if HAVE_AVX2
 
-/* A block is taken in its own dtype, 32 numbers at a time. The thresholds are a tree of four levels. A node is known by how
-   many of its level are on its left, as -1, -2, ..., since a comparison that is true adds -1; the low bits of such a number
-   are its place in a permutation, so number i is at place -i of its level. Only the last level needs a permutation across
-   the halves of a register. */
+/* 15 thresholds as a tree of four levels. A node is known by how many of its level are on its left, as -1, -2, ..., since a
+   comparison that is true adds -1; the low bits of such a number are its place in a permutation, so number i is at place -i
+   of its level. Only the last level needs a permutation across the halves of a register. */
 typedef struct {
     __m256 level[4];
-    __m256i codes; /* of the 16 ranks */
-} search;
+} tree;
 
-static search make_search(const quantize_job *job)
+/* Every step-th of 16 * step - 1 thresholds. */
+static tree make_tree(const float *thresholds, int step)
 {
-    search s;
+    tree t;
     for (int level = 0; level < 4; level++) {
         float places[8];
         for (int i = 0; i < 8; i++) /* a level of fewer than eight is repeated */
-            places[-i & 7] = job->thresholds[(16 >> level) * (i & ((1 << level) - 1)) + (8 >> level) - 1];
-        s.level[level] = _mm256_loadu_ps(places);
+            places[-i & 7] = thresholds[step * ((16 >> level) * (i & ((1 << level) - 1)) + (8 >> level)) - 1];
+        t.level[level] = _mm256_loadu_ps(places);
     }
-    uint8_t codes[16];
-    for (int i = 0; i < 16; i++)
-        codes[i] = job->codes ? job->codes[i] & 15 : (uint8_t)i;
-    s.codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
-    return s;
+    return t;
 }
 
 /* Minus how many thresholds are below each of eight numbers. */
-static inline __m256i ranks8(__m256 q, const search *s)
+static inline __m256i ranks8(__m256 q, const tree *t)
 {
-    __m256i node = _mm256_castps_si256(_mm256_cmp_ps(q, s->level[0], _CMP_GT_OQ));
+    __m256i node = _mm256_castps_si256(_mm256_cmp_ps(q, t->level[0], _CMP_GT_OQ));
     for (int level = 1; level < 4; level++) {
-        __m256 threshold = level == 3 ? _mm256_permutevar8x32_ps(s->level[3], node)
-                                      : _mm256_permutevar_ps(s->level[level], node);
+        __m256 threshold = level == 3 ? _mm256_permutevar8x32_ps(t->level[3], node)
+                                      : _mm256_permutevar_ps(t->level[level], node);
         __m256i above = _mm256_castps_si256(_mm256_cmp_ps(q, threshold, _CMP_GT_OQ));
         node = _mm256_add_epi32(_mm256_add_epi32(node, node), above);
     }
@@ -130,9 +130,9 @@ static inline __attribute__((always_inline)) float largest(const char *x, dtype 
     return _mm_cvtss_f32(_mm_castsi128_ps(half));
 }
 
-/* n numbers, a multiple of 32, divided or multiplied by a number -> n / 2 bytes of codes. */
+/* n numbers, a multiple of 32, divided or multiplied by a number -> n / 2 bytes. codes: of the 16 ranks. */
 static inline __attribute__((always_inline)) void encode(const char *x, dtype type, int64_t n, int exact, float by,
-                                                         const search *s, uint8_t *packed)
+                                                         const tree *t, __m256i codes, uint8_t *packed)
 {
     const __m256i places = _mm256_set1_epi16(1 << 8 | 16); /* 16 times the first of two, and the second */
     __m256 factor = _mm256_set1_ps(by);
@@ -143,45 +143,47 @@ static inline __attribute__((always_inline)) void encode(const char *x, dtype ty
         load16(x + (i + 16) * size, type, q + 2, q + 3);
         __m256i r[4];
         for (int j = 0; j < 4; j++)
-            r[j] = ranks8(exact ? _mm256_div_ps(q[j], factor) : _mm256_mul_ps(q[j], factor), s);
+            r[j] = ranks8(exact ? _mm256_div_ps(q[j], factor) : _mm256_mul_ps(q[j], factor), t);
         /* Half h of these has numbers 8h to 8h + 7 of either 16. */
         __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
-        __m256i codes = _mm256_shuffle_epi8(s->codes, _mm256_abs_epi8(bytes));
-        __m256i pairs = _mm256_maddubs_epi16(codes, places);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(codes, _mm256_abs_epi8(bytes)), places);
         __m128i out = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128((__m128i *)(packed + i / 2), _mm_shuffle_epi32(out, 0xd8));
     }
 }
 
+/* In the blocks' own dtype, 32 numbers at a time. */
 static inline __attribute__((always_inline)) void quantize_blocks(const quantize_job *job, dtype type, int64_t first,
                                                                   int64_t end)
 {
-    const search s = make_search(job);
+    const tree t = make_tree(job->thresholds, 1);
+    uint8_t of_ranks[16];
+    for (int i = 0; i < 16; i++)
+        of_ranks[i] = job->codes ? job->codes[i] & 15 : (uint8_t)i;
+    const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)of_ranks));
     int64_t bs = job->block_size, size = type == FLOAT32 ? 4 : 2;
     for (; first < end; first += bs) {
         int64_t n = min64(bs, end - first);
         const char *x = (const char *)job->x + first * size;
         uint8_t *packed = job->packed + first / 2;
         float whole[MAX_BLOCK];
-        uint8_t codes[MAX_BLOCK / 2];
+        uint8_t last[MAX_BLOCK / 2];
         if (n < bs) { /* zeros complete it; they have the code of 0, which completes an odd count */
             memset(whole, 0, (size_t)(bs * size));
             memcpy(whole, x, (size_t)(n * size));
             x = (const char *)whole;
-            packed = codes;
+            packed = last;
         }
         float absmax = largest(x, type, bs);
         int exact;
         float r = reciprocal(absmax, &exact);
         job->absmax[first / bs] = absmax;
-        if (absmax == 0.0f)
-            encode(x, type, bs, 0, 0.0f, &s, packed);
-        else if (exact)
-            encode(x, type, bs, 1, absmax, &s, packed);
+        if (exact)
+            encode(x, type, bs, 1, absmax, &t, codes, packed);
         else
-            encode(x, type, bs, 0, r, &s, packed);
+            encode(x, type, bs, 0, r, &t, codes, packed);
         if (n < bs)
-            memcpy(job->packed + first / 2, codes, (size_t)((n + 1) / 2));
+            memcpy(job->packed + first / 2, last, (size_t)((n + 1) / 2));
     }
 }
 
@@ -198,13 +200,6 @@ static void quantize_chunk(void *data, int64_t index)
 }
 
 #else
-
-static inline floats divide(floats x, float absmax, float r, int exact)
-{
-    if (absmax == 0.0f)
-        return x - x; /* all zeros */
-    return exact ? x / absmax : x * r;
-}
 
 /* The n elements from `first` as float32, completed by zeros to `padded`. */
 static void load(const quantize_job *job, int64_t first, int64_t n, int64_t padded, float *out)
@@ -281,8 +276,8 @@ static void quantize_chunk(void *data, int64_t index)
         float r = reciprocal(absmax, &exact);
         job->absmax[first / bs] = absmax;
         for (int64_t i = 0; i < bs; i += 16) {
-            floats q = divide(load_floats(x + i), absmax, r, exact);
-            bytes b = ranks16(q, thresholds);
+            floats q = load_floats(x + i);
+            bytes b = ranks16(exact ? q / absmax : q * r, thresholds);
             memcpy(ranks + i, &b, 16);
         }
         /* The zeros past the end have the code of 0, which completes an odd count. */
@@ -325,13 +320,32 @@ static void quantize_scales_block(void *data, int64_t index)
     int exact;
     float r = reciprocal(absmax, &exact);
     job->absmax2[index] = absmax;
+    /* How many of the 255 thresholds are below q: one bit after the other, and no jump to foresee. */
+#if HAVE_AVX2
+    const tree t = make_tree(job->thresholds, SCALES_PER_BLOCK / 16);
+    int32_t codes[SCALES_PER_BLOCK];
+    for (int i = 0; i < SCALES_PER_BLOCK; i += 8) {
+        __m256 q = _mm256_loadu_ps(x + i);
+        q = exact ? _mm256_div_ps(q, _mm256_set1_ps(absmax)) : _mm256_mul_ps(q, _mm256_set1_ps(r));
+        __m256i code = _mm256_mullo_epi32(ranks8(q, &t), _mm256_set1_epi32(-16)); /* the first four bits */
+        for (int bit = 8; bit; bit >>= 1) {
+            __m256 threshold = _mm256_i32gather_ps(job->thresholds + bit - 1, code, 4);
+            __m256i above = _mm256_castps_si256(_mm256_cmp_ps(q, threshold, _CMP_GT_OQ));
+            code = _mm256_or_si256(code, _mm256_and_si256(above, _mm256_set1_epi32(bit)));
+        }
+        _mm256_storeu_si256((__m256i *)(codes + i), code);
+    }
+    for (int64_t i = 0; i < n; i++)
+        job->codes[first + i] = (uint8_t)codes[i];
+#else
     for (int64_t i = 0; i < n; i++) {
-        float q = absmax == 0.0f ? 0.0f : exact ? x[i] / absmax : x[i] * r;
-        int code = 0; /* how many of the 255 thresholds are below q: one bit after the other, and no jump to foresee */
+        float q = exact ? x[i] / absmax : x[i] * r;
+        int code = 0;
         for (int bit = 128; bit; bit >>= 1)
             code += bit & -(q > job->thresholds[code + bit - 1]);
         job->codes[first + i] = (uint8_t)code;
     }
+#endif
 }
 
 /* absmax [count] minus offset -> codes [count], absmax2 [ceil(count / 256)]. */
