@@ -1,8 +1,8 @@
 """Products of matrices as PyTorch takes them; in float32, rounded once, where it would emulate their dtype.
 
 On a processor that multiplies bfloat16 PyTorch adds the products up in float32 and rounds the sum. On one that does
-not, it does the same, 10 to 70 times slower than in float32 (``processor.py``). There the matrices are widened, which is
-exact, multiplied in float32 and rounded once: the same result but for the order of the sums.
+not, it does the same, 10 to 70 times slower than in float32 (``processor.py``). There the matrices are widened, which
+is exact, multiplied in float32 and rounded once: the same result but for the order of the sums.
 
 Raises RuntimeError where PyTorch does: for sizes and dtypes that do not fit.
 """

@@ -133,7 +133,7 @@ static void forward_panels(void *data, int64_t index)
             bias[i] = number(job->bias, job->type, n + i);
         for (int64_t m = 0; m < M; m++) {
             float *sum = c + (p * M + m) * NR;
-            for (int i = 0; i < NR; i++)
+            for (int i = 0; job->bias && i < NR; i++)
                 sum[i] += bias[i];
             store(job->y, job->type, m * N + n, sum, N - n);
         }
@@ -171,82 +171,85 @@ static void pack_transposed(const matrix *x, tiles *t)
     }
 }
 
-/* NR rows of dB. */
-static void dB_panel(layer_job *job, int64_t n)
+/* A few panels of rows of dB. */
+static void dB_panels(layer_job *job, int64_t n)
 {
-    int64_t r = job->r, columns = min64(NR, job->w->rows - n);
+    int64_t N = job->w->rows, r = job->r, count = min64(job->panels, ceil_div(N - n, NR));
+    int64_t stride = steps_of(job->tokens) * NR;
     float c[MR * NR];
-    uint32_t *panel = scratch((size_t)(steps_of(job->tokens) * NR) * 4);
-    x_columns(&job->grad, n, NULL, panel);
-    for (int64_t t = 0; t < job->h_t.tiles; t++) {
-        int mr = tile_rows(&job->h_t, t);
-        multiply(mr, tile_data(&job->h_t, t), panel, job->h_t.steps, c, 0);
-        for (int64_t i = 0; i < columns; i++)
+    uint32_t *panels = scratch((size_t)(count * stride) * 4);
+    x_columns(&job->grad, n, count, NULL, panels, stride);
+    for (int64_t p = 0; p < count; p++)
+        for (int64_t t = 0; t < job->h_t.tiles; t++) {
+            int mr = tile_rows(&job->h_t, t);
+            float *out = job->dB + (n + p * NR) * r + first_row(&job->h_t, t);
+            multiply(mr, tile_data(&job->h_t, t), panels + p * stride, job->h_t.steps, c, 0);
+            for (int64_t i = 0; i < min64(NR, N - n - p * NR); i++)
+                for (int m = 0; m < mr; m++)
+                    out[i * r + m] = c[m * NR + i];
+        }
+}
+
+/* A few panels of columns of dA. */
+static void dA_panels(layer_job *job, int64_t k, int64_t count, uint32_t *panels)
+{
+    int64_t K = job->w->columns, stride = steps_of(job->tokens) * NR;
+    float c[MR * NR];
+    x_columns(&job->x, k, count, dropping(job), panels, stride);
+    for (int64_t p = 0; p < count; p++)
+        for (int64_t t = 0; t < job->G_t.tiles; t++) {
+            int mr = tile_rows(&job->G_t, t);
+            int64_t at = first_row(&job->G_t, t) * K + k + p * NR;
+            multiply(mr, tile_data(&job->G_t, t), panels + p * stride, job->G_t.steps, c, 0);
             for (int m = 0; m < mr; m++)
-                job->dB[(n + i) * r + first_row(&job->h_t, t) + m] = c[m * NR + i];
-    }
+                store(job->dA, FLOAT32, at + m * K, c + m * NR, K - k - p * NR);
+        }
 }
 
-/* NR columns of dA. */
-static void dA_panel(layer_job *job, int64_t k, uint32_t *panel)
+/* What the adapter gives to NR columns of dx: c [tokens, NR] = keep(G A). */
+static void adapter_of_dx(layer_job *job, int64_t k, float *c, uint32_t *panel)
 {
-    int64_t K = job->w->columns;
-    float c[MR * NR];
-    x_columns(&job->x, k, dropping(job), panel);
-    for (int64_t t = 0; t < job->G_t.tiles; t++) {
-        int mr = tile_rows(&job->G_t, t);
-        multiply(mr, tile_data(&job->G_t, t), panel, job->G_t.steps, c, 0);
-        for (int m = 0; m < mr; m++)
-            store(job->dA, FLOAT32, (first_row(&job->G_t, t) + m) * K + k, c + m * NR, K - k);
-    }
-}
-
-/* NR columns of dx: what the weight gave, c [tokens, NR], and the adapter's part. */
-static void finish_dx(layer_job *job, int64_t k, float *c, uint32_t *panel)
-{
-    int64_t K = job->w->columns;
     const dropout *drop = dropping(job);
-    float c_r[MR * NR];
-    if (job->r)
-        float_columns(&job->A, job->type, k, 0, job->r, panel);
+    float_columns(&job->A, job->type, k, 0, job->r, panel);
     for (int64_t t = 0; t < job->left.tiles; t++) {
         int mr = tile_rows(&job->left, t);
-        if (job->r)
-            multiply(mr, tile_data(&job->left_r, t), panel, job->left_r.steps, c_r, 0);
-        for (int m = 0; m < mr; m++) {
-            int64_t row = first_row(&job->left, t) + m;
-            if (job->r)
-                add_kept(c + row * NR, c_r + m * NR, drop ? kept(drop, row, k / 32) >> k % 32 : ~0u);
-            store(job->dx, job->type, row * K + k, c + row * NR, K - k);
-        }
+        int64_t row = first_row(&job->left, t);
+        multiply(mr, tile_data(&job->left_r, t), panel, job->left_r.steps, c + row * NR, 0);
+        for (int m = 0; drop && m < mr; m++)
+            clear_dropped(c + (row + m) * NR, kept(drop, row + m, k / 32) >> k % 32);
     }
 }
 
-/* A few panels of dx and of dA; behind them, NR rows of dB. */
+/* A few panels of dx and of dA; behind them, of dB. */
 static void backward_panels(void *data, int64_t index)
 {
     layer_job *job = data;
-    int64_t K = job->w->columns, N = job->w->rows, M = job->tokens, part = part_of(N), extra = steps_of(job->r);
+    int64_t K = job->w->columns, N = job->w->rows, M = job->tokens, part = part_of(N);
     int64_t tasks = ceil_div(K, NR * job->panels), k = index * job->panels * NR;
     if (index >= tasks) {
-        dB_panel(job, (index - tasks) * NR);
+        dB_panels(job, (index - tasks) * job->panels * NR);
         return;
     }
     int64_t count = min64(job->panels, ceil_div(K - k, NR)), stride = part / STEP * NR;
-    int64_t words = count * stride, others = (steps_of(M) > extra ? steps_of(M) : extra) * NR;
-    uint32_t *panels = scratch((size_t)((words > others ? words : others) + count * M * NR) * 4);
-    float *c = (float *)(panels + (words > others ? words : others));
-    for (int64_t p = 0; job->r && p < count; p++)
-        dA_panel(job, k + p * NR, panels);
+    int64_t of_x = job->r ? count * steps_of(M) * NR : 0, of_r = steps_of(job->r) * NR, words = count * stride;
+    words = of_x > words ? of_x : words;
+    words = of_r > words ? of_r : words;
+    uint32_t *panels = scratch((size_t)(words + count * M * NR) * 4);
+    float *c = (float *)(panels + words);
+    if (job->r)
+        dA_panels(job, k, count, panels);
     if (!job->dx)
         return;
-    for (int64_t n = 0; n == 0 || n < N; n += part) { /* N may be 0: then c is 0 */
+    for (int64_t p = 0; job->r && p < count; p++)
+        adapter_of_dx(job, k + p * NR, c + p * M * NR, panels);
+    for (int64_t n = 0; n == 0 || n < N; n += part) { /* N may be 0: then the weight gives 0 */
         int64_t end = min64(N, n + part);
         weight_columns(job->w, job->type, k, count, n, end, panels, stride);
-        multiply_panels(&job->left, n / STEP, panels, stride, steps_of(end - n), count, c, n > 0);
+        multiply_panels(&job->left, n / STEP, panels, stride, steps_of(end - n), count, c, n > 0 || job->r);
     }
     for (int64_t p = 0; p < count; p++)
-        finish_dx(job, k + p * NR, c + p * M * NR, panels);
+        for (int64_t m = 0; m < M; m++)
+            store(job->dx, job->type, m * K + k + p * NR, c + (p * M + m) * NR, K - k - p * NR);
 }
 
 /* Panels per task: as many as WIDEST, for the tiles to be read less often; fewer where the threads would not all have as
@@ -340,5 +343,6 @@ EXPORT void NAME(backward)(const weight *w, int type, const void *grad, const vo
         pack_transposed(&job.G, &job.G_t);
         pack_transposed(&job.h, &job.h_t);
     }
-    for_each(ceil_div(panels, job.panels) + (r ? ceil_div(N, NR) : 0), threads, backward_panels, &job);
+    for_each(ceil_div(panels, job.panels) + (r ? ceil_div(N, NR * job.panels) : 0), threads,
+             backward_panels, &job);
 }

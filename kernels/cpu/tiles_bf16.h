@@ -222,8 +222,9 @@ static void float_columns(const matrix *x, dtype type, int64_t k, int64_t n, int
 }
 
 /* Columns k ... k + 31 of x, its rows as the contraction; zeros where it drops. */
-static void x_columns(const matrix *x, int64_t k, const dropout *drop, uint32_t *out)
+static void x_columns(const matrix *x, int64_t k, int64_t count, const dropout *drop, uint32_t *out, int64_t stride)
 {
+    (void)count, (void)stride; /* WIDEST is 1 */
     uint32_t inside = first_bits(x->columns - k);
     const uint16_t *from = (const uint16_t *)x->data + k;
     for (int64_t m = 0; m < x->rows; m += 2, out += NR) {
@@ -244,13 +245,11 @@ static inline uint32_t word_of_column(const matrix *x, int64_t m, int64_t column
     return from[0] | (m + 1 < x->rows ? (uint32_t)from[x->columns] << 16 : 0);
 }
 
-/* Where a bit of `keep` is set, sum += x. */
-static inline void add_kept(float *sum, const float *x, uint32_t keep)
+/* Zeros where a bit of `keep` is not set. */
+static inline void clear_dropped(float *x, uint32_t keep)
 {
-    for (int i = 0; i < NR; i += 16) {
-        __m512 s = _mm512_loadu_ps(sum + i);
-        _mm512_storeu_ps(sum + i, _mm512_mask_add_ps(s, (__mmask16)(keep >> i), s, _mm512_loadu_ps(x + i)));
-    }
+    for (int i = 0; i < NR; i += 16)
+        _mm512_storeu_ps(x + i, _mm512_maskz_loadu_ps((__mmask16)(keep >> i), x + i));
 }
 
 /* The first n of 32 float32, rounded to bfloat16 or as they are -> out. */

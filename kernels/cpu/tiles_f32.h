@@ -131,14 +131,22 @@ static void float_columns(const matrix *x, dtype type, int64_t k, int64_t n, int
             store_lane(out + j, round_to(type, load_numbers(x->data, FLOAT32, n * x->columns + k + j, x->columns - k - j)));
 }
 
-/* Columns k ... k + NR - 1 of x, its rows as the contraction; zeros where it drops. */
-static void x_columns(const matrix *x, int64_t k, const dropout *drop, uint32_t *out)
+/* The columns of x from k on, `count` panels of them, its rows as the contraction; zeros where it drops. The panels follow
+   each other every `stride` words: of each row all are taken while it is near. */
+static void x_columns(const matrix *x, int64_t k, int64_t count, const dropout *drop, uint32_t *out, int64_t stride)
 {
+    int64_t K = x->columns;
     for (int64_t m = 0; m < x->rows; m++, out += NR) {
-        uint32_t keep = drop ? kept(drop, m, k / 32) >> k % 32 : ~0u;
-        for (int j = 0; j < NR; j += LANE) {
-            lane v = load_numbers(x->data, x->type, m * x->columns + k + j, x->columns - k - j);
-            store_lane(out + j, drop ? where(keep >> j, v) : v);
+        uint32_t keep = ~0u;
+        __builtin_prefetch((const char *)x->data + ((m + AHEAD) * K + k) * size_of(x->type));
+        for (int64_t p = 0; p < count; p++) {
+            int64_t at = k + p * NR;
+            if (drop && (p == 0 || at % 32 == 0))
+                keep = kept(drop, m, at / 32);
+            for (int j = 0; j < NR; j += LANE) {
+                lane v = load_numbers(x->data, x->type, m * K + at + j, K - at - j);
+                store_lane(out + p * stride + j, drop ? where(keep >> (at % 32 + j), v) : v);
+            }
         }
     }
 }
@@ -152,11 +160,11 @@ static inline uint32_t word_of_column(const matrix *x, int64_t m, int64_t column
     return word;
 }
 
-/* Where a bit of `keep` is set, sum += x. */
-static inline void add_kept(float *sum, const float *x, uint32_t keep)
+/* Zeros where a bit of `keep` is not set. */
+static inline void clear_dropped(float *x, uint32_t keep)
 {
     for (int j = 0; j < NR; j += LANE)
-        store_lane(sum + j, load_lane(sum + j) + where(keep >> j, load_lane(x + j)));
+        store_lane(x + j, where(keep >> j, load_lane(x + j)));
 }
 
 /* The first n of NR float32, rounded to the dtype -> out. */

@@ -45,7 +45,8 @@ double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["sin
 
 # Root-mean-square error relative to float64 with the same weights and adapter of the dtype. A rounding to bfloat16 is
 # off by at most 2**-8 of the number, evenly spread: 2**-8 / sqrt(3) = 2.3e-3 if every mantissa were 1.0, 1.65e-3
-# measured; to float16, an eighth of that. A float32 sum of n products is off by about sqrt(n) * 2**-24; here n is up to 5000.
+# measured; to float16, an eighth of that. A float32 sum of n products is off by about sqrt(n) * 2**-24; here n is up to
+# 5000.
 SUMS = 5e-6
 ROUNDED = {torch.float32: 0.0, torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 ULP = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a number, at most
