@@ -1,22 +1,24 @@
 """QLoRA here, beside bitsandbytes + PEFT: the same job, one after the other, each in a process of its own.
 
     python -m benchmarks.finetune --steps 60
+    python -m benchmarks.finetune --view            show every class of processors again; --view avx2: one of them
 
 Both start from the same bfloat16 weights and see the same batches in the same order, with the same rank, scaling,
-dropout, learning rates and clipping. What differs is the library. The peer is used as its documentation has it:
-``BitsAndBytesConfig`` (NF4, double quantization, bfloat16), ``get_peft_model`` on all linear layers, ``model(...,
-labels=...).loss``; without ``prepare_model_for_kbit_training``, whose float32 copies and activation checkpointing
-would make it slower.
+dropout, learning rates and clipping, and both compute in the dtype that the processor multiplies in hardware
+(``nf4/processor.py``), in which each is the faster; ``--dtype`` chooses another for both. What differs is the library.
+The peer is used as its documentation has it: ``BitsAndBytesConfig`` (NF4, double quantization), ``get_peft_model`` on
+all linear layers, ``model(..., labels=...).loss``; without ``prepare_model_for_kbit_training``, whose float32 copies
+and activation checkpointing would make it slower.
 
 Speed is in tokens of the examples, padding not counted, from the median step; memory is the peak of the process.
-One JSON record per library goes to ``benchmarks/records/``; the table is a view of them.
+One JSON record per library goes to ``benchmarks/records/``, the class of the processor in its name; the table is a view
+of the two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,28 +31,33 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import RECORDS, commit, device, library_versions
+from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
+from benchmarks.timing import quantiles
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.memory import peak_mb, resident_mb
-from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quiet
+from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quantize_loaded_, quiet
+from qloralab.nf4.processor import compute_dtype, processor_class
 from qloralab.stdlib_corpus import stdlib_examples
 from qloralab.trainer import LENGTH_MULTIPLE, schedule
 
 LIBRARIES = ("qloralab", "bitsandbytes+peft")
 R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
 BATCH, MAX_LENGTH, HELD_OUT, SEED = 4, 256, 64, 0
+# By class: tokens a second over the peer's, at least; memory over the peer's, at most.
+GOALS = {"avx512-bf16": (2.0, 1 / 3), "avx2": (1.8, 0.45)}
+WIDTH = 100  # of the table, where the terminal says less or is none
+SAME_LOSS = 0.03  # between the two after training
 
 Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # a batch -> mean loss of its labels
 
 
-def qloralab_job(directory: Path) -> tuple[Any, Loss]:
+def qloralab_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The model and its loss, as ``qloralab finetune`` sets them up."""
     import qloralab as ql
     from qloralab.loss import AnswerLoss
 
-    model = load_model(directory)
-    ql.quantize_(model)
+    model = quantize_loaded_(load_model(directory), dtype)
     ql.inject_(model, ql.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT))
     answer_loss = AnswerLoss(model)
 
@@ -61,7 +68,7 @@ def qloralab_job(directory: Path) -> tuple[Any, Loss]:
     return model, loss
 
 
-def peft_job(directory: Path) -> tuple[Any, Loss]:
+def peft_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The model and its loss, as the documentation of transformers and PEFT sets them up."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -70,10 +77,10 @@ def peft_job(directory: Path) -> tuple[Any, Loss]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     with quiet():
-        base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=dtype)
     adapters = LoraConfig(
         r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -84,7 +91,7 @@ def peft_job(directory: Path) -> tuple[Any, Loss]:
 JOBS = {"qloralab": qloralab_job, "bitsandbytes+peft": peft_job}
 
 
-def run(library: str, directory: Path, steps: int) -> dict[str, Any]:
+def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[str, Any]:
     """Train with one library and measure it, in this process."""
     tokenizer = load_tokenizer(default_model())
     encoded = encode_all(stdlib_examples(), tokenizer, MAX_LENGTH, "skip")
@@ -93,7 +100,7 @@ def run(library: str, directory: Path, steps: int) -> dict[str, Any]:
     order = length_grouped_batches([len(example.input_ids) for example in train], BATCH, SEED, epoch=0)
 
     torch.manual_seed(SEED)
-    model, loss = JOBS[library](directory)
+    model, loss = JOBS[library](directory, dtype)
     multiple = LENGTH_MULTIPLE if library == "qloralab" else 1  # each pads as it does outside this file
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -117,22 +124,20 @@ def run(library: str, directory: Path, steps: int) -> dict[str, Any]:
     peak = peak_mb()
     after = validate(model, loss, held_out, pad)
     rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
-    p20, p50, p80 = (statistics.quantiles(rates, n=10)[i] for i in (1, 4, 7))
     return {
         "benchmark": "finetune",
         "library": library,
+        "dtype": str(dtype).removeprefix("torch."),
         "steps": steps,
         "tokens": sum(tokens),
-        "tokens_per_s": {"p20": p20, "p50": p50, "p80": p80, "all": sum(tokens) / sum(seconds)},
+        "tokens_per_s": {**quantiles(rates), "all": sum(tokens) / sum(seconds)},
         "loaded_mb": loaded,
         "peak_mb": peak,
         "val_before": before,
         "val_after": after,
         "losses": losses,
         "trainable": sum(p.numel() for p in parameters),
-        "versions": library_versions(),
-        "device": device(),
-        "commit": commit(),
+        **provenance(),
     }
 
 
@@ -154,49 +159,70 @@ def validate(model: Any, loss: Loss, held_out: Sequence[Encoded], pad: int) -> f
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """The records side by side; the last column is ours over theirs."""
+    """The records of a class side by side; then ours over theirs, the goal, and whether it is reached."""
     ours, theirs = (next(r for r in records if r["library"] == name) for name in LIBRARIES)
-    view = Table(title=f"{ours['steps']} steps, {ours['tokens']:,} tokens, {ours['device']}")
-    for heading in ("", *LIBRARIES, "ratio"):
-        view.add_column(heading, justify="left" if not heading else "right")
+    kind = ours["class"]
+    view = Table(title=f"{kind}: {ours['steps']} steps, {ours['tokens']:,} tokens, {ours['dtype']}, {ours['device']}")
+    for heading in ("", *LIBRARIES, "ratio", "goal", "reached"):
+        view.add_column(heading, justify="left" if heading in ("", "goal") else "right")
+    speed, memory = GOALS.get(kind, (None, None))
     rows = [
-        ("tokens/s, median step", lambda r: r["tokens_per_s"]["p50"], "{:,.0f}"),
-        ("tokens/s, whole training", lambda r: r["tokens_per_s"]["all"], "{:,.0f}"),
-        ("peak memory, MB", lambda r: r["peak_mb"], "{:,.0f}"),
-        ("validation loss before", lambda r: r["val_before"], "{:.3f}"),
-        ("validation loss after", lambda r: r["val_after"], "{:.3f}"),
+        ("tokens/s, median step", lambda r: r["tokens_per_s"]["p50"], "{:,.0f}", "≥", speed),
+        ("tokens/s, whole training", lambda r: r["tokens_per_s"]["all"], "{:,.0f}", "", None),
+        ("peak memory, MB", lambda r: r["peak_mb"], "{:,.0f}", "≤", memory),
+        ("validation loss before", lambda r: r["val_before"], "{:.3f}", "", None),
+        ("validation loss after", lambda r: r["val_after"], "{:.3f}", "within", SAME_LOSS),
     ]
-    for name, value, form in rows:
+    for name, value, form, relation, goal in rows:
         a, b = value(ours), value(theirs)
-        view.add_row(name, form.format(a), form.format(b), f"{a / b:.2f}")
+        goal_cells = (f"{relation} {goal:.2g}", _reached(a, b, relation, goal)) if goal else ()
+        view.add_row(name, form.format(a), form.format(b), f"{a / b:.2f}", *goal_cells)
     return view
 
 
-def main() -> None:
+def _reached(a: float, b: float, relation: str, goal: float) -> str:
+    good = {"≥": a / b >= goal, "≤": a / b <= goal, "within": abs(a - b) <= goal}[relation]
+    return "yes" if good else "no"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run both libraries, write the records, print the table."""
     parser = argparse.ArgumentParser(description="QLoRA here beside bitsandbytes + PEFT.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
+    parser.add_argument("--steps", type=int, default=60, help="two at least")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to compute in")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.worker:
         library, directory = args.worker
-        print(json.dumps(run(library, Path(directory), args.steps)))
+        dtype = compute_dtype("cpu").dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        print(json.dumps(run(library, Path(directory), args.steps, dtype)))
         return
+    if not args.view:
+        lower_mkl()
+        args.out.mkdir(parents=True, exist_ok=True)
+        for record in measure(args.steps, args.dtype):
+            record_file(args.out, f"finetune-{record['library']}").write_text(json.dumps(record, indent=1) + "\n")
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    for file in record_files(args.out, f"finetune-{LIBRARIES[0]}", args.view or processor_class()):
+        files = [file.with_name(file.name.replace(LIBRARIES[0], library)) for library in LIBRARIES]
+        console.print(table([json.loads(one.read_text()) for one in files]))
+
+
+def measure(steps: int, dtype: str) -> list[dict[str, Any]]:
+    """The records of both libraries, each measured in a process of its own."""
     records = []
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(
-            [sys.executable, "-c", _CONVERT, directory], check=True
-        )  # in a process of its own: what loading costs is not the job's memory
+        # In a process of its own: what loading costs is not the job's memory.
+        subprocess.run([sys.executable, "-c", _CONVERT, directory], check=True)
         for library in LIBRARIES:
             print(f"{library} …", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(args.steps)]
+            command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(steps), "--dtype", dtype]
             result = subprocess.run([*command, "--worker", library, directory], stdout=subprocess.PIPE, check=True)
             records.append(json.loads(result.stdout.splitlines()[-1]))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for record in records:
-        (args.out / f"finetune-{record['library']}.json").write_text(json.dumps(record, indent=1) + "\n")
-    Console().print(table(records))
+    return records
 
 
 _CONVERT = """

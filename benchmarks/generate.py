@@ -1,17 +1,18 @@
-"""Tokens a second of an answer: the bfloat16 model of transformers, and the same with ``ql.quantize_``.
+"""Tokens a second of an answer: the dense model of transformers, and the same with its linear layers in 4 bits.
 
-    python -m benchmarks.generate           measure, write benchmarks/records/generate.json, show it
-    python -m benchmarks.generate --view    show it again
+    python -m benchmarks.generate               measure, write benchmarks/records/generate-CLASS.json, show it
+    python -m benchmarks.generate --view        show every class of processors again; --view avx2: one of them
 
 One prompt, 64 new tokens by ``model.generate``, the likeliest each time; the prompt is part of the time. Every linear
-layer but the output head is in 4 bits; attention, norms and the head are the same code in both. The models take turns
-in one process. Before, the quantized model has to give the logits of the plain PyTorch reference, within what the
-roundings of a bfloat16 model make.
+layer but the output head is in 4 bits; attention, norms and the head are the same code in all. The dense model is there
+in bfloat16 and in float32, the quantized one in the dtype that the processor multiplies in hardware
+(``nf4/processor.py``), as ``qloralab generate`` has it. The models take turns in one process. Before, the quantized
+model has to give the logits of the plain PyTorch reference, within what the roundings of its dtype make.
 """
 
 from __future__ import annotations
 
-import qloralab as ql  # isort: skip  # before torch: how OpenMP's threads wait is read when torch is loaded
+import qloralab  # noqa: F401  # isort: skip  # before torch: how OpenMP's threads wait is read when torch is loaded
 
 import argparse
 import copy
@@ -23,17 +24,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.provenance import RECORDS, provenance
+from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
 from benchmarks.timing import interleave, quantiles
 from qloralab.kernels import dispatch
-from qloralab.models import default_model, load_model, load_tokenizer, pad_id
+from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quantize_loaded_
+from qloralab.nf4.processor import compute_dtype, processor_class
 
 PROMPT = "Explain in three sentences why the sky is blue."
 NEW_TOKENS = 64
 REPETITIONS = 5
-GOAL = 1.5  # the quantized model's rate over the other's, on a processor with AVX512-BF16
-TOLERANCE = 2**-4  # of the logits: 30 layers of bfloat16 activations, rounded at other places
-PROVIDERS = ("bf16", "ours")
+GOAL = 1.5  # the quantized model's rate over the faster dense one's
+# Of the logits: 30 layers of bfloat16 activations, rounded at other places. Steps of float32 are 2**-16 of those; there
+# it is sums that are rounded, one of n products about sqrt(n / 2) times (benchmarks/cpu_check.py), 28 for 1536.
+TOLERANCES = {torch.bfloat16: 2**-4, torch.float32: 2**-15}
+DENSE = ("bf16", "f32")
+PROVIDERS = (*DENSE, "ours")
 
 
 class WrongResultError(Exception):
@@ -54,12 +59,13 @@ def check(model: Any, prompt: torch.Tensor) -> float:
         WrongResultError: it is too large.
     """
     with torch.no_grad():
-        logits = model(prompt).logits.double()
+        logits = model(prompt).logits
+        tolerance = TOLERANCES[logits.dtype]
         with dispatch.use("reference"):
             expected = model(prompt).logits.double()
     error = float(torch.linalg.vector_norm(logits - expected) / torch.linalg.vector_norm(expected))
-    if not error <= TOLERANCE:  # NaN is not
-        raise WrongResultError(f"the logits differ from the reference's by {error:.2g}, {TOLERANCE:.2g} allowed")
+    if not error <= tolerance:  # NaN is not
+        raise WrongResultError(f"the logits differ from the reference's by {error:.2g}, {tolerance:.2g} allowed")
     return error
 
 
@@ -89,6 +95,7 @@ def measure(models: Mapping[str, Any], prompt: torch.Tensor, pad: int, new_token
         {
             "benchmark": "generate",
             "provider": name,
+            "dtype": str(next(models[name].parameters()).dtype).removeprefix("torch."),
             "prompt_tokens": prompt.shape[1],
             "new_tokens": new_tokens,
             "ms": quantiles(mine),
@@ -104,31 +111,37 @@ def measure(models: Mapping[str, Any], prompt: torch.Tensor, pad: int, new_token
 def line(records: Sequence[Mapping[str, Any]]) -> str:
     """The records in one line."""
     rate = {record["provider"]: record["tokens_per_s"] for record in records}
-    ratio = rate["ours"] / rate["bf16"]
+    dense = {name: rate[name] for name in DENSE if name in rate}
+    ratio = rate["ours"] / max(dense.values())
+    others = ", ".join(f"{value:.1f} with {name} weights" for name, value in dense.items())
     return (
-        f"{records[0]['device']}: {rate['ours']:.1f} tokens/s in 4 bits, {rate['bf16']:.1f} in bfloat16, "
+        f"{records[0]['class']}: {records[0]['device']}: {rate['ours']:.1f} tokens/s in 4 bits, {others}, "
         f"ratio {ratio:.2f}; goal {GOAL:g}: {'reached' if ratio >= GOAL else 'missed'}"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model, measure, write the records, show them."""
-    parser = argparse.ArgumentParser(description="Generation with the weights in 4 bits and in bfloat16.")
-    parser.add_argument("--view", action="store_true", help="show the records, measure nothing")
+    parser = argparse.ArgumentParser(description="Generation with the weights in 4 bits and dense.")
+    parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
     parser.add_argument("--model", type=Path, help="Hugging Face directory or GGUF file; by default SmolLM2-135M")
+    parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of each answer")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     args = parser.parse_args(arguments)
-    file = args.out / "generate.json"
     if not args.view:
+        lower_mkl()
         path = args.model or default_model()
         tokenizer = load_tokenizer(path)
         model = load_model(path)  # a GGUF file takes a while to read: once, then copied
-        models = {"bf16": model, "ours": ql.quantize_(copy.deepcopy(model))}
+        quantized = quantize_loaded_(copy.deepcopy(model), compute_dtype("cpu").dtype)
+        models = {"bf16": model, "f32": copy.deepcopy(model).float(), "ours": quantized}
         prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-        records = measure(models, prompt, pad_id(tokenizer))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    Console().print(line(json.loads(file.read_text())), soft_wrap=True, highlight=False)
+        records = measure(models, prompt, pad_id(tokenizer), args.tokens)
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
+        record_file(args.out, "generate").write_text(text)
+    for file in record_files(args.out, "generate", args.view or processor_class()):
+        Console().print(line(json.loads(file.read_text())), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from qloralab.nf4 import ops
 LIMITS = Roofline(copy_gb_per_s=10.0, float32_gflop_per_s=100.0, bfloat16_gflop_per_s=400.0)
 FIELDS = {
     "benchmark", "memory", "operation", "shape", "M", "provider", "dtype", "ms", "reps", "device", "class",
-    "capability", "mkl", "lowered", "threads", "versions", "commit", "error", "wrong", "skipped", "roofline", "bound_ms",
+    "capability", "mkl", "lowered", "threads", "versions", "commit", "error", "wrong", "skipped", "roofline",
+    "bound_ms",
 }  # fmt: skip
 
 
