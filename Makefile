@@ -43,11 +43,24 @@ fuzz: $(READY) ## open 10,000 spoiled checkpoints
 # The sanitizers' runtime has to be in the process before anything else is, hence LD_PRELOAD; libstdc++ with it, or
 # the first exception of torch's ends the run. Memory that Python holds until its end is no leak of ours.
 SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer and UBSan
-	HF_HUB_OFFLINE=1 QLORALAB_CPU=native QLORALAB_CFLAGS="$(SANITIZE)" \
-	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(BIN)/python -m pytest tests/kernels/cpu tests/kernels/test_adamw.py tests/kernels/test_adamw_8bit.py $(ARGS)
+# The tests of the library, and those of products, take each instruction set in turn. The others take what QLORALAB_ISA
+# says, so they run again for each that is below the machine's own. Compiling takes half a minute for each: once, not
+# in every process at the same time.
+sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer and UBSan, for each instruction set
+	isas=$$($(BIN)/python -c 'from qloralab.nf4.processor import supported_isas; print(*supported_isas())'); \
+	export HF_HUB_OFFLINE=1 QLORALAB_CPU=native QLORALAB_CFLAGS="$(SANITIZE)"; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)"; \
+	for isa in $$isas; do \
+	    $(BIN)/python -c "from qloralab.kernels.cpu.library import Library; Library('$$isa')"; \
+	done; \
+	run() { $(BIN)/python -m pytest --numprocesses logical "$$@" $(ARGS); }; \
+	run tests/kernels/cpu tests/kernels/test_adamw.py tests/kernels/test_adamw_8bit.py \
+	    --ignore tests/kernels/cpu/test_arm.py; \
+	for isa in $${isas#native}; do \
+	    QLORALAB_ISA=$$isa run tests/kernels/cpu/test_operators.py tests/kernels/test_adamw.py \
+	        tests/kernels/test_adamw_8bit.py -k "adamw or not ($${isas// / or } or panels)"; \
+	done
 
 bench: $(READY) ## measure, for half an hour: the job, operators, generation, parity, the optimizer, beside their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.finetune $(ARGS)
