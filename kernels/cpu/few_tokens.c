@@ -376,7 +376,11 @@ static void f32_rows(const few_job *job, int64_t n, int rows)
     if (job->type == FLOAT32) {
         CASES(FLOAT32)
     } else {
+#if HAVE_AVX512 /* only rounding a block's table asks for the type: bfloat16 and float16 share a copy */
+        CASES(job->type)
+#else
         CASES(BFLOAT16)
+#endif
     }
 }
 
