@@ -88,14 +88,15 @@ class Library:
 
     Attributes:
         isa: the instruction set, see ``build``.
+        extra: more flags for the compiler.
         pool: the OpenMP runtime that the functions run on, or None: then they run on one thread.
         has_bf16_product: whether products of bfloat16 are taken in bfloat16: that needs AVX512-BF16. All others are
             taken in float32.
     """
 
-    def __init__(self, isa: str = "native"):
-        self.isa = isa
-        self._c = load(SOURCES, isa)
+    def __init__(self, isa: str = "native", extra: Sequence[str] = ()):
+        self.isa, self.extra = isa, tuple(extra)
+        self._c = load(SOURCES, isa, extra)
         self.pool = pool.find()
         self.has_bf16_product = bool(self._c.qloralab_has_bf16_product())
         for name, arguments in _SIGNATURES.items():

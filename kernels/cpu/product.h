@@ -127,17 +127,16 @@ static void forward_panels(void *data, int64_t index)
         }
         multiply_panels(&job->left, k / STEP, panels, stride, steps, count, c, k > 0);
     }
-    for (int64_t p = 0; p < count; p++, n += NR) {
-        float bias[NR] = {0};
-        for (int i = 0; job->bias && i < min64(NR, N - n); i++)
-            bias[i] = number(job->bias, job->type, n + i);
-        for (int64_t m = 0; m < M; m++) {
+    float bias[WIDEST * NR] = {0};
+    for (int i = 0; job->bias && i < min64(count * NR, N - n); i++)
+        bias[i] = number(job->bias, job->type, n + i);
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t p = 0; p < count; p++) {
             float *sum = c + (p * M + m) * NR;
             for (int i = 0; job->bias && i < NR; i++)
-                sum[i] += bias[i];
-            store(job->y, job->type, m * N + n, sum, N - n);
+                sum[i] += bias[p * NR + i];
+            store(job->y, job->type, m * N + n + p * NR, sum, N - n - p * NR);
         }
-    }
 }
 
 /* A tile of dy, and of G beside it. */
@@ -247,8 +246,8 @@ static void backward_panels(void *data, int64_t index)
         weight_columns(job->w, job->type, k, count, n, end, panels, stride);
         multiply_panels(&job->left, n / STEP, panels, stride, steps_of(end - n), count, c, n > 0 || job->r);
     }
-    for (int64_t p = 0; p < count; p++)
-        for (int64_t m = 0; m < M; m++)
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t p = 0; p < count; p++)
             store(job->dx, job->type, m * K + k + p * NR, c + (p * M + m) * NR, K - k - p * NR);
 }
 

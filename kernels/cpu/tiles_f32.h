@@ -138,9 +138,9 @@ static void x_columns(const matrix *x, int64_t k, int64_t count, const dropout *
     int64_t K = x->columns;
     for (int64_t m = 0; m < x->rows; m++, out += NR) {
         uint32_t keep = ~0u;
-        __builtin_prefetch((const char *)x->data + ((m + AHEAD) * K + k) * size_of(x->type));
         for (int64_t p = 0; p < count; p++) {
             int64_t at = k + p * NR;
+            __builtin_prefetch((const char *)x->data + ((m + AHEAD) * K + at) * size_of(x->type));
             if (drop && (p == 0 || at % 32 == 0))
                 keep = kept(drop, m, at / 32);
             for (int j = 0; j < NR; j += LANE) {
