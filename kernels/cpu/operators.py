@@ -14,16 +14,21 @@ quantize, dequantize, dropout ``quantize.c``, ``dequantize.c``, ``dropout.c``
 So no product of 16 bits goes to torch where torch would emulate it.
 
 The switch from the first to the others was measured on two threads, as time of ``few_tokens.c`` over that of the
-product. It goes twice over the weight for more than 8 tokens, which pays where the weight is large:
+product. It goes twice over the weight for more than 8 tokens, which pays where the weight is large and the product is
+in bfloat16:
 
-==================  ======  ======  ======  =======
-AMD Zen 4, bf16     1       8       12      16 tokens
-==================  ======  ======  ======  =======
-4096 x 4096         0.40    0.68    0.80    0.83
-4096 x 1024         0.51    0.63    0.82    0.93
-2048 x 2048         0.43    0.79    0.95    1.07
-1536 x 576          0.61    0.89    1.14    1.18
-==================  ======  ======  ======  =======
+===================  ===========  ======  ======  ======  =======
+..                   weight       1       8       12      16 tokens
+===================  ===========  ======  ======  ======  =======
+Zen 4, bfloat16      4096 x 4096  0.40    0.68    0.80    0.83
+..                   4096 x 1024  0.51    0.63    0.82    0.93
+..                   2048 x 2048  0.43    0.79    0.95    1.07
+..                   1536 x 576   0.61    0.89    1.14    1.18
+Zen 3, AVX2:         4096 x 4096  0.51    0.98    1.32    1.42
+float32              1536 x 576   1.19    0.83    1.28    1.15
+Zen 3, AVX2:         4096 x 4096  0.41    0.80    1.18    1.23
+bfloat16, widened    1536 x 576   0.81    0.75    1.08    1.10
+===================  ===========  ======  ======  ======  =======
 
 ``benchmarks/cpu.py`` measures what is chosen against its peers.
 """
