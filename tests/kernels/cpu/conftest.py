@@ -4,21 +4,25 @@
 and a small mistake hides in it. Here the codebook, the scales, x and the adapter are small whole numbers: every partial
 sum is a whole number below 2**24, exact in float32 in any order, on any path. What is left is the one rounding at the
 end, and results are compared bit for bit.
+
+**AVX512 on a machine without it** is emulated: ``avx512/immintrin.h`` has its instructions in plain C, for AVX2.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.cpu.library import Library
+from qloralab.kernels.cpu.library import DTYPES, Library
 from qloralab.nf4.codebook import dynamic_map
-from qloralab.nf4.processor import supported_isas
+from qloralab.nf4.processor import cpu_features, supported_isas
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 Allocate = Callable[..., Tensor]
@@ -27,11 +31,76 @@ WHOLE = torch.tensor([-8.0, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8]) 
 ZERO, ONE = 127, 255  # where the dynamic map has 0 and 1
 MARGIN = 4096  # bytes
 
+EMULATION = Path(__file__).with_name("avx512")
+EMULATED = {"emulated-avx512": "avx512bw", "emulated-avx512_bf16": "avx512_bf16"}  # and the feature of the real one
 
-@pytest.fixture(scope="session", params=supported_isas())
+
+def libraries() -> list[str]:
+    """The instruction sets of this machine, and those of AVX512 that it lacks, emulated where there is AVX2."""
+    lacks = [name for name, feature in EMULATED.items() if feature not in cpu_features().split()]
+    return [*supported_isas(), *(lacks if "avx2" in supported_isas() else [])]
+
+
+def open_library(name: str) -> Library:
+    """One of `libraries`, from the user's cache."""
+    if name not in EMULATED:
+        return Library(name)
+    digest = hashlib.sha256((EMULATION / "immintrin.h").read_bytes()).hexdigest()  # the cache goes by flags
+    extra = ["-Og", f"-I{EMULATION}", f"-DQLORALAB_EMULATION=0x{digest[:8]}"]  # -O3 would compile for a minute
+    return Library("avx2", [*extra, *(["-DQLORALAB_EMULATE_BF16"] if name.endswith("_bf16") else [])])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests of the emulated libraries, which are slow."""
+    here = [item for item in items if isinstance(item, pytest.Function) and item.path.parent == EMULATION.parent]
+    left_out = {item for item in here if is_left_out(item)}
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+
+
+def is_left_out(test: pytest.Function) -> bool:
+    """Whether it is one of an emulated library for what others show too: other instructions, or more of the same."""
+    name = test.originalname
+    given: dict[str, Any] = test.callspec.params if hasattr(test, "callspec") else {}
+    if (product := given.get("product")) in products() and product[0] in EMULATED:
+        if product[1] == torch.float16:
+            return name != "test_adapted_products_on_any_numbers"
+        if name == "test_adapted_products_of_any_rank":
+            return given["r"] not in (1, 16, 33) or not given["threshold"]
+        return name == "test_adapted_products_of_any_weight" and (not given["double_quant"] or given["shape"][0] > 5000)
+    if given.get("library") not in EMULATED:
+        return False
+    if "thread" in name or "adamw" in name:  # no 512-bit instruction in there
+        return True
+    if name == "test_few_tokens" and (given["shape"][0] > 4000 or given["shape"] == (16, 4096)):
+        return True
+    if given["library"] == "emulated-avx512":
+        return "beyond_its_ends" in name  # the other one runs the same functions, and its own
+    of_bfloat16 = given.get("dtype") == torch.bfloat16 or "bfloat16" in name
+    return not of_bfloat16 and "beyond_its_ends" not in name
+
+
+@pytest.fixture(scope="session", params=libraries())
 def library(request: pytest.FixtureRequest) -> Library:
-    """The library for each instruction set of this machine, from the user's cache."""
-    return Library(request.param)
+    """The library for each instruction set of this machine, and for AVX512."""
+    return open_library(request.param)
+
+
+def products() -> list[tuple[str, torch.dtype]]:
+    """The arithmetic of products, float32 of each library and bfloat16 where it has it, from what dtype.
+
+    The emulated float32 product with bfloat16 instructions at hand is the one without.
+    """
+    of_float16 = ("native", "emulated-avx512")
+    every = [(name, dtype) for name in libraries() for dtype in DTYPES if name in of_float16 or dtype != torch.float16]
+    return [one for one in every if one[0] != "emulated-avx512_bf16" or one[1] == torch.bfloat16]
+
+
+@pytest.fixture(scope="session", params=products(), ids=lambda one: f"{one[0]}-{str(one[1])[6:]}")
+def product(request: pytest.FixtureRequest) -> tuple[Library, torch.dtype]:
+    """The library of an instruction set, and the dtype to multiply."""
+    name, dtype = request.param
+    return open_library(name), dtype
 
 
 @pytest.fixture

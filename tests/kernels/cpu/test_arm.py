@@ -208,7 +208,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setenv("CC", COMPILER)
         patch.delenv("QLORALAB_CFLAGS", raising=False)  # sanitizers, whose runtime is this machine's
         machine = Machine(driver, build(module.SOURCES, isa, flags))
-        patch.setattr(module, "load", lambda sources, isa: machine)
+        patch.setattr(module, "load", lambda sources, isa, extra: machine)
         patch.setattr(module.pool, "find", lambda: None)
         with contextlib.closing(machine):
             library = Library(isa)

@@ -28,7 +28,6 @@ from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
 from qloralab.nf4 import adapter, blockwise, reference
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import dynamic_map, fp4, fp4_e3m0, int4, normal_float, thresholds
-from qloralab.nf4.processor import supported_isas
 
 pytestmark = pytest.mark.compiler
 
@@ -474,17 +473,6 @@ class Layer:
             assert torch.equal(tensor, exact[name]), name
 
 
-# The arithmetic of products: float32 of each instruction set, and bfloat16 where it has it, from what dtype.
-PRODUCTS = [(isa, dtype) for isa in supported_isas() for dtype in DTYPES if isa == "native" or dtype != torch.float16]
-
-
-@pytest.fixture(scope="session", params=PRODUCTS, ids=lambda one: f"{one[0]}-{str(one[1])[6:]}")
-def product(request: pytest.FixtureRequest) -> tuple[Library, torch.dtype]:
-    """The library of an instruction set, and the dtype to multiply."""
-    isa, dtype = request.param
-    return Library(isa), dtype
-
-
 # Every height of a tile of tokens (1 to 12), one and several tiles, odd counts; every way that r is no multiple of 32.
 TOKENS = [*range(1, 14), 24, 25, 37, 0]
 RANKS = [0, 1, 2, 7, 12, 13, 16, 31, 32, 33, 64]
@@ -686,7 +674,7 @@ def test_nothing_is_touched_beyond_its_ends(library):
 
     A step too far ends the process, so it is another one.
     """
-    command = [sys.executable, __file__, library.isa]
+    command = [sys.executable, __file__, library.isa, *library.extra]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True
     )
@@ -712,9 +700,9 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
     return out.copy_(tensor.contiguous().view(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
-def run_between_fences(isa: str) -> None:
+def run_between_fences(isa: str, *extra: str) -> None:
     """Every function on odd and small shapes; prints what it is about to do."""
-    library = Library(isa)
+    library = Library(isa, extra)
     torch.set_num_threads(1)
     shapes = [(1, 1), (1, 31), (3, 5), (17, 33), (16, 32), (2, 64), (5, 96), (33, 128), (3, 4097), (34, 65)]
     for at_end in (True, False):
@@ -767,4 +755,4 @@ def between_fences(library: Library, shape: tuple[int, int], block_size: int, do
 
 
 if __name__ == "__main__":
-    run_between_fences(sys.argv[1])
+    run_between_fences(*sys.argv[1:])
