@@ -20,11 +20,7 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tup
     "batched": (product.matmul, torch.matmul, [(2, 3, 70), (70, 9)]),
     "linear": (product.linear, F.linear, [(2, 3, 70), (9, 70)]),
     "bias": (product.linear, F.linear, [(5, 70), (9, 70), (9,)]),
-    "addmm": (
-        lambda *a: product.addmm(*a, alpha=0.5),
-        lambda *a: torch.addmm(*a, alpha=0.5),
-        [(5, 9), (5, 70), (70, 9)],
-    ),
+    "addmm": (partial(product.addmm, alpha=0.5), partial(torch.addmm, alpha=0.5), [(5, 9), (5, 70), (70, 9)]),
 }
 products = pytest.mark.parametrize("name", PRODUCTS)
 
