@@ -47,7 +47,7 @@ SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 # says, so they run again for each that is below the machine's own. Compiling takes half a minute for each: once, not
 # in every process at the same time.
 sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer and UBSan, for each instruction set
-	isas=$$($(BIN)/python -c 'from qloralab.nf4.processor import supported_isas; print(*supported_isas())'); \
+	isas=$$($(BIN)/python -c 'from qloralab.nf4.processor import distinct_isas; print(*distinct_isas())'); \
 	export HF_HUB_OFFLINE=1 QLORALAB_CPU=native QLORALAB_CFLAGS="$(SANITIZE)"; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	export LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)"; \

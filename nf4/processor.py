@@ -68,6 +68,14 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(isa for isa in reversed(ISAS) if have.get(isa, True))
 
 
+def distinct_isas() -> tuple[str, ...]:
+    """`supported_isas` without the one whose code is native's too: what a test has to run."""
+    names = supported_isas()
+    widest = names[1] if len(names) > 2 else None
+    own = "avx512_bf16" in cpu_features().split()  # native has more than avx512
+    return tuple(name for name in names if name != widest or own)
+
+
 def isa() -> str:
     """The instruction set that the C is compiled for: native, or the lower one that QLORALAB_ISA asks for.
 

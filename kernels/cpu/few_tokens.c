@@ -232,35 +232,25 @@ static int in_order(dtype type, int j)
     return 32 * lane_half + 16 * half + nibble + (type == BFLOAT16 ? 4 * i + 2 * third : 2 * i + 8 * third);
 }
 
-/* What decodes a group. Of float32: bytes of the codebook, and the scales; of bfloat16: bytes of the block's weights, the low
-   ones and the high ones. The halves of a register are the halves of a group. */
+/* What decodes a group. Of float32: bytes of the codebook, and the scales; of bfloat16: bytes of the block's weights. The
+   halves of a register are the halves of a group. */
 typedef struct {
-    planes t;
+    __m256 values[2];
+    byte_tables bytes;
     lane scale;
-    __m256 values[2]; /* 0 ... 3 and 8 ... 11, 4 ... 7 and 12 ... 15: packing brings them in order */
-    __m256i low, high;
 } few_table;
 
 static inline few_table make_table(const weight *w, dtype type)
 {
-    few_table t = {0};
-    const float *v = w->values;
+    few_table t = {.values = {_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8)}};
     if (type == FLOAT32)
-        t.t = make_planes(v);
-    for (int i = 0; i < 2; i++)
-        t.values[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(v + 4 * i)), _mm_loadu_ps(v + 8 + 4 * i), 1);
+        t.bytes = tables32(t.values[0], t.values[1]);
     return t;
 }
 
-/* The 16 weights of a block as bfloat16: their low bytes in both halves of a register, and their high bytes. */
-static inline void bytes_of_block(const few_table *t, float scale, __m256i *low, __m256i *high)
+static inline byte_tables bf16_tables(const few_table *t, float scale)
 {
-    __m256i a = _mm256_castps_si256(round_to(BFLOAT16, t->values[0] * scale));
-    __m256i b = _mm256_castps_si256(round_to(BFLOAT16, t->values[1] * scale));
-    __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
-    __m256i bytes = _mm256_packus_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(words, 8));
-    *low = _mm256_permute4x64_epi64(bytes, 0x88);
-    *high = _mm256_permute4x64_epi64(bytes, 0xdd);
+    return tables16(narrowed(t->values[0] * scale, t->values[1] * scale, BFLOAT16));
 }
 
 static inline void enter_block(few_table *t, dtype type, float a, float b, int blocks)
@@ -269,12 +259,11 @@ static inline void enter_block(few_table *t, dtype type, float a, float b, int b
         t->scale = _mm256_insertf128_ps(all_lanes(a), _mm_set1_ps(blocks == 2 ? b : a), 1);
         return;
     }
-    bytes_of_block(t, a, &t->low, &t->high);
+    t->bytes = bf16_tables(t, a);
     if (blocks == 2) {
-        __m256i low, high;
-        bytes_of_block(t, b, &low, &high);
-        t->low = _mm256_blend_epi32(t->low, low, 0xf0);
-        t->high = _mm256_blend_epi32(t->high, high, 0xf0);
+        byte_tables second = bf16_tables(t, b);
+        for (int i = 0; i < 2; i++)
+            t->bytes.byte[i] = _mm256_blend_epi32(t->bytes.byte[i], second.byte[i], 0xf0);
     }
 }
 
@@ -286,12 +275,13 @@ static inline __attribute__((always_inline)) void look_up_group(const uint8_t *c
     __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), _mm256_and_si256(bytes, nibble)};
     for (int i = 0; i < 2; i++) {
         if (type == FLOAT32) {
-            look_up32(index[i], &t->t, out + 4 * i);
+            look_up32(index[i], t->bytes, out + 4 * i);
             for (int j = 0; j < 4; j++)
                 out[4 * i + j] *= t->scale;
             continue;
         }
-        __m256i l = _mm256_shuffle_epi8(t->low, index[i]), h = _mm256_shuffle_epi8(t->high, index[i]);
+        __m256i l = _mm256_shuffle_epi8(t->bytes.byte[0], index[i]);
+        __m256i h = _mm256_shuffle_epi8(t->bytes.byte[1], index[i]);
         for (int j = 0; j < 2; j++) {
             __m256i words = j ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
             out[4 * i + 2 * j] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));

@@ -188,39 +188,4 @@ static inline lane round_to(dtype type, lane x)
     return (lane)(((nan & 0x7fc00000u) | (~nan & bits)) & 0xffff0000u);
 }
 
-#if HAVE_AVX2
-
-/* The codebook as four tables of 16 bytes, in both halves of a register: byte b of each float32. */
-typedef struct {
-    __m256i byte[4];
-} planes;
-
-static inline planes make_planes(const float *values)
-{
-    planes t;
-    for (int b = 0; b < 4; b++) {
-        uint8_t bytes[16];
-        for (int i = 0; i < 16; i++)
-            bytes[i] = ((const uint8_t *)(values + i))[b];
-        t.byte[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
-    }
-    return t;
-}
-
-/* 32 codes -> 32 float32. Half h of the register has code c of the first eight at byte c and the next eight behind them;
-   of each eight, the first four of half 0 are followed in out[0] by the first four of half 1, the others in out[1]. */
-static inline __attribute__((always_inline)) void look_up32(__m256i codes, const planes *t, __m256 out[4])
-{
-    __m256i b0 = _mm256_shuffle_epi8(t->byte[0], codes), b1 = _mm256_shuffle_epi8(t->byte[1], codes);
-    __m256i b2 = _mm256_shuffle_epi8(t->byte[2], codes), b3 = _mm256_shuffle_epi8(t->byte[3], codes);
-    __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
-    out[0] = (__m256)_mm256_unpacklo_epi16(low, high);
-    out[1] = (__m256)_mm256_unpackhi_epi16(low, high);
-    low = _mm256_unpackhi_epi8(b0, b1);
-    high = _mm256_unpackhi_epi8(b2, b3);
-    out[2] = (__m256)_mm256_unpacklo_epi16(low, high);
-    out[3] = (__m256)_mm256_unpackhi_epi16(low, high);
-}
-
-#endif
 #endif

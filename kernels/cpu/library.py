@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
-from qloralab.nf4.processor import cpu_features, isa
+from qloralab.nf4.processor import cpu_features
 
 from ..adamw import Rates
 from ..adamw_8bit import BLOCK_SIZE as MOMENTS_PER_BLOCK
@@ -229,16 +229,6 @@ class Library:
     def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
         workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
         return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8)
-
-
-def open() -> Library:  # noqa: A001  # library.open() says what it does
-    """The library for this machine, compiled if it is not in the cache.
-
-    Raises:
-        ValueError: QLORALAB_ISA cannot be honoured, see ``nf4/processor.py``.
-        BuildError: see ``build``.
-    """
-    return Library(isa())
 
 
 def weight_of(

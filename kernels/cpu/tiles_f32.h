@@ -29,7 +29,8 @@ enum { AHEAD = 16 }; /* rows whose codes are asked for */
 
 #include "tiles.h"
 
-/* C [mr, NR] += L R, or = L R. mr is a constant wherever this is inlined. */
+/* C [mr, NR] += L R, or = L R. The parts of a contraction are sums of their own: the error of a sum grows with its length.
+   mr is a constant wherever this is inlined. */
 static inline __attribute__((always_inline)) void multiply_n(int mr, const float *l, const float *r, int64_t steps, float *c,
                                                              int add)
 {
@@ -38,7 +39,7 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const float
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++)
-            acc[m][j] = add ? load_lane(c + m * NR + LANE * j) : all_lanes(0.0f);
+            acc[m][j] = all_lanes(0.0f);
 #pragma GCC unroll 4
     for (int64_t p = 0; p < steps; p++) {
         lane right[VECTORS];
@@ -56,8 +57,12 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const float
 #pragma GCC unroll 12
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++)
-            store_lane(c + m * NR + LANE * j, acc[m][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            float *at = c + m * NR + LANE * j;
+            if (add)
+                acc[m][j] += load_lane(at);
+            store_lane(at, acc[m][j]);
+        }
 }
 
 static void multiply(int mr, const uint32_t *l, const uint32_t *r, int64_t steps, float *c, int add)
@@ -220,7 +225,7 @@ static void any_weight_rows(const weight *w, dtype type, int64_t n, int64_t k, i
 
 /* 16 rows of the weight from n on, 32 columns from k on, all there. The codes are transposed, 16 bytes of each row, before
    they are looked up: a byte is two columns. */
-static inline void weight_block(const weight *w, dtype type, const planes *t, const lane scales[2], int64_t n, int64_t k,
+static inline void weight_block(const weight *w, dtype type, byte_tables t, const lane scales[2], int64_t n, int64_t k,
                                 float *out)
 {
     static const int order[8] = {0, 1, 2, 3, 8, 9, 10, 11}; /* rows in half 0; those 4 further are in half 1 */
@@ -273,7 +278,7 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
 #elif HAVE_AVX2
     int shift = __builtin_ctzll((uint64_t)w->block_size);
     int64_t mask = w->block_size - 1;
-    planes t = make_planes(w->values);
+    byte_tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
     lane scales[2] = {all_lanes(0.0f), all_lanes(0.0f)};
 #endif
     for (int64_t at = k; at < end; at += 32, out += 32 * NR) {
@@ -307,7 +312,7 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
             scales[0] = load_lane(s);
             scales[1] = load_lane(s + 8);
         }
-        weight_block(w, type, &t, scales, n, at, out);
+        weight_block(w, type, t, scales, n, at, out);
 #else
         any_weight_rows(w, type, n, at, 32, out);
 #endif
@@ -342,12 +347,8 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
         return;
 #elif HAVE_AVX2
     if (K % 32 == 0) { /* two rows at a time, 16 columns of each */
-        const __m256i nibbles = _mm256_set1_epi16(0x0f00), nibble = _mm256_set1_epi16(15);
-        /* each byte twice; half 0 takes codes 0 ... 3 of every eight, half 1 the others */
-        const __m256i spread = _mm256_set_epi8(15, 15, 14, 14, 11, 11, 10, 10, 7, 7, 6, 6, 3, 3, 2, 2, 13, 13, 12, 12, 9, 9,
-                                               8, 8, 5, 5, 4, 4, 1, 1, 0, 0);
         int shift = __builtin_ctzll((uint64_t)w->block_size);
-        planes t = make_planes(w->values);
+        byte_tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
         for (; n + 2 <= end; n += 2, out += 2 * NR) {
             lane a = all_lanes(0.0f), b = a;
             for (int i = 0; i < 2; i++)
@@ -361,11 +362,8 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
                 }
                 __m128i both = _mm_loadl_epi64((const __m128i *)(w->packed + first / 2));
                 both = _mm_unpacklo_epi64(both, _mm_loadl_epi64((const __m128i *)(w->packed + second / 2)));
-                __m256i codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(both), spread);
-                codes = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble),
-                                        _mm256_and_si256(codes, nibbles));
                 __m256 x[4];
-                look_up32(codes, &t, x);
+                look_up32(indices_of(both, 1), t, x);
                 _mm256_store_ps(to, round_to(type, x[0] * a));
                 _mm256_store_ps(to + 8, round_to(type, x[1] * a));
                 _mm256_store_ps(to + NR, round_to(type, x[2] * b));

@@ -293,17 +293,21 @@ static inline byte_tables tables32(__m256 a, __m256 b)
 
 /* 16 bytes of codes -> 32 indices. Half 0 of the register has codes 0 to 7 and 16 to 23, half 1 the others: unpacking then
    brings 32 results of 16 bits in order. by_eight: half 0 has codes 0 to 3, 8 to 11, ...: that is for 32 bits. */
-static inline __m256i indices(const uint8_t *packed, int by_eight)
+static inline __m256i indices_of(__m128i packed, int by_eight)
 {
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i order = by_eight ? _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0,
                                                       2, 3, 6, 7, 10, 11, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0)
                                    : _mm256_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 0, 0, 0, 0, 0, 0, 0, 0,
                                                       4, 5, 6, 7, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
-    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    __m256i bytes = _mm256_shuffle_epi8(both, order);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), order);
     __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), second = _mm256_and_si256(bytes, nibble);
     return _mm256_unpacklo_epi8(first, second);
+}
+
+static inline __m256i indices(const uint8_t *packed, int by_eight)
+{
+    return indices_of(_mm_loadu_si128((const __m128i *)packed), by_eight);
 }
 
 /* stream: past the caches, where `to` is aligned to a vector. */
@@ -315,7 +319,7 @@ static inline void put(void *to, __m256i v, int stream)
         _mm256_storeu_si256(to, v);
 }
 
-static inline __attribute__((always_inline)) void look_up16(const uint8_t *packed, byte_tables t, uint16_t *out, int stream)
+static inline __attribute__((always_inline)) void decode16(const uint8_t *packed, byte_tables t, uint16_t *out, int stream)
 {
     __m256i index = indices(packed, 0);
     __m256i l = _mm256_shuffle_epi8(t.byte[0], index), h = _mm256_shuffle_epi8(t.byte[1], index);
@@ -323,18 +327,26 @@ static inline __attribute__((always_inline)) void look_up16(const uint8_t *packe
     put(out + 16, _mm256_unpackhi_epi8(l, h), stream);
 }
 
-static inline __attribute__((always_inline)) void look_up32s(const uint8_t *packed, byte_tables t, float *out, int stream)
+/* 32 indices, in the order that `indices` gives them by eight -> 32 float32 in order. */
+static inline __attribute__((always_inline)) void look_up32(__m256i index, byte_tables t, __m256 out[4])
 {
-    __m256i index = indices(packed, 1);
     __m256i b0 = _mm256_shuffle_epi8(t.byte[0], index), b1 = _mm256_shuffle_epi8(t.byte[1], index);
     __m256i b2 = _mm256_shuffle_epi8(t.byte[2], index), b3 = _mm256_shuffle_epi8(t.byte[3], index);
     __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
-    put(out, _mm256_unpacklo_epi16(low, high), stream);
-    put(out + 8, _mm256_unpackhi_epi16(low, high), stream);
+    out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
     low = _mm256_unpackhi_epi8(b0, b1);
     high = _mm256_unpackhi_epi8(b2, b3);
-    put(out + 16, _mm256_unpacklo_epi16(low, high), stream);
-    put(out + 24, _mm256_unpackhi_epi16(low, high), stream);
+    out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
+}
+
+static inline __attribute__((always_inline)) void decode32(const uint8_t *packed, byte_tables t, float *out, int stream)
+{
+    __m256 x[4];
+    look_up32(indices(packed, 1), t, x);
+    for (int i = 0; i < 4; i++)
+        put(out + 8 * i, _mm256_castps_si256(x[i]), stream);
 }
 
 #endif
@@ -356,9 +368,9 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
     byte_tables t = tables16(weights);
     if (stream && (uintptr_t)out % 64 == 0)
         for (; i + 32 <= n; i += 32)
-            look_up16(packed + i / 2, t, out + i, 1);
+            decode16(packed + i / 2, t, out + i, 1);
     for (; i + 32 <= n; i += 32)
-        look_up16(packed + i / 2, t, out + i, 0);
+        decode16(packed + i / 2, t, out + i, 0);
 #elif HAVE_NEON
     (void)stream;
     uint8_t low[16], high[16];
@@ -401,9 +413,9 @@ static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, 
     byte_tables t = tables32(half[0], half[1]);
     if (stream && (uintptr_t)out % 64 == 0)
         for (; i + 32 <= n; i += 32)
-            look_up32s(packed + i / 2, t, out + i, 1);
+            decode32(packed + i / 2, t, out + i, 1);
     for (; i + 32 <= n; i += 32)
-        look_up32s(packed + i / 2, t, out + i, 0);
+        decode32(packed + i / 2, t, out + i, 0);
 #endif
     for (; i < n; i++)
         out[i] = table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];

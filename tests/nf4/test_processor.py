@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from qloralab.nf4 import processor
-from qloralab.nf4.processor import ComputeDtype, compute_dtype, emulates, isa, processor_class, supported_isas
+from qloralab.nf4.processor import (
+    ComputeDtype,
+    compute_dtype,
+    distinct_isas,
+    emulates,
+    isa,
+    processor_class,
+    supported_isas,
+)
 
 BF16, F32 = torch.bfloat16, torch.float32
 _SSE = "fpu sse sse2 ssse3 sse4_1 sse4_2 popcnt cx16"
@@ -68,19 +76,20 @@ def test_a_processor_multiplies_what_it_has_instructions_for(on, machine):
 
 
 @pytest.mark.parametrize(
-    ("machine", "expected"),
+    ("machine", "expected", "same_as_native"),
     [
-        ("old", ("native", "portable")),
-        ("haswell", ("native", "avx2", "portable")),
-        ("skylake", ("native", "avx512", "avx2", "portable")),
-        ("sapphire", ("native", "avx512", "avx2", "portable")),
-        ("graviton3", ("native", "portable")),
-        ("unknown", ("native", "portable")),
+        ("old", ("native", "portable"), None),
+        ("haswell", ("native", "avx2", "portable"), "avx2"),
+        ("skylake", ("native", "avx512", "avx2", "portable"), "avx512"),
+        ("sapphire", ("native", "avx512", "avx2", "portable"), None),
+        ("graviton3", ("native", "portable"), None),
+        ("unknown", ("native", "portable"), None),
     ],
 )
-def test_the_instruction_sets_of_a_machine(on, machine, expected):
+def test_the_instruction_sets_of_a_machine(on, machine, expected, same_as_native):
     on(machine)
     assert supported_isas() == expected
+    assert distinct_isas() == tuple(name for name in expected if name != same_as_native)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

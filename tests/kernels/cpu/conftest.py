@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qloralab.kernels.cpu.library import DTYPES, Library
 from qloralab.nf4.codebook import dynamic_map
-from qloralab.nf4.processor import cpu_features, supported_isas
+from qloralab.nf4.processor import cpu_features, distinct_isas, supported_isas
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 Allocate = Callable[..., Tensor]
@@ -38,7 +38,7 @@ EMULATED = {"emulated-avx512": "avx512bw", "emulated-avx512_bf16": "avx512_bf16"
 def libraries() -> list[str]:
     """The instruction sets of this machine, and those of AVX512 that it lacks, emulated where there is AVX2."""
     lacks = [name for name, feature in EMULATED.items() if feature not in cpu_features().split()]
-    return [*supported_isas(), *(lacks if "avx2" in supported_isas() else [])]
+    return [*distinct_isas(), *(lacks if "avx2" in supported_isas() else [])]
 
 
 def open_library(name: str) -> Library:

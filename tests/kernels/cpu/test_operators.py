@@ -23,7 +23,7 @@ from qloralab.kernels.cpu.operators import LARGE, ONE_PASS
 from qloralab.nf4 import ops, processor, reference
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import normal_float
-from qloralab.nf4.processor import supported_isas
+from qloralab.nf4.processor import distinct_isas
 
 pytestmark = pytest.mark.compiler
 
@@ -100,7 +100,7 @@ def panels(monkeypatch) -> None:
     monkeypatch.setattr(operators, "PANEL_BYTES", 1600)
 
 
-@pytest.fixture(params=[*supported_isas(), "panels"])
+@pytest.fixture(params=[*distinct_isas(), "panels"])
 def path(request: pytest.FixtureRequest, monkeypatch) -> Iterator[str]:
     """The ways to multiply by many tokens: by the library of each instruction set, and by panels."""
     if request.param == "panels":
