@@ -36,7 +36,7 @@ static void dequantize_rows(void *data, int64_t index)
 }
 
 /* Whether a large result is written past the caches: not where its memory is new. Linux clears a page of that at the first
-   touch and leaves it in the cache; to write past it costs 15 to 20 % there, and saves 6 to 20 % elsewhere. The page in the
+   touch and leaves it in the cache; to write past it costs 15 to 19 % there, and saves 6 to 23 % elsewhere. The page in the
    middle tells, untouched. */
 static int is_streamed(const char *out, int64_t bytes)
 {
