@@ -90,7 +90,10 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, chosen, display)
     settings = dataclasses.replace(_as_trained(settings, model), dtype=chosen.name)
-    trainer = _trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
+    try:
+        trainer = Trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
+    except (OSError, MemoryError) as error:  # no room for the state of the optimizer
+        raise UserError(getattr(error, "strerror", None) or str(error)) from error
     samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
     before = _answer(trainer, samples, "before", display)
     start = time.perf_counter()
@@ -109,20 +112,6 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
         raise UserError(f"{settings.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         run.close()
-
-
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    train: Sequence[Encoded],
-    held_out: Sequence[Encoded],
-    settings: Settings,
-    dtype: torch.dtype,
-) -> Trainer:
-    try:
-        return Trainer(model, tokenizer, train, held_out, settings, dtype)
-    except (OSError, MemoryError) as error:  # no room for the state of the optimizer
-        raise UserError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def prompt_and_answer(example: Encoded) -> Sample:
