@@ -55,8 +55,10 @@ Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # a batch -> mean loss
 def qloralab_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The model and its loss, as ``qloralab finetune`` sets them up."""
     import qloralab as ql
+    from qloralab.kernels.cpu import allocator
     from qloralab.loss import AnswerLoss
 
+    allocator.install()
     model = quantize_loaded_(load_model(directory), dtype)
     ql.inject_(model, ql.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=DROPOUT))
     answer_loss = AnswerLoss(model)

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from qloralab.kernels import dispatch
+from qloralab.kernels.cpu import allocator
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.nf4 import processor
 
@@ -96,3 +97,16 @@ def prepare_kernels(display: Display) -> None:
         first, *more = str(error).splitlines()
         reason = " ".join([first, *more[:1]])
         raise UserError(f"{dispatch.VARIABLE}=native, but there are no CPU kernels: {reason}") from None
+
+
+def prepare_memory(display: Display) -> None:
+    """On CPUs, let what a tensor leaves serve the next one of its size (``kernels/cpu/allocator.py``).
+
+    A note says where that cannot be had. Not with QLORALAB_CPU=reference, under which nothing is compiled.
+    """
+    if run_device().type != "cpu" or dispatch.mode() == "reference":
+        return
+    try:
+        allocator.install()
+    except BuildError:
+        display.fact("note", "training takes up to a quarter more memory without a C++ compiler (g++)")

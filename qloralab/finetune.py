@@ -16,7 +16,7 @@ from qloralab.lora.inject import adapters, inject_, trainable
 from qloralab.lora.quantized_linear import QuantizedLinear
 
 from .batches import split
-from .compute import Precision, precision, prepare_kernels, run_device
+from .compute import Precision, precision, prepare_kernels, prepare_memory, run_device
 from .display import Display
 from .encoding import NO_LABEL, Encoded, encode_all
 from .errors import UserError
@@ -181,6 +181,7 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
     display.fact("model", f"{name}, {parameter_count(model) / 1e6:.1f} M parameters")
     display.fact("dtype", chosen.described(settings.method))
     prepare_kernels(display)
+    prepare_memory(display)
     if settings.method == "qlora":
         if to_quantize:  # in a model with 4-bit weights, what is dense is to stay dense
             with display.busy("quantizing", "weights") as progress:

@@ -1,7 +1,8 @@
 """C, compiled by the system's compiler at first use, and kept for the next process.
 
-A wheel with compiled code would serve one instruction set; source serves the machine it runs on. It compiles in
-seconds, once: the shared library is kept under a name that holds a hash of everything that decides what is in it::
+A wheel with compiled code would serve one instruction set; source serves the machine it runs on. The files are compiled
+at the same time, in some seconds, once: the shared library is kept under a name that holds a hash of everything that
+decides what is in it::
 
     <cache>/<stem of the first source>-<hash>.so
     hash    = sources and headers, instruction set, flags, compiler and its version, CPU features, machine
@@ -44,6 +45,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +53,6 @@ from qloralab.nf4.processor import cpu_features, supported_isas
 
 FLAGS = (
     "-O3",
-    "-std=gnu11",
-    "-shared",
     "-fPIC",
     "-pthread",
     "-ffp-contract=off",
@@ -60,6 +60,7 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wno-psabi",  # notes on how vectors are passed to functions, of which none is called from outside
 )
+STANDARDS = {".c": "-std=gnu11", ".cpp": "-std=c++17"}
 LIBRARIES = ("-lm",)
 TIMEOUT = 120  # seconds
 COMPILERS = ("cc", "gcc", "clang")
@@ -83,12 +84,12 @@ class BuildError(RuntimeError):
 
 
 def build(sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None) -> Path:
-    """Compile C files into one shared library, unless the cache has it.
+    """Compile C or C++ files into one shared library, unless the cache has it.
 
     Args:
-        sources: the C files. Headers in their folders count as part of them.
+        sources: the files. Headers in their folders count as part of them.
         isa: the instruction set to compile for: native (this machine's), avx512, avx2 or portable.
-        extra: more flags for the compiler.
+        extra: more flags for the compiler and the linker.
         cache: where the library is kept, instead of the user's cache folder.
 
     Returns:
@@ -162,25 +163,35 @@ def _build(sources: Sequence[Path], isa: str, extra: Sequence[str], cache: Path 
 def _compile(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: list[str], scratch: Path) -> Path:
     """The finished library, in the folder `scratch`."""
     name = Path(compiler[0]).name
-    print(f"qloralab: compiling the CPU kernels with {name}, a few seconds, once", file=sys.stderr, flush=True)
+    what = "the CPU kernels" if len(sources) > 1 else sources[0].name
+    print(f"qloralab: compiling {what} with {name}, some seconds, once", file=sys.stderr, flush=True)
     path = scratch / "library.so"
-    flags = [*FLAGS, *_isa_flags(isa, compiler, scratch), *extra]
-    command = [*compiler, *flags, "-o", str(path), *map(str, sources), *LIBRARIES]
-    status, output = _run(command, scratch)
-    if status or not path.is_file():
-        lines = output.strip().splitlines() or ["it printed nothing"]
-        first = next((index for index, line in enumerate(lines) if "error:" in line), len(lines))
-        lines = lines[first : first + 12] or lines[-12:]
-        if any(line.endswith(".h: No such file or directory") for line in lines):
-            lines.append(f"A header of the C library may be missing: {INSTALL}.")
-        why = f"status {status}" if status else "no output file"
-        raise BuildError(
-            "\n".join([f"the C compiler {compiler[0]} failed ({why}):", *lines, f"$ {shlex.join(command)}"])
-        )
+    flags = [*FLAGS, *_isa_flags(isa, compiler, scratch)]
+    objects = [scratch / f"{source.name}.o" for source in sources]
+    steps = [
+        [*compiler, STANDARDS[source.suffix], *flags, "-c", "-o", str(to), str(source), *extra]
+        for source, to in zip(sources, objects, strict=True)
+    ]
+    link = [*compiler, *flags, "-shared", "-o", str(path), *map(str, objects), *extra, *LIBRARIES]
+    for commands in steps, [link]:
+        for command, (status, output) in zip(commands, _run_all(commands, scratch), strict=True):
+            if status:
+                raise _failure(command, f"status {status}", output)
+    if not path.is_file():
+        raise _failure(link, "no output file", "")
     contents = path.read_bytes()
     path.write_bytes(contents + hashlib.sha256(contents).digest())
     path.chmod(0o755)  # whatever the umask: others may read it, none may write it
     return path
+
+
+def _failure(command: list[str], why: str, output: str) -> BuildError:
+    lines = output.strip().splitlines() or ["it printed nothing"]
+    first = next((index for index, line in enumerate(lines) if "error:" in line), len(lines))
+    lines = lines[first : first + 12] or lines[-12:]
+    if any(line.endswith(".h: No such file or directory") for line in lines):
+        lines.append(f"A header of the C library may be missing: {INSTALL}.")
+    return BuildError("\n".join([f"the C compiler {command[0]} failed ({why}):", *lines, f"$ {shlex.join(command)}"]))
 
 
 def _isa_flags(isa: str, compiler: list[str], scratch: Path) -> Sequence[str]:
@@ -223,16 +234,39 @@ def _hash(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: lis
 
 
 def _run(command: list[str], scratch: Path | None = None) -> tuple[int, str]:
-    """Exit status and output of a command of the compiler, which keeps its temporary files in `scratch`.
+    return _run_all([command], scratch)[0]
 
-    It runs in a process group of its own, so that its children end with it when it takes too long or on Ctrl-C.
+
+def _run_all(commands: Sequence[list[str]], scratch: Path | None = None) -> list[tuple[int, str]]:
+    """Exit status and output of each of some commands of the compiler, which run at the same time.
+
+    They keep their temporary files in `scratch`. Each runs in a process group of its own, so that its children end with
+    it when it takes too long or on Ctrl-C.
     """
     environment = {**os.environ, "LC_ALL": "C"}  # messages in English, whatever the user speaks: they are looked at
     environment.pop("LD_PRELOAD", None)  # a sanitizer's runtime is meant for this process
     if scratch is not None:
         environment["TMPDIR"] = str(scratch)
+    deadline = time.monotonic() + TIMEOUT
+    processes: list[subprocess.Popen[str]] = []
     try:
-        process = subprocess.Popen(
+        for command in commands:  # one by one into the list: those that run are to end when another does not start
+            processes.append(_start(command, environment))  # noqa: PERF401
+        outputs = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in processes]
+    except BaseException as error:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise BuildError(f"the C compiler took more than {TIMEOUT} s\n$ {shlex.join(error.cmd)}") from None
+        raise
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -244,15 +278,6 @@ def _run(command: list[str], scratch: Path | None = None) -> tuple[int, str]:
         )
     except OSError as error:
         raise BuildError(f"the C compiler {command[0]} does not start ({error.strerror}); {INSTALL}") from None
-    with process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise BuildError(f"the C compiler took more than {TIMEOUT} s\n$ {shlex.join(command)}") from None
-            raise
-    return process.returncode, output
 
 
 def _usable(path: Path) -> bool:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from qloralab.compute import Precision, check_environment, precision, prepare_kernels, run_device
+from qloralab import compute
+from qloralab.compute import Precision, check_environment, precision, prepare_kernels, prepare_memory, run_device
 from qloralab.display import Display
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu.build import BuildError
@@ -104,3 +105,28 @@ def test_kernels_are_opened_under_a_word_of_it(monkeypatch):
     prepare_kernels(Display(Console(file=file), patience=0.0))
     assert file.getvalue().strip() == "…  preparing the CPU kernels"
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "installs"), [("auto", "cpu", 1), ("reference", "cpu", 0), ("auto", "cuda", 0)]
+)
+def test_memory_is_prepared_where_c_runs_on_a_cpu(monkeypatch, silent, mode, device, installs):
+    calls = []
+    monkeypatch.setattr(compute.allocator, "install", lambda: calls.append(1))
+    monkeypatch.setattr(compute, "run_device", lambda: torch.device(device))
+    with dispatch.use(mode):
+        prepare_memory(silent)
+    assert len(calls) == installs
+
+
+def test_memory_without_a_cpp_compiler_is_a_note(monkeypatch):
+    def fail():
+        raise BuildError("no C++ compiler")
+
+    file = io.StringIO()
+    monkeypatch.setattr(compute.allocator, "install", fail)
+    monkeypatch.setattr(compute, "run_device", lambda: CPU)
+    with dispatch.use("auto"):
+        prepare_memory(Display(Console(file=file, width=200)))
+    said = " ".join(file.getvalue().split())
+    assert said == "note training takes up to a quarter more memory without a C++ compiler (g++)"
