@@ -31,8 +31,10 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# A file is one process's, for what its tests share to be made once.
 test: $(READY) ## run the tests, a process for each processor, print the coverage
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --cov --cov-report=term $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder \
+	    --cov --cov-report=term $(ARGS)
 
 test-arm: $(READY) ## run the tests of the CPU kernels, compiled for 64-bit Arm, under QEMU
 	HF_HUB_OFFLINE=1 ARM_TESTS=all $(BIN)/python -m pytest --numprocesses logical -rs tests/kernels/cpu/test_arm.py $(ARGS)

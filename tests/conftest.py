@@ -54,6 +54,12 @@ TORCH_RANDOM = TorchRandom()  # hypothesis holds a weak reference
 hypothesis.register_random(TORCH_RANDOM)  # pyright: ignore[reportArgumentType]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a process that takes one of them last would let the others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` run where there is one."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

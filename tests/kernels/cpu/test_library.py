@@ -7,6 +7,7 @@ bit for bit too, on whole numbers (see ``conftest.py``), and within ``TOLERANCE`
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -409,14 +410,15 @@ weights = pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in WEIGHTS if shape[1]], ids=str)
 def test_few_tokens(library, shape, dtype, whole_weight, empty):
     N, K = shape
-    for tokens in range(1, FEW_TOKENS + 1):
-        for block_size in (32, 64, 128, 4096):
-            operands = whole_weight(shape, block_size, double_quant=tokens % 3 > 0)
+    for block_size, double_quant in itertools.product((32, 64, 128, 4096), (False, True)):
+        operands = whole_weight(shape, block_size, double_quant)
+        W = exact_weight(operands, dtype)
+        for tokens in range(1 + double_quant, FEW_TOKENS + 1, 2):
             x = whole(tokens, K).to(dtype)
-            bias = whole(N, most=200).to(dtype) if tokens % 2 else None
+            bias = whole(N, most=200).to(dtype) if tokens % 4 < 2 else None
             y = empty(tokens, N, dtype=dtype)
             library.linear_few(weight_of(*operands), x, bias, y)
-            exact = x.double() @ exact_weight(operands, dtype).T + (0 if bias is None else bias.double())
+            exact = x.double() @ W.T + (0 if bias is None else bias.double())
             assert torch.equal(y, rounded(exact, dtype)), (tokens, block_size)
 
 

@@ -16,7 +16,7 @@ from qloralab.kernels.gpu.canonical import linear, linear_grad_input
 from qloralab.nf4 import reference
 from qloralab.nf4.adapter import keep_mask
 
-from .test_dequantize import CODEBOOKS, NF4, Operands, any_weight, double_quants, dtypes, same_bits
+from .test_dequantize import CODEBOOKS, DTYPES, NF4, Operands, any_weight, double_quants, dtypes, same_bits
 from .test_linear import few
 from .test_linear import guarded_twice as guarded_twice
 
@@ -133,11 +133,14 @@ def test_exact_sums_backward(M, N, K, block_size, splits, dtype, guarded_twice):
     assert torch.equal(found.cpu(), rounded(grad.double() @ exact(operands), dtype))
 
 
-@dtypes
-@products
-@pytest.mark.parametrize("r", [1, 70])
-def test_an_adapter_is_in_the_sum(M, N, K, block_size, splits, r, dtype, guarded_twice):
-    """Whole numbers, but for the term of the adapter, which is rounded to dtype before it is added."""
+@pytest.mark.parametrize("number", range(2 * len(PRODUCTS)))
+def test_an_adapter_is_in_the_sum(number, guarded_twice):
+    """Whole numbers, but for the term of the adapter, which is rounded to dtype before it is added.
+
+    Each product with both ranks, in a dtype each.
+    """
+    M, N, K, block_size, splits = PRODUCTS[number % len(PRODUCTS)]
+    r, dtype = (1, 70)[number // len(PRODUCTS)], list(DTYPES.values())[number % 3]
     operands = whole_weight(N, K, block_size)
     weight, p = placed(operands, guarded_twice), 0.3
     x, grad, bias = few(M, K).to(dtype), few(M, N).to(dtype), few(N).to(dtype)

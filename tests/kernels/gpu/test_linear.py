@@ -48,6 +48,16 @@ CASES = [
 cases = pytest.mark.parametrize(("M", "N", "K", "block_size", "splits"), CASES)
 
 
+def beside(adapters: Sequence[Any]) -> pytest.MarkDecorator:
+    """Each case with two of the adapters, and each adapter with some of the cases: the interpreter is slow."""
+    pairs = [
+        (case, adapters[(number + shift) % len(adapters)])
+        for shift in (0, len(adapters) // 2)
+        for number, case in enumerate(CASES)
+    ]
+    return pytest.mark.parametrize(("case", "adapter"), pairs, ids=str)
+
+
 def whole_weight(N: int, K: int, block_size: int) -> Operands:
     """The operands of a weight whose table and scales are exact in bfloat16."""
     factor = table(WHOLE).factor
@@ -140,9 +150,9 @@ def test_exact_sums(M, N, K, block_size, splits, biased, guarded_twice):
     assert torch.equal(found.cpu().double(), rounded(expected))
 
 
-@cases
-@pytest.mark.parametrize("r", [1, 4, 16, 33, 64, 100])
-def test_exact_sums_with_an_adapter(M, N, K, block_size, splits, r, guarded_twice):
+@beside([1, 4, 16, 33, 64, 100])
+def test_exact_sums_with_an_adapter(case, adapter, guarded_twice):
+    (M, N, K, block_size, splits), r = case, adapter
     operands = whole_weight(N, K, block_size)
     x, bias, h, B = few(M, K), few(N), few(M, r), few(N, r).float()
     term = LowRank(guarded_twice(h), guarded_twice(B))

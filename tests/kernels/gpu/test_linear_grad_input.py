@@ -13,7 +13,7 @@ from qloralab.nf4 import blockwise
 from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import normal_float
 
-from .test_linear import cases, dequantized, few, rounded, tiled, whole_weight
+from .test_linear import beside, cases, dequantized, few, rounded, tiled, whole_weight
 from .test_linear import guarded_twice as guarded_twice
 
 
@@ -27,9 +27,9 @@ def test_exact_sums(M, N, K, block_size, splits, guarded_twice):
     assert torch.equal(found.cpu().double(), rounded(expected))
 
 
-@cases
-@pytest.mark.parametrize(("r", "p"), [(1, 0.1), (16, 0.0), (16, 0.5), (33, 0.999), (64, 0.1), (100, 0.0), (100, 0.1)])
-def test_exact_sums_with_an_adapter(M, N, K, block_size, splits, r, p, guarded_twice):
+@beside([(1, 0.1), (16, 0.0), (16, 0.5), (33, 0.999), (64, 0.1), (100, 0.0), (100, 0.1)])
+def test_exact_sums_with_an_adapter(case, adapter, guarded_twice):
+    (M, N, K, block_size, splits), (r, p) = case, adapter
     operands = whole_weight(N, K, block_size)
     grad, G, A, seed = few(M, N), few(M, r), few(r, K).float(), torch.tensor(-1234567891011)
     term = MaskedLowRank(guarded_twice(G), guarded_twice(A), guarded_twice(seed), p)
