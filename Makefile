@@ -14,11 +14,11 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test test-arm fuzz sanitize bench finetune clean
+.PHONY: help install check format test coverage test-arm fuzz sanitize bench finetune clean
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo "  ARGS='…' reaches the program behind test, test-arm, fuzz, sanitize, bench and finetune."
+	@echo "  ARGS='…' reaches the program behind test, coverage, test-arm, fuzz, sanitize, bench and finetune."
 
 install: $(READY) ## create .venv and install everything, at the versions of constraints.txt
 
@@ -32,9 +32,11 @@ format: $(READY) ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff format
 
 # A file is one process's, for what its tests share to be made once.
-test: $(READY) ## run the tests, a process for each processor, print the coverage
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder \
-	    --cov --cov-report=term $(ARGS)
+test: $(READY) ## run the tests, a process for each processor
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder $(ARGS)
+
+coverage: ## run the tests, and print which lines ran; twice the time
+	@$(MAKE) test ARGS="--cov --cov-report=term $(ARGS)"
 
 test-arm: $(READY) ## run the tests of the CPU kernels, compiled for 64-bit Arm, under QEMU
 	HF_HUB_OFFLINE=1 ARM_TESTS=all $(BIN)/python -m pytest --numprocesses logical -rs tests/kernels/cpu/test_arm.py $(ARGS)

@@ -34,10 +34,10 @@ def fresh(monkeypatch) -> None:
 
 @pytest.fixture
 def no_compiler(fresh, monkeypatch, tmp_path) -> Path:
-    """A compiler that fails and writes down that it ran, and an empty cache; the file that it writes to."""
+    """A compiler that fails and writes down that it ran, by one of the files, and an empty cache; what it writes to."""
     monkeypatch.setenv("QLORALAB_CACHE", str(tmp_path / "cache"))
     script, ran = tmp_path / "cc", tmp_path / "ran"
-    script.write_text(f'#!/bin/sh\ncase "$*" in *library.so*) echo ran >> {ran}; sleep 0.2;; esac\nexit 1\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *pool.c.o*) echo ran >> {ran}; sleep 0.2;; esac\nexit 1\n')
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     return ran
