@@ -10,11 +10,11 @@ import pytest
 
 from qloralab.kernels import budgets
 from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded, unsound
-from qloralab.kernels.offline import KERNEL_FILES, Compiled, compile_cases
+from qloralab.kernels.offline import KERNEL_FILES, TARGETS, Compiled, compile_cases
 from qloralab.kernels.sass import Counts, Instruction, count
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
-OTHERS = ["sm_80", "sm_100"]  # sm_120 multiplies as sm_80 does; what is delicate is compiled for it in test_linear.py
+OTHERS = [target for target in TARGETS if target != TARGET]
 
 
 @pytest.fixture(scope="module")
