@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 
 # Read by the libraries when they are imported, hence before them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +53,16 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # hypothesis holds a weak reference
 hypothesis.register_random(TORCH_RANDOM)  # pyright: ignore[reportArgumentType]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the C code before the first test, once for all processes: the line about it is no test's output."""
+    if not hasattr(config, "workerinput"):
+        from qloralab.kernels.cpu import allocator, build, library
+
+        with suppress(build.BuildError):  # the tests that need it say so
+            library.Library()
+            allocator._load()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
