@@ -14,7 +14,7 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qloralab.nf4.errors import FormatError
 from qloralab.nf4.quantization_config import is_bitsandbytes
 
 from .errors import UserError
+from .gguf_reading import fast_gguf
 from .quantized_model import read_config, read_model
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -218,7 +219,7 @@ def quiet() -> Iterator[None]:
 def reading(path: Path) -> Iterator[None]:
     """Quiet reading, whose errors become one line. A FormatError is one already."""
     try:
-        with quiet():
+        with quiet(), fast_gguf() if path.suffix.lower() == GGUF else nullcontext():
             yield
     except FormatError:
         raise
