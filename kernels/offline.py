@@ -80,7 +80,7 @@ class Compiled:
         registers: 32-bit, per thread.
         spilled: bytes of stack and local memory per thread: 0, unless the registers do not suffice.
         shared: bytes of shared memory per program.
-        sass: the machine code, as text.
+        sass: the machine code, as text; empty where it was not asked for.
     """
 
     name: str
@@ -128,12 +128,13 @@ def run_tool(name: str, *arguments: str | Path, folder: Path | None = None) -> s
     return done.stdout
 
 
-def compile_case(case: Case, target: str = "sm_90") -> Compiled:
+def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) -> Compiled:
     """Compile a case in this process, which must not interpret.
 
     Args:
         case: to be compiled.
         target: one of `TARGETS`.
+        disassemble: whether its machine code is wanted, which takes half a second; otherwise `sass` is empty.
 
     Raises:
         OfflineError: this process interprets (``TRITON_INTERPRET``), a parameter has neither type nor value, triton
@@ -163,7 +164,12 @@ def compile_case(case: Case, target: str = "sm_90") -> Compiled:
         compiled: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # of many kinds: the compiler's own, and what its passes raise
         raise OfflineError(f"{case.name} does not compile for {target}: {error}") from error
-    sass, usage = _disassemble(compiled.asm["cubin"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        # -ndf: without following the data, which would add nothing to the text.
+        sass = run_tool("nvdisasm", "-c", "-ndf", file.name) if disassemble else ""
     found = _USAGE.search(usage)
     if found is None:
         raise OfflineError(f"{case.name}: cuobjdump states no registers: {usage.strip()!r}")
@@ -199,7 +205,10 @@ def kernel_modules() -> list[str]:
 
 
 def compile_cases(
-    targets: Iterable[str] = ("sm_90",), modules: Iterable[str] | None = None, only: str | None = None
+    targets: Iterable[str] = ("sm_90",),
+    modules: Iterable[str] | None = None,
+    only: str | None = None,
+    disassemble: bool = True,
 ) -> list[Compiled]:
     """Compile the cases of modules, in several processes that do not interpret.
 
@@ -207,6 +216,7 @@ def compile_cases(
         targets: of `TARGETS`.
         modules: full names of modules with CASES. None: `kernel_modules`.
         only: the name of a case, or the first words of the names of several. None: every case.
+        disassemble: see `compile_case`.
 
     Returns:
         one entry for each case and target: by target, then as the modules list them.
@@ -229,7 +239,11 @@ def compile_cases(
         for target in targets:
             listed = [(module, name) for module, some in zip(modules, names[target], strict=True) for name in some]
             chosen = select([name for _, name in listed], only)
-            jobs += [pool.submit(_compile_named, module, name, target) for module, name in listed if name in chosen]
+            jobs += [
+                pool.submit(_compile_named, module, name, target, disassemble)
+                for module, name in listed
+                if name in chosen
+            ]
         try:
             return [job.result() for job in jobs]
         finally:
@@ -263,9 +277,9 @@ def _names(module: str, target: str) -> list[str]:
     return [case.name for case in cases_of(module, target)]
 
 
-def _compile_named(module: str, name: str, target: str) -> Compiled:
+def _compile_named(module: str, name: str, target: str, disassemble: bool) -> Compiled:
     (case,) = (case for case in cases_of(module, target) if case.name == name)
-    return compile_case(case, target)
+    return compile_case(case, target, disassemble)
 
 
 def _triton() -> Any:
@@ -286,11 +300,3 @@ def _divisible(case: Case) -> Iterable[str]:
     if case.divisible is not None:
         return case.divisible
     return [name for name, kind in case.signature.items() if kind.startswith("*") or kind in ("i32", "i64")]
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """The machine code as text, and what cuobjdump says that it occupies."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return run_tool("nvdisasm", "-c", file.name), run_tool("cuobjdump", "-res-usage", file.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qloralab.kernels import budgets
-from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded, unsound
+from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded
 from qloralab.kernels.offline import KERNEL_FILES, TARGETS, Compiled, compile_cases
 from qloralab.kernels.sass import Counts, Instruction, count
 
@@ -42,12 +42,11 @@ def test_every_kernel_has_a_budget(compiled):
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_for_the_other_targets():
-    found = compile_cases(OTHERS)
+    found = compile_cases(OTHERS, disassemble=False)  # what uses local memory has a stack, which is seen without
     names = {target: {one.name for one in found if one.target == target} for target in OTHERS}
     assert all(some <= set(BUDGETS) for some in names.values())
     assert all(any(name.startswith(file) for name in some) for some in names.values() for file in KERNEL_FILES)
-    reasons = [(one.name, one.target, unsound(one, count(one.sass, one.weights_per_thread))) for one in found]
-    assert [wrong for wrong in reasons if wrong[2]] == []
+    assert [(one.name, one.target, one.spilled) for one in found if one.spilled] == []
 
 
 def test_every_file_with_cases_is_listed():

@@ -7,7 +7,6 @@ where its dequantization on CPUs is right.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,15 +383,14 @@ def test_tensors_that_old_versions_saved_are_ignored(tmp_path):
     assert model.model.rotary_emb.inv_freq.amax() == 1
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to(tmp_path, caplog):
+def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to(tmp_path):
     model: Any = quantize_(llama(tied=True))
     save_quantized(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in tensors
     head = torch.randn(97, 64, dtype=torch.bfloat16)
     save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
-    with caplog.at_level(logging.ERROR):
-        ours = load_quantized(tmp_path)
+    ours = load_quantized(tmp_path)
     assert torch.equal(ours.lm_head.weight, head)
     assert torch.equal(ours.model.embed_tokens.weight, model.model.embed_tokens.weight)
 

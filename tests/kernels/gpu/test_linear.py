@@ -299,7 +299,7 @@ blocked = r"^(#\\w+) = #ttg\\.blocked<\\{sizePerThread = \\[[^]]*(\\d)\\],.* ord
 for module in (linear, linear_grad_input):
     for target in offline.TARGETS:
         for case in offline.cases_of(module.__name__, target):
-            offline.compile_case(case, target)
+            offline.compile_case(case, target, disassemble=False)
             layouts = {name: (int(size), int(fastest)) for name, size, fastest in re.findall(blocked, ttgir[-1], re.M)}
             used = re.findall(r"tt\\.elementwise_inline_asm .*? : tensor<[\\dx]+xi32, (#\\w+)>", ttgir[-1])
             print(json.dumps([case.name, target, [layouts.get(name) for name in used]]))
