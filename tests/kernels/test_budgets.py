@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +51,47 @@ def test_every_kernel_compiles_for_the_other_targets():
     assert all(some <= set(BUDGETS) for some in names.values())
     assert all(any(name.startswith(file) for name in some) for some in names.values() for file in KERNEL_FILES)
     assert [(one.name, one.target, one.spilled) for one in found if one.spilled] == []
+
+
+WORDS = """
+import json, re
+import triton
+from qloralab.kernels import offline
+from qloralab.kernels.gpu import linear, linear_grad_input
+
+def keep(*arguments, **options):
+    compiled = compile_(*arguments, **options)
+    ttgir.append(compiled.asm["ttgir"])
+    return compiled
+
+ttgir = []
+compile_, triton.compile = triton.compile, keep
+blocked = r"^(#\\w+) = #ttg\\.blocked<\\{sizePerThread = \\[[^]]*(\\d)\\],.* order = \\[(\\d)"
+for module in (linear, linear_grad_input):
+    for target in offline.TARGETS:
+        for case in offline.cases_of(module.__name__, target):
+            offline.compile_case(case, target, disassemble=False)
+            layouts = {name: (int(size), int(fastest)) for name, size, fastest in re.findall(blocked, ttgir[-1], re.M)}
+            used = re.findall(r"tt\\.elementwise_inline_asm .*? : tensor<[\\dx]+xi32, (#\\w+)>", ttgir[-1])
+            print(json.dumps([case.name, target, [layouts.get(name) for name in used]]))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_two_words_of_a_unit_lie_in_consecutive_registers():
+    """What ``decode`` asks of the compiler: a thread has both words of the last dimension, and numbers them first.
+
+    Here, because what the tests above have compiled is in triton's cache.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", WORDS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {target for _, target, _ in found} == set(TARGETS)
+    for name, target, layouts in found:
+        assert layouts, (name, target)
+        assert all(layout == [2, 7] for layout in layouts), (name, target, layouts)
 
 
 def test_every_file_with_cases_is_listed():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +21,6 @@ from qloralab.kernels.gpu.linear import (
 )
 from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
-from qloralab.kernels.offline import TARGETS
 from qloralab.nf4 import blockwise, reference
 from qloralab.nf4.codebook import normal_float
 
@@ -280,40 +275,3 @@ def test_splits_fill_the_gpu_and_leave_no_program_without_work():
                 steps = split(programs, tiles, splits)
                 assert 1 <= steps <= tiles
                 assert (-(-tiles // steps) - 1) * steps < tiles
-
-
-WORDS = """
-import json, re
-import triton
-from qloralab.kernels import offline
-from qloralab.kernels.gpu import linear, linear_grad_input
-
-def keep(*arguments, **options):
-    compiled = compile_(*arguments, **options)
-    ttgir.append(compiled.asm["ttgir"])
-    return compiled
-
-ttgir = []
-compile_, triton.compile = triton.compile, keep
-blocked = r"^(#\\w+) = #ttg\\.blocked<\\{sizePerThread = \\[[^]]*(\\d)\\],.* order = \\[(\\d)"
-for module in (linear, linear_grad_input):
-    for target in offline.TARGETS:
-        for case in offline.cases_of(module.__name__, target):
-            offline.compile_case(case, target, disassemble=False)
-            layouts = {name: (int(size), int(fastest)) for name, size, fastest in re.findall(blocked, ttgir[-1], re.M)}
-            used = re.findall(r"tt\\.elementwise_inline_asm .*? : tensor<[\\dx]+xi32, (#\\w+)>", ttgir[-1])
-            print(json.dumps([case.name, target, [layouts.get(name) for name in used]]))
-"""
-
-
-@pytest.mark.slow
-def test_the_two_words_of_a_unit_lie_in_consecutive_registers():
-    """What ``decode`` asks of the compiler: a thread has both words of the last dimension, and numbers them first."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", WORDS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {target for _, target, _ in found} == set(TARGETS)
-    for name, target, layouts in found:
-        assert layouts, (name, target)
-        assert all(layout == [2, 7] for layout in layouts), (name, target, layouts)
