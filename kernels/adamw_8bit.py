@@ -186,7 +186,8 @@ def moment_tables() -> tuple[Tensor, Tensor, Tensor]:
     limits = [pad(thresholds(values), (0, 1), value=math.inf) for values in maps]
     below = []
     for shift, some in zip((17, 16), limits, strict=True):
-        ends = torch.stack([torch.arange(2**15) << shift, (torch.arange(2**15) + 1 << shift) - 1])
+        first = torch.arange(2**15, device="cpu")
+        ends = torch.stack([first << shift, (first + 1 << shift) - 1])
         numbers = ends.to(torch.int32).view(torch.float32)  # the smallest and the largest magnitude
         below.append(torch.bucketize(numbers.amin(dim=0), some).masked_fill(numbers.isnan().any(dim=0), 255))
     return torch.stack(maps), torch.stack(limits), torch.stack(below).to(torch.uint8)

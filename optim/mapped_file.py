@@ -117,7 +117,7 @@ class MappedFile:
 
     def resident_bytes(self) -> int:
         """The pages in memory, by ``mincore``: in the kernel's cache, mapped here or not."""
-        pages = torch.zeros(-(-len(self.bytes) // PAGE), dtype=torch.uint8)
+        pages = torch.zeros(-(-len(self.bytes) // PAGE), dtype=torch.uint8, device="cpu")
         _check(_libc().mincore(self._address, len(self.bytes), pages.data_ptr()), "mincore")
         return int(pages.bitwise_and_(1).sum()) * PAGE
 
@@ -168,7 +168,7 @@ class MappedFile:
             return False
         size, first = len(self.bytes), away[0][0]
         end = min(first + ALIGNMENT, size)
-        resident = torch.zeros(-(-(end - first) // PAGE), dtype=torch.uint8)
+        resident = torch.zeros(-(-(end - first) // PAGE), dtype=torch.uint8, device="cpu")
         try:
             self._advise(0, size, mmap.MADV_HUGEPAGE)
             self._advise(0, size, mmap.MADV_RANDOM)

@@ -75,7 +75,7 @@ class Moments:
         streaming = layout.ranges[self._resident :] if streams else ()
         self.chunks: list[Chunk | None] = [None] * (len(layout.ranges) - len(streaming))
         self.chunks += [Chunk(cast(StreamedArena, arena), ranges) for ranges in streaming]
-        self.steps = torch.zeros(len(params))
+        self.steps = torch.zeros(len(params), dtype=torch.float32, device="cpu")
         runs = self.arena.bytes.view(2, layout.run)
         elements = layout.elements
         self._itemsize = ITEMSIZE[state_bits]
@@ -83,7 +83,9 @@ class Moments:
         self._absmax: Sequence[Tensor] = ()
         if state_bits == 8:
             # 8 bytes for 256 elements, all of the time in ordinary memory.
-            self._absmax = torch.zeros(2, -(-elements // BLOCK_SIZE), device=self.arena.bytes.device).unbind()
+            self._absmax = torch.zeros(
+                2, -(-elements // BLOCK_SIZE), dtype=torch.float32, device=self.arena.bytes.device
+            ).unbind()
         self._plans: dict[tuple[int, ...], tuple[list[int], list[Batch]]] = {}
 
     def of_param(self, number: int) -> tuple[Tensor, ...]:

@@ -228,7 +228,7 @@ class Library:
 
     def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
         workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
-        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8)
+        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
 
 def weight_of(
@@ -296,4 +296,4 @@ def _address(tensor: Tensor | None) -> int | None:
 
 _MAP = dynamic_map()
 _THRESHOLDS = thresholds(_MAP)
-_IN_ORDER = torch.arange(16, dtype=torch.uint8)
+_IN_ORDER = torch.arange(16, dtype=torch.uint8, device="cpu")

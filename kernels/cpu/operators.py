@@ -83,8 +83,8 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
     if library is None or weight.dtype not in DTYPES or block_size not in BLOCK_SIZES or not _is_codebook(values):
         return reference.quantize_blockwise(weight, values, block_size)
     numel = weight.numel()
-    packed = torch.empty((numel + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32)
+    packed = torch.empty((numel + 1) // 2, 1, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device="cpu")
     library.quantize(weight.contiguous(), values, block_size, packed, absmax)
     return packed, absmax
 
@@ -96,8 +96,8 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if library is None or not len(absmax):
         return reference.quantize_scales(absmax)
     offset = absmax.double().mean().float()
-    codes = torch.empty(len(absmax), dtype=torch.uint8)
-    absmax2 = torch.empty(-(-len(absmax) // BLOCK_SIZE), dtype=torch.float32)
+    codes = torch.empty(len(absmax), dtype=torch.uint8, device="cpu")
+    absmax2 = torch.empty(-(-len(absmax) // BLOCK_SIZE), dtype=torch.float32, device="cpu")
     library.quantize_scales(absmax.contiguous(), offset.item(), codes, absmax2)
     return codes, absmax2, offset
 
@@ -119,7 +119,7 @@ def dequantize(
     weight = _weight(operands, dtype) if library else None
     if library is None or weight is None:
         return reference.dequantize(*operands, dtype)
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     library.dequantize(weight, range(weight.rows), range(weight.columns), out)
     return out
 

@@ -46,7 +46,9 @@ def _check_adamw(launch: Callable[..., Any], device: torch.device) -> bool:
 def _check_adamw_8bit(launch: Callable[..., Any], device: torch.device) -> bool:
     found, expected = (_chunk(device, torch.uint8) for _ in range(2))
     for some in (found, expected):
-        some += [[torch.zeros(-(-n // BLOCK_SIZE), device=device) for n in SIZES] for _ in range(2)]
+        some += [
+            [torch.zeros(-(-n // BLOCK_SIZE), dtype=torch.float32, device=device) for n in SIZES] for _ in range(2)
+        ]
     definition: Callable[..., Any] = adamw_8bit_reference_
     for step in STEPS:
         launch(*found, [step] * len(SIZES), RATES)

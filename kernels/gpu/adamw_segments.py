@@ -65,13 +65,13 @@ def launches(tensors: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: R
         tile: elements of a segment that one program handles.
     """
     params = tensors[0]
-    numels = torch.tensor([param.numel() for param in params])
-    addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in tensors])
+    numels = torch.tensor([param.numel() for param in params], device="cpu")
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in tensors], device="cpu")
     aligned = (torch.cat([numels[None], addresses[:4]]) % ALIGNMENT == 0).all(dim=0)
-    factors = torch.tensor(rates.of_segments(steps), dtype=torch.float32).view(torch.int32).long()
+    factors = torch.tensor(rates.of_segments(steps), dtype=torch.float32, device="cpu").view(torch.int32).long()
     dtypes = [param.dtype for param in params]
     for dtype in dict.fromkeys(dtypes):
-        of_dtype = torch.tensor([one is dtype for one in dtypes]) & (numels > 0)
+        of_dtype = torch.tensor([one is dtype for one in dtypes], device="cpu") & (numels > 0)
         for is_aligned in (True, False):
             chosen = (of_dtype & (aligned == is_aligned)).nonzero()[:, 0]
             if len(chosen):
@@ -86,12 +86,14 @@ def _tables(
     programs = (numels + (tile - 1)) // tile
     count, total = len(numels), int(programs.sum())
     words = count * WIDTH + (total + 1) // 2
-    host = torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     table, segment_of = _split(host, count, total)
     first = programs.cumsum(0) - programs
     columns = torch.cat([addresses[:4], numels[None], first[None], factors, addresses[4:]])
     table[:, : len(columns)] = columns.T
-    segment_of.copy_(torch.arange(count, dtype=torch.int32).repeat_interleave(programs, output_size=total))
+    segment_of.copy_(
+        torch.arange(count, dtype=torch.int32, device="cpu").repeat_interleave(programs, output_size=total)
+    )
     return _split(host.to(device, non_blocking=True), count, total)
 
 

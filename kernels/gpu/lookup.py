@@ -95,7 +95,9 @@ def _table(numbers: tuple[float, ...]) -> Table:
     best: tuple[float, int, list[int]] | None = None
     for negative in range(len(zeros) + 1):
         signed = entries.clone()
-        signed[:, zeros] = torch.tensor([-0.0] * negative + [0.0] * (len(zeros) - negative), dtype=torch.bfloat16)
+        signed[:, zeros] = torch.tensor(
+            [-0.0] * negative + [0.0] * (len(zeros) - negative), dtype=torch.bfloat16, device="cpu"
+        )
         bits = signed.view(torch.int16).int() & 0xFFFF
         groups = bits >> 15 << 1 | bits >> 7 & 1
         even = torch.stack([(groups == group).sum(1) % 2 == 0 for group in range(4)]).all(0)

@@ -293,9 +293,9 @@ def _search_of(values: tuple[float, ...], device: torch.device) -> _Search:
     exactly the border lies depends on how the sum is rounded, and on ties. So a threshold counts as inside each bin
     that it is within a step of; that costs nothing unless it brings a bin to two of them.
     """
-    thresholds, codes = decision_table(torch.tensor(values, dtype=torch.float32))
+    thresholds, codes = decision_table(torch.tensor(values, dtype=torch.float32, device="cpu"))
     place = thresholds.double() * STRETCH + BINS / 2
-    bins = torch.arange(BINS)[:, None]
+    bins = torch.arange(BINS, device="cpu")[:, None]
     below = (place < bins - STEP).sum(dim=1)  # [BINS]
     inside = (place < bins + 1 + STEP).sum(dim=1) - below
     steps = max(1, int(inside.max()).bit_length())
@@ -303,7 +303,7 @@ def _search_of(values: tuple[float, ...], device: torch.device) -> _Search:
     first = table[below + (1 << steps - 1) - 1]
     entries = below << 32 | first.view(torch.int32).long() & 0xFFFFFFFF
     codes = codes.int()
-    ordered = torch.equal(codes, torch.arange(16, dtype=torch.int32))
+    ordered = torch.equal(codes, torch.arange(16, dtype=torch.int32, device="cpu"))
     codes = torch.cat([codes, codes.new_zeros(16 - len(codes))])
     return _Search(entries.to(device), table.to(device), codes.to(device), steps, ordered)
 
