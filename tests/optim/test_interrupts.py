@@ -1,4 +1,4 @@
-"""SIGINT waits until the body is over, and then reaches the handler that was there."""
+"""Signals wait until the body is over, and then reach the handlers that were there, each of them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,52 @@ from collections.abc import Iterator
 
 import pytest
 
-from qloralab.optim.interrupts import held_interrupts
+from qloralab.optim.interrupts import HELD, held_interrupts
 
 Calls = list[tuple[int, object]]
 
 
 @pytest.fixture
 def calls() -> Iterator[Calls]:
-    """What a handler of ours gets."""
+    """What a handler of ours gets, of each signal that is held."""
     got: Calls = []
-    real = signal.signal(signal.SIGINT, lambda number, frame: got.append((number, frame)))
+    real = {number: signal.signal(number, lambda number, frame: got.append((number, frame))) for number in HELD}
     yield got
-    signal.signal(signal.SIGINT, real)
+    for number, handler in real.items():
+        signal.signal(number, handler)
 
 
-def test_it_comes_behind_the_body_and_once(calls):
+@pytest.mark.parametrize("number", HELD)
+def test_it_comes_behind_the_body_as_often_as_it_came(calls, number):
     with held_interrupts():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
+        signal.raise_signal(number)
         assert calls == []
-    assert [number for number, _ in calls] == [signal.SIGINT]
+    assert [number for number, _ in calls] == [number] * 2
     assert calls[0][1] is not None, "the frame that was interrupted"
-    signal.raise_signal(signal.SIGINT)
-    assert len(calls) == 2, "the handler is not back"
+    signal.raise_signal(number)
+    assert len(calls) == 3, "the handler is not back"
+
+
+def test_several_come_in_their_order(calls):
+    order = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
+    with held_interrupts():
+        for number in order:
+            signal.raise_signal(number)
+    assert [number for number, _ in calls] == order
+
+
+def test_a_handler_that_raises_keeps_none_from_the_others(calls):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def body() -> None:
+        with held_interrupts():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.raise_signal(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert [number for number, _ in calls] == [signal.SIGTERM, signal.SIGUSR1]
 
 
 def test_without_a_signal_nothing_is_called(calls):
