@@ -83,7 +83,7 @@ with tempfile.TemporaryDirectory() as folder:
         fresh = ql.quantize_(model(), compute_dtype=torch.float32)
         ql.load_adapter_(fresh, Path(folder) / str(bits))
         show("loaded", *ql.trainable(fresh), fresh.eval()(numbers(3, 64)))
-    # 1,000 steps: a counter in bfloat16 would stop at 256.
+    # A counter in bfloat16 would stop at 256.
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))
     optimizer = ql.PagedAdamW([p], lr=1e-3)
     for _ in range(300):

@@ -7,6 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from qloralab.gguf_reading import fast_gguf
@@ -65,6 +67,19 @@ def test_transformers_reads_the_same(file):
         assert load_gguf_checkpoint(file) == slow  # the second time, from the same reader
     assert slow["tokenizer"]["tokens"][-1] == f"word{VOCABULARY - 1}"
     assert slow["config"]["num_hidden_layers"] == LAYERS
+
+
+def test_the_weights_are_the_same(file):
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    slow = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    with fast_gguf():
+        fast = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    assert list(fast) == list(slow)
+    assert len({name for name in fast if name.endswith("q_proj.weight")}) == LAYERS
+    for name, tensor in slow.items():
+        assert torch.equal(fast[name], tensor)
 
 
 def test_a_header_is_read_once_and_nothing_stays(file):
