@@ -80,10 +80,7 @@ for module in (linear, linear_grad_input):
 @needs_triton
 @pytest.mark.slow
 def test_the_two_words_of_a_unit_lie_in_consecutive_registers():
-    """What ``decode`` asks of the compiler: a thread has both words of the last dimension, and numbers them first.
-
-    Here, because what the tests above have compiled is in triton's cache.
-    """
+    """What ``decode`` asks of the compiler: a thread has both words of the last dimension, and numbers them first."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", WORDS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
