@@ -3,13 +3,14 @@
 With gradient g, first and second moment m and v, and the step t counted from 1::
 
     p <- p * (1 - lr * weight_decay)
-    m <- m + (1 - beta1) * (g - m)
+    m <- m + (1 - beta1) * (g - m)               from g, as g - beta1 * (g - m), where beta1 <= 0.5
     v <- beta2 * v + (1 - beta2) * g * g
     p <- p - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 
 The order and the bias correction are those of ``torch.optim.AdamW``: the decay comes first, eps is added to the
-corrected root. The factors are computed in float64, the rest in float32. A parameter in bfloat16 or float16 is updated
-in float32 and rounded once, to nearest, ties to even; it has no float32 copy beside it.
+corrected root. m is computed from the nearer end, as by ``torch.lerp``: from m, a beta1 of 0 would leave nothing of a
+gradient that is small against it. The factors are computed in float64, the rest in float32. A parameter in bfloat16 or
+float16 is updated in float32 and rounded once, to nearest, ties to even; it has no float32 copy beside it.
 
 A chunk is a list of segments, each a piece of one parameter with its own step. It is one call: in C (``cpu/adamw.c``)
 the threads share it without regard to where segments end; in Triton (``gpu/adamw.py``) it is one launch. Plain PyTorch
@@ -29,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ from torch.autograd.graph import increment_version
 
 from . import dispatch
 
+_PLAIN: tuple[Any, ...] = (Tensor, torch.nn.Parameter)  # of these very types it is known
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of parameters
 
 
@@ -113,6 +116,12 @@ class Rates:
         """What p is multiplied by before the update."""
         return 1 - self.lr * self.weight_decay
 
+    @property
+    def lerp(self) -> float:
+        """What g - m is multiplied by, and its sign says what that is added to: m where it is positive, else g."""
+        weight = 1 - self.beta1
+        return weight if weight < 0.5 else -self.beta1
+
     def corrections(self, step: int) -> tuple[float, float]:
         """What depends on the step: lr / (1 - beta1**step), and the root of 1 - beta2**step."""
         return self.lr / (1 - self.beta1**step), (1 - self.beta2**step) ** 0.5
@@ -152,7 +161,8 @@ def adamw_rounded_(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int,
     """
     step_size, root = rates.corrections(step)
     p, g = param.float(), grad.float()
-    m.add_((g - m).mul_(1 - rates.beta1))
+    change = (g - m).mul_(rates.lerp)
+    m.copy_(change.add_(m if rates.lerp > 0 else g))
     v.mul_(rates.beta2).add_((g * (1 - rates.beta2)).mul_(g))
     denominator = v.double().sqrt().float().div_(v.new_tensor(root)).add_(rates.eps)
     p.mul_(rates.decay).sub_((m * step_size).div_(denominator))
@@ -192,10 +202,23 @@ def check_segments(
             raise ValueError(f"steps count from 1; steps[{i}] is {step}")
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the address of a tensor leads to its elements.
+
+    Not so for subclasses that only stand for other tensors (``DTensor``, quantized weights, what is being traced), for
+    other layouts than strided, and for views whose memory is still to be negated or filled with zeros.
+    """
+    kind: Any = type(tensor)
+    plain = kind in _PLAIN or kind.__torch_dispatch__ is _PLAIN[0].__torch_dispatch__
+    return plain and tensor.layout is torch.strided and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
 def _check(
     name: str, tensors: Sequence[Tensor], dtypes: Iterable[torch.dtype], sizes: Sequence[int], device: torch.device
 ) -> None:
     for i, (tensor, dtype, n) in enumerate(zip(tensors, dtypes, sizes, strict=False)):
+        if not has_memory(tensor):
+            raise TypeError(f"{name}[{i}] is a {type(tensor).__name__} ({tensor.layout}) without memory of its own")
         if tensor.dtype is not dtype:
             raise TypeError(f"{name}[{i}] is {tensor.dtype}, not {dtype}")
         if tensor.shape != (n,) or not tensor.is_contiguous() or tensor.device != device:

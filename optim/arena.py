@@ -80,11 +80,22 @@ class Memory:
     Args:
         nbytes: its size.
         device: where it is.
+
+    Raises:
+        MemoryError: a CPU has not that much. (On a GPU it is ``torch.OutOfMemoryError``.)
     """
 
     def __init__(self, nbytes: int, device: torch.device):
         self.failure: Exception | None = None
-        self.bytes = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        try:
+            self.bytes = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            if device.type != "cpu":
+                raise
+            raise MemoryError(
+                f"the optimizer's state needs {nbytes / 1e9:.2f} GB of memory, which there is not: a budget lets it "
+                "page to a disk, 8 bits make it a quarter"
+            ) from error
         self.where = f"memory of {device}"
 
     def recall(self) -> None:

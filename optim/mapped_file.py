@@ -199,7 +199,7 @@ class MappedFile:
             raise OSError(
                 error.errno,
                 f"the optimizer's state needs a file of {wanted / 1e9:.2f} GB in {folder}, which has {left / 1e9:.2f} "
-                f"GB left: {os.strerror(error.errno or 0)}. state_dir= names another directory",
+                f"GB left: {os.strerror(error.errno or 0)}. state_dir= (or TMPDIR) names another directory",
             ) from None
 
     def _stay(self, first: int, length: int) -> None:
@@ -224,7 +224,7 @@ def _on_disk(directory: str | os.PathLike[str] | None) -> Path:
             reasons.append(f"{candidate} is in memory ({kind})")
         else:
             return Path(candidate).absolute()
-    raise OSError(f"{', '.join(reasons)}. The optimizer's state pages to a disk: state_dir= names a directory on one")
+    raise OSError(f"{', '.join(reasons)}. The optimizer's state pages to a disk: state_dir= (or TMPDIR) names one")
 
 
 def _file_system(directory: str | os.PathLike[str]) -> int:

@@ -14,10 +14,12 @@ from qloralab.kernels.adamw_8bit import adamw_8bit_unchecked_
 
 from .arena import Arena, StreamedArena
 from .chunks import BLOCK_SIZE, Layout, Segment
+from .distributed import is_distributed, local
 from .pager import Chunk
 
 ITEMSIZE = {32: 4, 8: 1}  # bytes of an element of a moment, by the bits of the state
 DTYPE = {32: torch.float32, 8: torch.uint8}
+Signature = tuple[int, torch.Size, torch.dtype, bool, bool]  # of a parameter's memory: what a plan has relied on
 PLANS = 4096  # of one group: a parameter each, where parameters are updated in backward
 
 
@@ -46,7 +48,7 @@ class Moments:
     """m and v of some parameters on one device, all zero at first.
 
     Args:
-        params: contiguous, on one device.
+        params: their local parts contiguous, on one device.
         layout: of their state.
         state_bits: 32, or 8.
         arena: of the size of the layout, zero.
@@ -76,7 +78,7 @@ class Moments:
         self.chunks: list[Chunk | None] = [None] * (len(layout.ranges) - len(streaming))
         self.chunks += [Chunk(cast(StreamedArena, arena), ranges) for ranges in streaming]
         self.steps = torch.zeros(len(params), dtype=torch.float32, device="cpu")
-        runs = self.arena.bytes.view(2, layout.run)
+        runs = self.arena.bytes[: layout.run], self.arena.bytes[layout.run :]
         elements = layout.elements
         self._itemsize = ITEMSIZE[state_bits]
         self._exp_avg, self._exp_avg_sq = (run.view(DTYPE[state_bits])[:elements] for run in runs)
@@ -86,14 +88,16 @@ class Moments:
             self._absmax = torch.zeros(
                 2, -(-elements // BLOCK_SIZE), dtype=torch.float32, device=self.arena.bytes.device
             ).unbind()
-        self._plans: dict[tuple[int, ...], tuple[list[int], list[Batch]]] = {}
+        self._shapes = [local(param).shape for param in params]
+        self._distributed = any(is_distributed(param) for param in params)
+        self._plans: dict[tuple[int, ...], tuple[list[Signature], list[Batch]]] = {}
 
     def of_param(self, number: int) -> tuple[Tensor, ...]:
         """exp_avg and exp_avg_sq in the shape of a parameter, and with 8 bits their scales; not copies."""
-        param, place = self.params[number], self.layout.places[number]
+        shape, place = self._shapes[number], self.layout.places[number]
         runs = (self._exp_avg, self._exp_avg_sq)
-        moments = [run[place : place + param.numel()].view(param.shape) for run in runs]
-        blocks = slice(place // BLOCK_SIZE, -(-(place + param.numel()) // BLOCK_SIZE))
+        moments = [run[place : place + shape.numel()].view(shape) for run in runs]
+        blocks = slice(place // BLOCK_SIZE, -(-(place + shape.numel()) // BLOCK_SIZE))
         return *moments, *(absmax[blocks] for absmax in self._absmax)
 
     def of_segment(self, segment: Segment) -> tuple[Tensor, ...]:
@@ -119,16 +123,22 @@ class Moments:
             numbers: of the parameters.
 
         Raises:
-            TypeError, ValueError: a parameter has been given a memory that no kernel can take.
+            TypeError, ValueError: a parameter has been given another shape, or memory that no kernel can take.
         """
-        key, addresses = tuple(numbers), [self.params[number].data_ptr() for number in numbers]
+        key, params = tuple(numbers), [self.params[number] for number in numbers]
+        if self._distributed:
+            params = [local(param) for param in params]
+        signatures = [(p.data_ptr(), p.shape, p.dtype, p.is_contiguous(), p.is_neg()) for p in params]
         known = self._plans.get(key)
-        if known is None or known[0] != addresses:
-            for number in numbers:
-                check_param(self.params[number], self.arena.bytes.device)
+        if known is None or known[0] != signatures:
+            for number, param in zip(numbers, params, strict=True):
+                check_param(param, self.arena.bytes.device)
+                if param.shape != (had := self._shapes[number]):
+                    found = f"a parameter {list(param.shape)} was {list(had)} when its state was made"
+                    raise ValueError(f"{found}: when a shape changes, make a new optimizer")
             if len(self._plans) >= PLANS:
                 self._plans.clear()
-            known = self._plans[key] = addresses, self._plan(numbers)
+            known = self._plans[key] = signatures, self._plan(numbers, params)
         return known[1]
 
     def update(self, batch: Batch, grads: Sequence[Tensor], steps: Sequence[int], rates: Rates) -> None:
@@ -145,7 +155,7 @@ class Moments:
         update: Callable[..., None] = adamw_8bit_unchecked_ if self._absmax else adamw_unchecked_
         update(batch.params, parts, *batch.states, [steps[owner] for owner in batch.owners], rates)
 
-    def _plan(self, numbers: Sequence[int]) -> list[Batch]:
+    def _plan(self, numbers: Sequence[int], params: Sequence[Tensor]) -> list[Batch]:
         place = {number: index for index, number in enumerate(numbers)}
         within_reach: list[Segment] = []
         away, streaming = 0, []
@@ -157,16 +167,24 @@ class Moments:
             if index >= self._resident:
                 away += sum(2 * self._itemsize * (one.end - one.first) for one in segments)
             within_reach += segments
-        plan = [self._batch(None, _joined(within_reach), place, away)] if within_reach else []
-        return plan + [self._batch(chunk, segments, place, 0) for chunk, segments in streaming]
+        plan = [self._batch(None, _joined(within_reach), place, params, away)] if within_reach else []
+        return plan + [self._batch(chunk, segments, place, params, 0) for chunk, segments in streaming]
 
-    def _batch(self, chunk: Chunk | None, segments: Sequence[Segment], place: dict[int, int], away: int) -> Batch:
-        whole = [one.end - one.first == self.params[one.param].numel() for one in segments]
+    def _batch(
+        self,
+        chunk: Chunk | None,
+        segments: Sequence[Segment],
+        place: dict[int, int],
+        params: Sequence[Tensor],
+        away: int,
+    ) -> Batch:
+        owners = [place[one.param] for one in segments]
+        whole = [one.end - one.first == params[owner].numel() for one, owner in zip(segments, owners, strict=True)]
         return Batch(
             chunk,
-            [place[one.param] for one in segments],
+            owners,
             [None if all_ else slice(one.first, one.end) for one, all_ in zip(segments, whole, strict=True)],
-            [self.params[one.param].detach().view(-1)[one.first : one.end] for one in segments],
+            [params[owner].detach().view(-1)[one.first : one.end] for one, owner in zip(segments, owners, strict=True)],
             [list(tensors) for tensors in zip(*(self.of_segment(one) for one in segments), strict=True)],
             away,
         )
@@ -175,6 +193,10 @@ class Moments:
 def check_param(param: Tensor, device: torch.device) -> None:
     """Raise TypeError or ValueError unless the kernels can update a parameter, which is to be on a device."""
     what = f"a parameter {list(param.shape)}"
+    try:
+        param = local(param)
+    except TypeError as error:
+        raise TypeError(f"{what} {error}") from None
     if param.dtype not in DTYPES:
         raise TypeError(f"{what} is {param.dtype}; what can be updated is float32, bfloat16 and float16")
     if not param.is_contiguous():

@@ -11,6 +11,7 @@ kept, 8 in and 8 out of the arena. The slower of the two decides.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import warnings
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from qloralab.kernels.adamw import Rates
@@ -28,57 +30,18 @@ from qloralab.kernels.adamw import Rates
 from . import states
 from .arena import Arena, Memory
 from .chunks import Layout, lay_out, piece_bytes
+from .distributed import any_of, is_distributed, local, local_beside, shown_like
 from .interrupts import held_interrupts
 from .mapped_file import MappedFile
-from .moments import ITEMSIZE, Batch, Moments, check_param
+from .moments import ITEMSIZE, PLANS, Batch, Moments, check_param
 from .pager import FEWEST_PLACES, Chunk, Counters, Pager, divide
+from .paging import Paging
 
 NONFINITE = ("update", "skip", "raise")
 
+_NONE: dict[str, Tensor] = {}  # what a parameter has in `state` before its first update
+_NOTHING: tuple[dict[str, Tensor], list[Tensor]] = _NONE, []
 _MIDWAY = "an update failed midway: load the parameters and the state from a checkpoint"
-
-
-@dataclass(frozen=True)
-class Paging:
-    """What an optimizer's state takes, and what its pager has done since the start.
-
-    Attributes:
-        where: the places of the state.
-        state_bytes: all of it that may page.
-        budget: the most that may be resident, bytes; None: no limit.
-        resident_bytes: what is in fast memory now, as the system says (``mincore``).
-        rss_bytes: what of a mapped file counts in this process's resident set; None where there is none.
-        prefetches: chunks that were on their way before they were asked for.
-        misses: chunks that were not.
-        stalls: chunks that had not arrived when they were needed.
-        stalled: seconds spent waiting for them.
-        fetched, evicted: bytes that came and went; on a GPU, that its kernels read and wrote in the host's memory.
-    """
-
-    where: str
-    state_bytes: int
-    budget: int | None
-    resident_bytes: int
-    rss_bytes: int | None
-    prefetches: int
-    misses: int
-    stalls: int
-    stalled: float
-    fetched: int
-    evicted: int
-
-    @property
-    def evicted_bytes(self) -> int:
-        """What is not resident now."""
-        return self.state_bytes - self.resident_bytes
-
-    def __str__(self) -> str:
-        line = f"optimizer state {self.state_bytes / 1e6:.0f} MB, {self.resident_bytes / 1e6:.0f} resident"
-        if not self.fetched:
-            return line
-        if not self.prefetches + self.misses:
-            return f"{line}; {self.fetched / 1e9:.1f} GB in and {self.evicted / 1e9:.1f} GB out, over the link"
-        return f"{line}; {self.prefetches} prefetches, {self.stalls} stalls, {self.stalled:.1f} s"
 
 
 @dataclass
@@ -109,18 +72,31 @@ class _Device:
 
 @dataclass(frozen=True)
 class _Part:
-    """The parameters of a group that are on one device, and their moments."""
+    """Parameters that are on one device, and their moments."""
 
-    group: int
     moments: Moments
     shared: _Device
+
+
+@dataclass
+class _Work:
+    """Parameters to update that are of one part and, by now, of one group."""
+
+    part: _Part
+    group: int
+    numbers: list[int] = field(default_factory=list)  # in the part
+    params: list[Tensor] = field(default_factory=list)
 
 
 class PagedAdamW(Optimizer):
     """``torch.optim.AdamW`` with a state that pages.
 
     The update, its order and its rounding are those of ``kernels/adamw.py``. Parameters are float32, bfloat16 or
-    float16, contiguous, on CPUs or NVIDIA GPUs; a group may lie on several devices.
+    float16, contiguous, on CPUs or NVIDIA GPUs; a group may lie on several devices. Of a ``DTensor`` (``fully_shard``)
+    each process updates its part.
+
+    ``state`` and ``param_groups`` are the truth, as in PyTorch: the next step goes on from what is assigned there, from
+    nothing where an entry was removed, and with the rates of the group that a parameter is in by then.
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for any PyTorch optimizer.
@@ -142,8 +118,10 @@ class PagedAdamW(Optimizer):
         skipped: steps that were skipped.
 
     Raises:
-        ValueError: an argument is out of range, or a parameter not contiguous.
-        TypeError: a parameter has another dtype.
+        ValueError: an argument is out of range, a parameter not contiguous, twice in a group or, with 8 bits, a DTensor
+            (the scales of its codes would have no place in a checkpoint for other numbers of processes); a group asks
+            for amsgrad, maximize or coupled weight decay.
+        TypeError: a parameter has another dtype, or values that are not in its own memory.
         OSError: the disk has no room for the state.
         MemoryError: the GPU has none.
         ImportError: a budget on a GPU, and no ``cuda.bindings``; the message says what to install.
@@ -178,9 +156,15 @@ class PagedAdamW(Optimizer):
         self._devices: dict[torch.device, _Device] = {}
         self._parts: list[_Part] = []
         self._homes: dict[Tensor, tuple[int, int]] = {}  # the number of a part, and in it
+        self._shown: dict[Tensor, tuple[dict[str, Tensor], list[Tensor]]] = {}  # entries of `state`, and their values
+        self._works: dict[tuple[tuple[int, ...], ...], list[_Work]] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}  # where in param_groups a parameter was found last
+        self._process = os.getpid()
         self._broken: str | None = None
         self._lock = threading.RLock()  # backward has a thread for each device
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if state_bits == 8:
+            self.register_state_dict_post_hook(_nested)
         self._allocate(param for group in self.param_groups for param in group["params"] if param.requires_grad)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -191,12 +175,15 @@ class PagedAdamW(Optimizer):
             OSError, MemoryError: there is no room for its state. The optimizer is as it was, after each of them.
         """
         super().add_param_group(param_group)
-        if self._parts:
-            try:
-                self._allocate(param for param in self.param_groups[-1]["params"] if param.requires_grad)
-            except BaseException:
-                self.param_groups.pop()
-                raise
+        group = self.param_groups[-1]
+        try:
+            states.check_options(group, f"group {len(self.param_groups) - 1}")
+            self._check_distinct(group["params"])
+            if self._parts:
+                self._allocate(param for param in group["params"] if param.requires_grad)
+        except BaseException:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -208,16 +195,18 @@ class PagedAdamW(Optimizer):
             closure: computes the loss again, with gradients, and returns it.
 
         Raises:
-            ValueError: a gradient is not finite (``nonfinite="raise"``), or another device's; nothing was updated.
+            ValueError, TypeError: a parameter, its gradient, its state or a rate is not what it has to be, or a
+                gradient is not finite (``nonfinite="raise"``); nothing was updated.
+            RuntimeError: an update failed before; or the state pages to a file, and this is a forked process.
             OSError: the state could not be written; all parameters are updated, and the message says what to do.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         with self._lock, held_interrupts():
-            if self._update(params):
+            groups = enumerate(self.param_groups)
+            if self._update([(n, [p for p in group["params"] if p.grad is not None]) for n, group in groups]):
                 self._end()
         return loss
 
@@ -246,10 +235,12 @@ class PagedAdamW(Optimizer):
         """
         if self._broken:
             raise RuntimeError(self._broken)
-        found = super().state_dict()
-        if self._state_bits == 8:
-            found["state"] = {key: states.nested(entry) for key, entry in found["state"].items()}
-        return found
+        with self._lock, held_interrupts():
+            replaced = self._replaced(list(self._homes))
+            if replaced:
+                self._put(replaced)
+                self._end()
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,25 +251,55 @@ class PagedAdamW(Optimizer):
         Raises:
             ValueError: the groups or the shapes are others, or the state is another optimizer's; nothing was changed.
         """
-        entries = states.read(state_dict, self.param_groups)
         with self._lock, held_interrupts():
-            self._allocate(param for param in entries if param not in self._homes)
-            super().load_state_dict({**state_dict, "state": {}})
-            self._broken = _MIDWAY
-            for part in self._parts:
-                moments = part.moments
-                moments.arena.failure = None
-                moments.steps.zero_()
-                for chunk, segments in zip(moments.chunks, moments.layout.segments, strict=True):
+            # Between the hooks of others: behind those that change what is loaded, before those that look at it.
+            entries: dict[Tensor, states.Entry] = {}
+            handles = [
+                self.register_load_state_dict_pre_hook(lambda _, found: self._take(found, entries)),
+                self.register_load_state_dict_post_hook(lambda _: self._put_all(entries), prepend=True),
+            ]
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def _take(self, state_dict: dict[str, Any], entries: dict[Tensor, states.Entry]) -> dict[str, Any]:
+        """Read the entries of a state dictionary, and leave the rest of it."""
+        self._check_process()
+        entries |= states.read(state_dict, self.param_groups)
+        self._allocate(param for param in entries if param not in self._homes)
+        return {**state_dict, "state": {}}
+
+    def _put_all(self, entries: Mapping[Tensor, states.Entry]) -> None:
+        """Let these be the state of all parameters."""
+        self._broken = _MIDWAY
+        for part in self._parts:
+            part.moments.arena.failure = None
+        self._put({param: entries.get(param) for param in self._homes})
+        self._end()
+
+    def _put(self, entries: Mapping[Tensor, states.Entry | None]) -> None:
+        """Copy the state of parameters, None if they are to have none, chunk by chunk to where it pages."""
+        by_part: dict[int, dict[int, states.Entry | None]] = {}
+        for param, entry in entries.items():
+            index, number = self._homes[param]
+            by_part.setdefault(index, {})[number] = entry
+        for index, of_part in sorted(by_part.items()):
+            part, moments = self._parts[index], self._parts[index].moments
+            for chunk, segments in zip(moments.chunks, moments.layout.segments, strict=True):
+                chosen = [segment for segment in segments if segment.param in of_part]
+                if chosen:
                     self._use(part, chunk)
-                    for segment in segments:
-                        entry = entries.get(moments.params[segment.param])
-                        states.copy_(moments.of_segment(segment), entry, segment)
-            for param, entry in entries.items():
-                index, number = self._homes[param]
-                self._parts[index].moments.steps[number] = entry.step
+                for segment in chosen:
+                    states.copy_(moments.of_segment(segment), of_part[segment.param], segment)
+            for number, entry in of_part.items():
+                moments.steps[number] = 0 if entry is None else entry.step
+        for param, entry in entries.items():
+            if entry is not None:
                 self._show(param)
-            self._end()
+            elif self._shown.pop(param, None):
+                self.state.pop(param, None)
 
     def __reduce_ex__(self, protocol: object):
         raise TypeError("a PagedAdamW cannot be pickled or copied: save its state_dict(), which any AdamW can load")
@@ -288,32 +309,35 @@ class PagedAdamW(Optimizer):
         chosen = set(params)
         if not chosen:
             return
-        wanted: dict[torch.device, list[tuple[int, list[Tensor], Layout]]] = {}
-        for number, group in enumerate(self.param_groups):
+        wanted: dict[torch.device, list[tuple[list[Tensor], Layout]]] = {}
+        for group in self.param_groups:
             on_device: dict[torch.device, list[Tensor]] = {}
             for param in group["params"]:
                 if param in chosen:
                     if param.device.type not in ("cpu", "cuda"):
                         what = f"a parameter {list(param.shape)} is on {param.device}"
                         raise ValueError(f"{what}; the state pages on CPUs and NVIDIA GPUs")
+                    if self._state_bits == 8 and is_distributed(param):
+                        raise ValueError(f"a parameter {list(param.shape)} is a DTensor, which needs state_bits=32")
                     check_param(param, param.device)
                     on_device.setdefault(param.device, []).append(param)
             for device, members in on_device.items():
-                layout = lay_out([param.numel() for param in members], ITEMSIZE[self._state_bits], self._piece)
-                wanted.setdefault(device, []).append((number, members, layout))
+                numels = [local(param).numel() for param in members]
+                layout = lay_out(numels, ITEMSIZE[self._state_bits], self._piece)
+                wanted.setdefault(device, []).append((members, layout))
         # All memory first: where there is too little, nothing has been registered.
         made: list[tuple[torch.device, _Device, tuple[int, int], list[_Part]]] = []
         for device, layouts in wanted.items():
             places = None if self._budget is None else self._budget // (2 * self._piece)
             shared = self._devices.get(device, _Device(places, streams=device.type == "cpu"))
-            stay, width = shared.divide(sum(len(layout.ranges) for _, _, layout in layouts))
+            stay, width = shared.divide(sum(len(layout.ranges) for _, layout in layouts))
             left, parts = stay, []
-            for number, members, layout in layouts:
+            for members, layout in layouts:
                 keep = min(left, len(layout.ranges))
                 left -= keep
                 arena = self._arena(layout, keep, device)
                 moments = Moments(members, layout, self._state_bits, arena, keep, shared.streams)
-                parts.append(_Part(number, moments, shared))
+                parts.append(_Part(moments, shared))
             made.append((device, shared, (stay, width), parts))
         for device, shared, divided, parts in made:
             self._devices[device] = shared
@@ -346,43 +370,66 @@ class PagedAdamW(Optimizer):
             if self._in_backward:
                 param.register_post_accumulate_grad_hook(_hook(weakref.ref(self)))
 
-    def _update(self, params: Sequence[Tensor]) -> bool:
-        """Update these parameters, which have a gradient; whether it was done, or skipped."""
+    def _update(self, groups: Sequence[tuple[int, Sequence[Tensor]]]) -> bool:
+        """Update parameters, by the number of their group; they have a gradient. Whether it was done, or skipped."""
         if self._broken:
             raise RuntimeError(self._broken)
-        self._allocate(param for param in params if param not in self._homes)
-        work: dict[int, tuple[list[int], list[Tensor]]] = {}  # by part
-        for param in params:
-            index, number = self._homes[param]
-            numbers, grads = work.setdefault(index, ([], []))
-            numbers.append(number)
-            grads.append(_gradient(param))
-        if self._nonfinite != "update" and (bad := self._not_finite(work)) is not None:
+        self._check_process()
+        works = self._works_of(groups)
+        rates = [self._rates(work.group) for work in works]
+        grads = [self._gradients(work.params) for work in works]
+        if self._nonfinite != "update" and (bad := _not_finite(works, grads)) is not None:
             if self._nonfinite == "raise":
                 raise ValueError(f"{self._name(bad)} has a gradient that is not finite; no parameter was updated")
             self.skipped += 1
             return False
-        planned = [(self._parts[index], *of_part) for index, of_part in sorted(work.items())]
-        batches = [part.moments.batches(numbers) for part, numbers, _ in planned]
+        batches = [work.part.moments.batches(work.numbers) for work in works]
+        replaced = self._replaced(param for work in works for param in work.params)
         self._broken = _MIDWAY
-        for (part, numbers, grads), of_part in zip(planned, batches, strict=True):
-            self._update_part(part, numbers, grads, of_part)
+        self._put(replaced)
+        for one in zip(works, grads, batches, rates, strict=True):
+            self._update_part(*one)
         self._broken = None
         return True
 
-    def _update_part(
-        self, part: _Part, numbers: Sequence[int], grads: Sequence[Tensor], batches: Sequence[Batch]
-    ) -> None:
+    def _works_of(self, groups: Sequence[tuple[int, Sequence[Tensor]]]) -> list[_Work]:
+        """The parameters of some groups by the part that they are in. Kept, as most steps have the same."""
+        key = tuple((group, *map(id, members)) for group, members in groups)
+        if key not in self._works:
+            params = [param for _, members in groups for param in members]
+            self._check_distinct(params)
+            self._allocate(param for param in params if param not in self._homes)
+            found: dict[tuple[int, int], _Work] = {}
+            for group, members in groups:
+                for param in members:
+                    index, number = self._homes[param]
+                    work = found.setdefault((index, group), _Work(self._parts[index], group))
+                    work.numbers.append(number)
+                    work.params.append(param)
+            if len(self._works) >= PLANS:
+                self._works.clear()
+            self._works[key] = [found[place] for place in sorted(found)]
+        return self._works[key]
+
+    def _gradients(self, params: Sequence[Tensor]) -> list[Tensor]:
+        grads = []
+        for param in params:
+            try:
+                grads.append(_gradient(param))
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"{self._name(param)} has a gradient that {error}") from None
+        return grads
+
+    def _update_part(self, work: _Work, grads: Sequence[Tensor], batches: Sequence[Batch], rates: Rates) -> None:
         """Go over the chunks of a part, those without a parameter to update excepted."""
-        moments, group, counters = part.moments, self.param_groups[part.group], part.shared.counters
-        rates = Rates(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
-        steps = moments.advance(numbers)
-        for number, step in zip(numbers, steps, strict=True):
+        moments, counters = work.part.moments, work.part.shared.counters
+        steps = moments.advance(work.numbers)
+        for number, step in zip(work.numbers, steps, strict=True):
             if step == 1:
                 self._show(moments.params[number])
         moments.arena.recall()
         for batch in batches:
-            self._use(part, batch.chunk)
+            self._use(work.part, batch.chunk)
             moments.update(batch, grads, steps, rates)
             counters.fetched += batch.away
             counters.evicted += batch.away
@@ -390,8 +437,46 @@ class PagedAdamW(Optimizer):
     def _update_in_backward(self, param: Tensor) -> None:
         """The hook: the gradient of a parameter is complete."""
         with self._lock, held_interrupts(), torch.no_grad():
-            self._update([param])
-            param.grad = None
+            group = self._group_of(param)
+            if group is not None:
+                self._update([(group, [param])])
+                param.grad = None
+
+    def _group_of(self, param: Tensor) -> int | None:
+        """The number of the group that a parameter is in now; None: it was taken out."""
+        group, index = self._places.get(param, (0, 0))
+        if group < len(self.param_groups):
+            members = self.param_groups[group]["params"]
+            if index < len(members) and members[index] is param:
+                return group
+        for group, its in enumerate(self.param_groups):
+            for index, other in enumerate(its["params"]):
+                self._places[other] = group, index
+                if other is param:
+                    return group
+        return None
+
+    def _rates(self, number: int) -> Rates:
+        """Of a group, as they are now."""
+        group = self.param_groups[number]
+        states.check_options(group, f"group {number}")
+        try:
+            return Rates(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"lr, betas, eps and weight_decay of group {number} are no numbers: {error}") from error
+
+    def _replaced(self, params: Iterable[Tensor]) -> dict[Tensor, states.Entry | None]:
+        """What others have put in the place of the state of these parameters; None: nothing."""
+        found = {}
+        for param in params:
+            entry, (shown, values) = self.state.get(param, _NONE), self._shown.get(param, _NOTHING)
+            if entry is shown and len(entry) == len(values) and all(map(operator.is_, entry.values(), values)):
+                continue
+            if entry or shown:
+                # Copied: it may be a view of what another parameter is about to be given.
+                what = f"the state of {self._name(param)}"
+                found[param] = states.entry_of(entry, param, what).copy() if entry else None
+        return found
 
     def _use(self, part: _Part, chunk: Chunk | None) -> None:
         """Have a chunk there, in place of the one before. None: what is always there."""
@@ -423,19 +508,21 @@ class PagedAdamW(Optimizer):
         """Let ``state`` have the state of a parameter, as views of it."""
         index, number = self._homes[param]
         moments = self._parts[index].moments
-        views = dict(zip(states.NAMES[self._state_bits], moments.of_param(number), strict=True))
-        self.state[param] = {"step": moments.steps[number], **views}
+        views = [shown_like(view, param) for view in moments.of_param(number)]
+        names, values = ("step", *states.NAMES[self._state_bits]), [moments.steps[number], *views]
+        self.state[param] = entry = dict(zip(names, values, strict=True))
+        self._shown[param] = entry, values
 
-    def _not_finite(self, work: Mapping[int, tuple[list[int], list[Tensor]]]) -> Tensor | None:
-        """A parameter whose gradient has NaN or infinity. Waits for the device once for each part."""
-        for index, (numbers, grads) in work.items():
-            some = [(number, grad) for number, grad in zip(numbers, grads, strict=True) if len(grad)]
-            if some:
-                largest = torch.stack([grad.abs().amax().float() for _, grad in some])
-                bad = largest.isfinite().logical_not().nonzero()
-                if len(bad):
-                    return self._parts[index].moments.params[some[int(bad[0])][0]]
-        return None
+    def _check_distinct(self, params: Sequence[Tensor]) -> None:
+        if len(set(params)) < len(params):
+            twice = next(param for index, param in enumerate(params) if any(param is other for other in params[:index]))
+            raise ValueError(f"{self._name(twice)} is there twice; an optimizer updates each once")
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid() and any(device.pager is not None for device in self._devices.values()):
+            raise RuntimeError(
+                "the state pages to a file of another process, from which this one was forked: make the optimizer here"
+            )
 
     def _name(self, param: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
@@ -456,6 +543,16 @@ def _hook(optimizer: weakref.ref[PagedAdamW]) -> Callable[[Tensor], None]:
     return update
 
 
+def _not_finite(works: Sequence[_Work], grads: Sequence[Sequence[Tensor]]) -> Tensor | None:
+    """A parameter whose gradient has NaN or infinity, in any process. Waits for the device once for each part."""
+    for work, some in zip(works, grads, strict=True):
+        largest = torch.stack([grad.abs().amax().float() if len(grad) else grad.new_zeros(()).float() for grad in some])
+        bad = any_of(largest.isfinite().logical_not(), work.params).nonzero()
+        if len(bad):
+            return work.params[int(bad[0])]
+    return None
+
+
 def _check_rates(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not float(value) >= 0:
@@ -464,13 +561,24 @@ def _check_rates(lr: float, betas: tuple[float, float], eps: float, weight_decay
         raise ValueError(f"betas are two numbers from 0 to 1, 1 excluded, not {betas}")
 
 
+def _nested(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dictionary of 8 bits in the layout of bitsandbytes."""
+    return {**state_dict, "state": {key: states.nested(entry) for key, entry in state_dict["state"].items()}}
+
+
 def _gradient(param: Tensor) -> Tensor:
-    """The gradient of a parameter, flat."""
+    """The gradient of a parameter, or of its local part, flat."""
     grad = param.grad
     assert grad is not None
-    if grad.is_sparse:
-        raise RuntimeError("PagedAdamW has no update for sparse gradients")
-    if grad.dtype is not param.dtype or grad.device != param.device or grad.numel() != param.numel():
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"is {grad.layout}, for which PagedAdamW has no update")
+    if grad.dtype is not param.dtype or grad.device != param.device or grad.shape != param.shape:
         found = f"{grad.dtype} {list(grad.shape)} on {grad.device}"
-        raise ValueError(f"a parameter {param.dtype} {list(param.shape)} on {param.device} has a gradient {found}")
-    return (grad.detach() if grad.requires_grad else grad).contiguous().view(-1)
+        raise ValueError(f"is {found}; the parameter is {param.dtype} {list(param.shape)} on {param.device}")
+    if grad.is_neg() or grad._is_zerotensor():
+        grad = grad.clone()  # which writes the values that it stands for
+    if grad.requires_grad:
+        grad = grad.detach()
+    if type(grad) is not Tensor or type(param) is not Parameter:
+        grad = local_beside(grad, param)
+    return grad.contiguous().view(-1)

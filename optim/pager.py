@@ -136,12 +136,19 @@ class Pager:
         """
         self._used.append(chunk)
         self._seek(chunk)
-        if chunk in self._streaming.here:
+        prefetched = chunk in self._streaming.here
+        if prefetched:
             self.counters.prefetches += 1
         else:
             self.counters.misses += 1
             self._fetch(chunk)
-        waited = chunk.arena.wait(self._streaming.here[chunk])
+        try:
+            waited = self._wait(chunk)
+        except Exception:
+            if not prefetched:
+                raise
+            self._fetch(chunk)  # what failed a while ago may do now
+            waited = self._wait(chunk)
         if waited > 0:
             self.counters.stalls += 1
             self.counters.stalled += waited
@@ -208,6 +215,14 @@ class Pager:
             after = streaming.leaving.popleft()[1]
         streaming.here[chunk] = chunk.arena.fetch(chunk.ranges, after)
         self.counters.fetched += chunk.nbytes
+
+    def _wait(self, chunk: Chunk) -> float:
+        """The seconds until a chunk was there. One that does not come is not here: its next turn fetches it again."""
+        try:
+            return chunk.arena.wait(self._streaming.here[chunk])
+        except Exception:
+            self._leave(chunk)
+            raise
 
     def _distance(self, chunk: Chunk) -> int:
         """How many others are expected before a chunk."""

@@ -25,11 +25,13 @@ from torch import Tensor
 from qloralab.kernels.adamw_8bit import BLOCK_SIZE, dequantize_moment, moment_tables, quantize_moment
 
 from .chunks import Segment
+from .distributed import local_beside
 
 NESTED = "__bnb_optimizer_quant_state__"
 NAMES = {32: ("exp_avg", "exp_avg_sq"), 8: ("state1", "state2", "absmax1", "absmax2")}
 
-_REFUSED = ("amsgrad", "maximize")  # options of torch.optim.AdamW that change the update
+# Options of torch.optim.AdamW that change the update, and what they are here.
+_OPTIONS = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,15 @@ class Entry:
     step: int
     moments: tuple[Tensor, Tensor]
     scales: tuple[Tensor, Tensor] | None = None
+
+    def copy(self) -> Entry:
+        """In memory of its own."""
+        moments, scales = self.moments, self.scales
+        return Entry(
+            self.step,
+            (moments[0].clone(), moments[1].clone()),
+            None if scales is None else (scales[0].clone(), scales[1].clone()),
+        )
 
 
 def nested(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,15 +79,21 @@ def read(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> 
     sizes, own = [len(group["params"]) for group in saved], [len(group["params"]) for group in groups]
     if sizes != own:
         raise ValueError(f"the state has groups of {sizes} parameters, the optimizer of {own}")
-    for option in _REFUSED:
-        if any(group.get(option) for group in saved):
-            raise ValueError(f"the state is that of an AdamW with {option}=True, which PagedAdamW does not have")
+    for number, group in enumerate(saved):
+        check_options(group, f"group {number} of the state")
     entries = {}
     for saved_group, group in zip(saved, groups, strict=True):
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             if key in state_dict["state"]:
-                entries[param] = _entry(state_dict["state"][key], param, f"the state of parameter {key}")
+                entries[param] = entry_of(state_dict["state"][key], param, f"the state of parameter {key}")
     return entries
+
+
+def check_options(group: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where a group asks for another update than there is here."""
+    for option, value in _OPTIONS.items():
+        if bool(group.get(option, value)) is not value:
+            raise ValueError(f"{what} has {option}={group[option]}, which PagedAdamW does not have")
 
 
 def copy_(into: Sequence[Tensor], entry: Entry | None, segment: Segment) -> None:
@@ -111,7 +128,12 @@ def copy_(into: Sequence[Tensor], entry: Entry | None, segment: Segment) -> None
             moment.copy_(source)
 
 
-def _entry(saved: Mapping[str, Any], param: Tensor, what: str) -> Entry:
+def entry_of(saved: Mapping[str, Any], param: Tensor, what: str) -> Entry:
+    """The state of a parameter as any of the optimizers above has it.
+
+    Raises:
+        ValueError: it is another optimizer's, or does not fit the parameter; ``what`` it is called in the message.
+    """
     tensors = {**saved, **saved.get(NESTED, {})}
     names = next((pair for pair in (NAMES[32], NAMES[8][:2]) if pair[0] in tensors), None)
     if names is None or "step" not in tensors:
@@ -122,7 +144,10 @@ def _entry(saved: Mapping[str, Any], param: Tensor, what: str) -> Entry:
         if tensors[name].shape != param.shape:
             shapes = f"{list(tensors[name].shape)}; the parameter is {list(param.shape)}"
             raise ValueError(f"{name} in {what} is {shapes}")
-    exp_avg, exp_avg_sq = (tensors[name].detach().reshape(-1) for name in names)
+    try:
+        exp_avg, exp_avg_sq = (local_beside(tensors[name].detach(), param).reshape(-1) for name in names)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} {error}") from None
     return Entry(int(tensors["step"]), (exp_avg, exp_avg_sq), _scales(tensors, exp_avg, what))
 
 

@@ -21,7 +21,7 @@ typedef struct {
     const int64_t *ends;    /* elements, or blocks, of this segment and all before it */
     const int32_t *types;   /* of params and grads */
     const float *step_sizes, *roots;
-    float decay, beta2, one_minus_beta1, one_minus_beta2, eps;
+    float decay, beta2, lerp, one_minus_beta2, eps; /* lerp: of g - m, to be added to m, or to g if not positive */
 } chunk;
 
 /* The segment that element (or block) number `at` of the chunk is in. */
@@ -42,10 +42,10 @@ static inline int64_t segment_of(const chunk *c, int64_t at)
 static inline void update(const chunk *c, int64_t s, int64_t n, float *restrict p, const float *restrict g,
                           float *restrict m, float *restrict v)
 {
-    float decay = c->decay, beta2 = c->beta2, a1 = c->one_minus_beta1, a2 = c->one_minus_beta2, eps = c->eps;
+    float decay = c->decay, beta2 = c->beta2, lerp = c->lerp, a2 = c->one_minus_beta2, eps = c->eps;
     float step_size = c->step_sizes[s], root = c->roots[s];
     for (int64_t i = 0; i < n; i++) {
-        float mi = m[i] + a1 * (g[i] - m[i]);
+        float mi = (lerp > 0 ? m[i] : g[i]) + lerp * (g[i] - m[i]);
         float vi = beta2 * v[i] + a2 * g[i] * g[i];
         m[i] = mi;
         v[i] = vi;

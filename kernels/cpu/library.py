@@ -57,7 +57,7 @@ class Segments(ctypes.Structure):
         ("count", _long),
         *((name, _pointer) for name in ("params", "grads", "m", "v", "m_absmax", "v_absmax")),
         *((name, _pointer) for name in ("numels", "ends", "types", "step_sizes", "roots")),
-        *((name, _float) for name in ("decay", "beta2", "one_minus_beta1", "one_minus_beta2", "eps")),
+        *((name, _float) for name in ("decay", "beta2", "lerp", "one_minus_beta2", "eps")),
     )
 
 
@@ -275,7 +275,7 @@ class _Chunk:
             array("f", roots),
         ]
         addresses = [one.buffer_info()[0] for one in self._arrays]
-        constants = rates.decay, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps
+        constants = rates.decay, rates.beta2, rates.lerp, 1 - rates.beta2, rates.eps
         self.structure = Segments(len(params), *addresses, *constants)
 
 

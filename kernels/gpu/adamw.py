@@ -47,11 +47,11 @@ def product(x, y, minus_zero):
 
 
 @triton.jit
-def update(row, p, g, m, v, decay, beta2, one_minus_beta1, one_minus_beta2, eps, minus_zero):
+def update(row, p, g, m, v, decay, beta2, lerp, one_minus_beta2, eps, minus_zero):
     """The new p, m and v of float32 elements, each operation rounded by itself."""
     step_size = tl.load(row + 6).to(tl.int32).to(tl.float32, bitcast=True)
     root = tl.load(row + 7).to(tl.int32).to(tl.float32, bitcast=True)
-    m = m + product(g - m, one_minus_beta1, minus_zero)
+    m = tl.where(lerp > 0, m, g) + product(g - m, lerp, minus_zero)
     v = product(v, beta2, minus_zero) + product(g * one_minus_beta2, g, minus_zero)
     quotient = tl.div_rn(m * step_size, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     return product(p, decay, minus_zero) - quotient, m, v
@@ -63,7 +63,7 @@ def _adamw(
     segment_of,
     decay,
     beta2,
-    one_minus_beta1,
+    lerp,
     one_minus_beta2,
     eps,
     minus_zero,
@@ -84,7 +84,7 @@ def _adamw(
     g = to_float32(tl.load(pointer(row, 1, TYPE, ALIGNED) + start + i, mask=i < left, other=0.0))
     m = tl.load(m_at, mask=i < left, other=0.0)
     v = tl.load(v_at, mask=i < left, other=0.0)
-    p, m, v = update(row, p, g, m, v, decay, beta2, one_minus_beta1, one_minus_beta2, eps, minus_zero)
+    p, m, v = update(row, p, g, m, v, decay, beta2, lerp, one_minus_beta2, eps, minus_zero)
     tl.store(params, round_to(p, TYPE), mask=i < left)
     tl.store(m_at, m, mask=i < left)
     tl.store(v_at, v, mask=i < left)
@@ -107,11 +107,11 @@ def adamw(
 def arguments(launch: Launch, rates: Rates, tile: int) -> dict[str, Any]:
     """Those that this kernel and the one for 8 bits have in common, by name."""
     kind = {"TYPE": TYPES[launch.dtype], "ALIGNED": launch.aligned, "TILE": tile}
-    numbers = rates.decay, rates.beta2, 1 - rates.beta1, 1 - rates.beta2, rates.eps, MINUS_ZERO
+    numbers = rates.decay, rates.beta2, rates.lerp, 1 - rates.beta2, rates.eps, MINUS_ZERO
     return kind | dict(zip(SCALARS, numbers, strict=True))
 
 
-SCALARS = dict.fromkeys(("decay", "beta2", "one_minus_beta1", "one_minus_beta2", "eps"), "fp32") | {"minus_zero": "i32"}
+SCALARS = dict.fromkeys(("decay", "beta2", "lerp", "one_minus_beta2", "eps"), "fp32") | {"minus_zero": "i32"}
 
 
 def _case(name: str, dtype: tl.dtype, aligned: bool = True) -> Case:

@@ -57,7 +57,7 @@ def _adamw_8bit(
     below,
     decay,
     beta2,
-    one_minus_beta1,
+    lerp,
     one_minus_beta2,
     eps,
     minus_zero,
@@ -88,7 +88,7 @@ def _adamw_8bit(
     codes, scale = tl.load(v_codes, mask=inside, other=0), tl.load(v_absmax, mask=is_block, other=0.0)
     v = tl.where(inside, _decode(codes, values + 256, scale, minus_zero, TILE), 0.0)
 
-    p, m, v = update(row, p, g, m, v, decay, beta2, one_minus_beta1, one_minus_beta2, eps, minus_zero)
+    p, m, v = update(row, p, g, m, v, decay, beta2, lerp, one_minus_beta2, eps, minus_zero)
     tl.store(params, round_to(p, TYPE), mask=inside)
 
     codes, scale = _encode(m, thresholds, below, 17, TILE)

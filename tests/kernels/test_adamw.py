@@ -19,6 +19,7 @@ SETTINGS = [
     pytest.param(DEFAULTS, id="defaults"),
     pytest.param({"lr": 0.3, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.5}, id="large"),
     pytest.param({"lr": 2e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}, id="no decay"),
+    pytest.param({"lr": 1e-3, "beta1": 0.0, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.01}, id="no momentum"),
 ]
 # Root mean square, relative. float32 rounds the decay's factor, and 200 updates: up to 4e-6 here, as in torch itself.
 TOLERANCE = 1e-5
@@ -111,6 +112,19 @@ def test_the_reference_is_torch_bit_for_bit(settings):
     with dispatch.use("reference"):
         found = ours(start, grads, settings)
     assert same([found], [torch_adamw(start, grads, **settings)])
+
+
+@implementation
+@pytest.mark.parametrize("beta1", [0.0, 0.1, 0.45, 0.5, 0.55, 0.9, 1 - 2**-24])
+def test_a_small_gradient_behind_a_large_one_is_not_lost(beta1, implementation):
+    """m is no further from float64 than two roundings of its own size and of the part that decays."""
+    grads = [torch.tensor([1e6]), torch.tensor([1e-3]), torch.tensor([-3e-5])]
+    settings = DEFAULTS | {"beta1": beta1}
+    with dispatch.use(implementation):
+        m = ours(torch.ones(1), grads, settings)[1]
+    exact = torch_adamw(torch.ones(1).double(), grads, **settings)[1]
+    peer = torch_adamw(torch.ones(1), grads, **settings)[1]
+    assert abs(m - exact) <= 2 * abs(peer - exact) + 2**-22 * abs(exact)
 
 
 @implementation

@@ -124,7 +124,9 @@ def test_the_tables_count_thresholds(shift):
 
 @pytest.mark.compiler
 @dtypes
-@pytest.mark.parametrize("settings", [DEFAULTS, LARGE], ids=["defaults", "large"])
+@pytest.mark.parametrize(
+    "settings", [DEFAULTS, LARGE, LARGE | {"beta1": 0.0}], ids=["defaults", "large", "no momentum"]
+)
 @pytest.mark.parametrize("begin", [True, False], ids=["first", "later"])
 def test_the_c_has_the_bits_of_the_reference(begin, settings, dtype):
     found = Chunk(dtype=dtype, begin=begin)

@@ -336,9 +336,7 @@ def test_without_a_directory_on_a_disk_the_reasons_are_told(monkeypatch):
 def test_a_directory_in_memory_is_refused():
     if file_system(Path("/dev/shm")) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs")
-    message = (
-        "/dev/shm is in memory (tmpfs). The optimizer's state pages to a disk: state_dir= names a directory on one"
-    )
+    message = "/dev/shm is in memory (tmpfs). The optimizer's state pages to a disk: state_dir= (or TMPDIR) names one"
     with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
         MappedFile(NBYTES, directory="/dev/shm")
 
@@ -369,7 +367,7 @@ def test_a_full_disk_is_told_with_sizes_and_leaves_nothing(folder, monkeypatch):
     status = os.statvfs(folder)
     said = re.fullmatch(
         rf"the optimizer's state needs a file of 0\.01 GB in {re.escape(str(folder))}, which has ([\d.]+) GB left: "
-        r"No space left on device\. state_dir= names another directory",
+        r"No space left on device\. state_dir= \(or TMPDIR\) names another directory",
         str(caught.value.strerror),
     )
     assert said

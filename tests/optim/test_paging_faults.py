@@ -257,6 +257,54 @@ answer(raised=caught(optimizer.step), refused=[caught(optimizer.step), caught(op
     assert found["refused"] == [f"RuntimeError: {MIDWAY}"] * 2
 
 
+def test_after_a_failed_read_loading_goes_on_where_the_checkpoint_was(undisturbed, tmp_path):
+    code = """
+optimizer = make()
+give(0)
+optimizer.step()
+values = [param.detach().clone() for param in params]
+torch.save(optimizer.state_dict(), folder / "state")
+pager(optimizer).settle()
+arena = optimizer._parts[0].moments.arena
+whole = len(arena.bytes)
+os.ftruncate(arena._file.fileno(), whole - CHUNK // 2)  # without the last chunk, which is away
+give(1)
+def load():
+    optimizer.load_state_dict(torch.load(folder / "state", weights_only=True))
+raised = [caught(optimizer.step), caught(load)]
+os.ftruncate(arena._file.fileno(), whole)
+for param, value in zip(params, values):
+    param.data.copy_(value)
+load()
+for step in (1, 2):
+    give(step)
+    optimizer.step()
+answer(raised=raised, digest=digest(*state(optimizer)))
+"""
+    found = child(code, tmp_path)
+    assert all(one.startswith("OSError: [Errno 14] the optimizer's state could not be read") for one in found["raised"])
+    assert found["digest"] == undisturbed[2]
+
+
+def test_a_forked_process_is_told_that_the_state_is_of_another(undisturbed, tmp_path):
+    code = """
+optimizer = make()
+give(0)
+optimizer.step()
+reading, writing = os.pipe()
+give(1)
+if os.fork() == 0:
+    os.write(writing, caught(optimizer.step).encode())
+    os._exit(0)
+os.wait()
+optimizer.step()
+answer(raised=os.read(reading, 1000).decode(), digest=digest(*state(optimizer)))
+"""
+    found = child(code, tmp_path)
+    assert found["raised"].startswith("RuntimeError: the state pages to a file of another process")
+    assert found["digest"] == undisturbed[1]
+
+
 # A full disk, for one process: files cannot grow beyond a limit.
 FULL = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -191,7 +191,7 @@ def test_groups_of_other_sizes():
 def test_an_update_that_we_do_not_have(option):
     options: Any = {option: True}
     state = written_by(lambda params: torch.optim.AdamW(params, **options))
-    message = f"^the state is that of an AdamW with {option}=True, which PagedAdamW does not have$"
+    message = f"^group 0 of the state has {option}=True, which PagedAdamW does not have$"
     with pytest.raises(ValueError, match=message):
         read(state, fresh())
 

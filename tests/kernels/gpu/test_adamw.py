@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -45,17 +46,23 @@ def chunk(
     ]
 
 
-def check(found: list[list[Tensor]], expected: list[list[Tensor]], steps: Sequence[int], updates: int = 2) -> None:
+def check(
+    found: list[list[Tensor]],
+    expected: list[list[Tensor]],
+    steps: Sequence[int],
+    updates: int = 2,
+    rates: Rates = RATES,
+) -> None:
     """Both updated: no bit differs; one NaN is as good as another."""
     for k in range(updates):
         now = [step + k for step in steps]
         if len(found) == 4:
-            adamw.adamw(*found, now, RATES)  # pyright: ignore[reportCallIssue]
+            adamw.adamw(*found, now, rates)  # pyright: ignore[reportCallIssue]
             for segment in zip(*expected, now, strict=True):
-                adamw_rounded_(*segment, RATES)  # pyright: ignore[reportCallIssue]
+                adamw_rounded_(*segment, rates)  # pyright: ignore[reportCallIssue]
         else:
-            adamw_8bit.adamw_8bit(*found, now, RATES)  # pyright: ignore[reportCallIssue]
-            adamw_8bit_reference_(*expected, now, RATES)  # pyright: ignore[reportCallIssue]
+            adamw_8bit.adamw_8bit(*found, now, rates)  # pyright: ignore[reportCallIssue]
+            adamw_8bit_reference_(*expected, now, rates)  # pyright: ignore[reportCallIssue]
         for one, other in zip(found, expected, strict=True):
             for a, b in zip(one, other, strict=True):
                 nan = b.isnan()
@@ -69,6 +76,12 @@ def check(found: list[list[Tensor]], expected: list[list[Tensor]], steps: Sequen
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "anywhere"])
 def test_bits_of_the_definition(offset, bits, dtype, guarded):
     check(*chunk(guarded, SIZES, dtype, bits, offset=offset), STEPS)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("beta1", [0.0, 0.3])
+def test_a_small_beta1(beta1, bits, guarded):
+    check(*chunk(guarded, [700, 512], torch.float32, bits), [1, 2], rates=replace(RATES, beta1=beta1))
 
 
 @numpy_warnings

@@ -1,0 +1,204 @@
+"""Parameters that two processes share: PagedAdamW and torch.optim.AdamW on DTensors, side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import qloralab as ql
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+
+CODE = """
+import copy, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+import qloralab as ql
+
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+torch.set_num_threads(1)
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+values = [torch.randn(7, 3), torch.randn(1, 5), torch.randn(4), torch.randn(600, 3)]  # 7 rows and 1 do not divide by 2
+layouts = [[Shard(0)], [Shard(0)], [Replicate()], [Shard(1)]]
+grads = [[torch.randn(value.shape) for value in values] for _ in range(4)]
+
+def parameters():
+    return [nn.Parameter(distribute_tensor(v.clone(), mesh, layout)) for v, layout in zip(values, layouts)]
+
+def run(optimizer, params, steps):
+    for step in steps:
+        for param, grad, layout in zip(params, grads[step], layouts):
+            param.grad = distribute_tensor(grad, mesh, layout)
+        optimizer.step()
+
+def whole(params, optimizer):
+    tensors = [tensor for p in params for tensor in (p, *optimizer.state[p].values())]
+    return [t.full_tensor().detach() if isinstance(t, DTensor) else t for t in tensors]
+
+def same(found, expected):
+    # Both round some operations of a step to float32: relative to the norm, a little more than that.
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
+"""
+
+
+def two_processes(code: str, folder: Path) -> list[Any]:
+    """What both processes have called `answer` in this code."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "qloralab.optim.paged_adamw")
+    context.set_forkserver_preload([*modules, "qloralab.kernels.cpu.library"])  # imported, and nothing done yet
+    processes = []
+    for rank in range(2):
+        tail = f"\ntorch.save(answer, '{folder}/answer-{rank}')\ndist.barrier()\ndist.destroy_process_group()\n"
+        processes.append(context.Process(target=exec, args=(CODE + code + tail, {"folder": folder, "rank": rank})))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0, "what it wrote to stderr is above"
+    return [torch.load(folder / f"answer-{rank}") for rank in range(2)]
+
+
+def test_steps_and_states_are_those_of_torch(tmp_path):
+    """Steps, a checkpoint by torch.distributed, and what torch's AdamW goes on from."""
+    code = """
+ours, theirs = parameters(), parameters()
+optimizer, peer = ql.PagedAdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+run(optimizer, ours, range(2))
+run(peer, theirs, range(2))
+answer = {"steps": same(whole(ours, optimizer), whole(theirs, peer))}
+
+dcp.save({"state": optimizer.state_dict()["state"]}, checkpoint_id=f"{folder}/checkpoint")
+fresh = parameters()
+for param, other in zip(fresh, ours):
+    param.data.copy_(other.data)
+again = ql.PagedAdamW(fresh, lr=0.1)
+run(again, fresh, [0])
+for param, other in zip(fresh, ours):
+    param.data.copy_(other.data)
+loaded = again.state_dict()
+dcp.load({"state": loaded["state"]}, checkpoint_id=f"{folder}/checkpoint")
+again.load_state_dict(loaded)
+peer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch copies nothing
+for param, other in zip(theirs, ours):
+    param.data.copy_(other.data)
+run(optimizer, ours, [3])
+run(again, fresh, [3])
+run(peer, theirs, [3])
+answer["checkpoint"] = same(whole(fresh, again), whole(ours, optimizer))
+answer["loaded by torch"] = same(whole(theirs, peer), whole(ours, optimizer))
+"""
+    for answer in two_processes(code, tmp_path):
+        assert answer == dict.fromkeys(answer, True)
+        assert len(answer) == 3
+
+
+def test_fully_shard_and_what_both_have_to_agree_on(tmp_path):
+    code = """
+def model():
+    torch.manual_seed(1)
+    made = nn.Sequential(nn.Linear(9, 33), nn.ReLU(), nn.Linear(33, 1))
+    for layer in (made[0], made[2], made):
+        fully_shard(layer, mesh=mesh)
+    return made
+
+ours, theirs = model(), model()
+optimizer, peer = ql.PagedAdamW(ours.parameters(), lr=0.1), torch.optim.AdamW(theirs.parameters(), lr=0.1)
+for step in range(4):
+    x = torch.randn(5, 9, generator=torch.Generator().manual_seed(10 * step + rank))
+    for net, one in ((ours, optimizer), (theirs, peer)):
+        net(x).square().mean().backward()
+        one.step()
+        one.zero_grad()
+answer = {"fully_shard": same(whole(list(ours.parameters()), optimizer), whole(list(theirs.parameters()), peer))}
+
+grads[0][0][0] = float("nan")  # of the first process
+params = parameters()
+optimizer = ql.PagedAdamW(params, lr=0.1, nonfinite="skip")
+run(optimizer, params, [0, 1])
+answer["skipped together"] = optimizer.skipped == 1
+other = parameters()
+run(torch.optim.AdamW(other, lr=0.1), other, [1])
+answer["the rest of both"] = all(torch.allclose(a.full_tensor(), b.full_tensor()) for a, b in zip(params, other))
+
+def caught(call):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+before = [p.full_tensor().clone() for p in params]
+params[1].grad = distribute_tensor(grads[1][1], mesh, [Replicate()])
+answer["refused"] = [caught(lambda: ql.PagedAdamW(params, state_bits=8)), caught(optimizer.step)]
+answer["untouched"] = all(torch.equal(p.full_tensor(), b) for p, b in zip(params, before))
+"""
+    answers = two_processes(code, tmp_path)
+    for answer in answers:
+        narrow, placed = answer.pop("refused")
+        assert narrow == "ValueError: a parameter [7, 3] is a DTensor, which needs state_bits=32"
+        assert placed.startswith(
+            "ValueError: parameter 1 of group 0 [1, 5] has a gradient that is placed as (Replicate()"
+        )
+        assert answer == dict.fromkeys(answer, True)
+
+
+class Standing(Tensor):
+    """A subclass that stands for another tensor, as weights that are quantized or kept elsewhere do."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, *rest: Any) -> Standing:
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)  # pyright: ignore
+        made.held = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Standing(args[0].held)
+        return NotImplemented
+
+
+class Renamed(Tensor):
+    """A subclass that has its values itself."""
+
+
+def test_a_tensor_that_stands_for_another_is_refused_before_anything_is_touched():
+    plain = Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"^a parameter \[4\] is a Standing \(torch.strided\), whose values are not in"):
+        ql.PagedAdamW([plain, Parameter(Standing(torch.ones(4)))])
+    param = Parameter(torch.ones(4))
+    optimizer = ql.PagedAdamW([plain, param])
+    plain.grad = torch.ones(3)
+    param.grad = Standing(torch.ones(4))
+    with pytest.raises(TypeError, match=r"^parameter 1 of group 0 \[4\] has a gradient that is a Standing"):
+        optimizer.step()
+    assert plain.tolist() == [1, 1, 1]
+    assert not optimizer.state
+    param.grad = torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((4,), 1 - 1e-3 - 1e-5))
+
+
+@pytest.mark.parametrize("kind", ["renamed", "negated", "zeros"])
+def test_gradients_whose_values_are_written_late(kind):
+    grads = {
+        "renamed": lambda: torch.arange(1.0, 5).as_subclass(Renamed),
+        "negated": lambda: torch.complex(torch.ones(4), torch.arange(1.0, 5)).conj().imag,
+        "zeros": lambda: torch.ops.aten._efficientzerotensor.default([4]),
+    }
+    ours, theirs = (Parameter(torch.ones(4)) for _ in range(2))
+    optimizer, peer = ql.PagedAdamW([ours]), torch.optim.AdamW([theirs])
+    for param, one in ((ours, optimizer), (theirs, peer)):
+        param.grad = grads[kind]()
+        one.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer.state[ours]["exp_avg"], Tensor(peer.state[theirs]["exp_avg"]))
