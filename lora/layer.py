@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qloralab.nf4 import ops
 from qloralab.nf4.product import addmm, matmul
+from qloralab.nf4.tensor import converted
 
 from .config import LoraConfig
 from .quantized_linear import QuantizedLinear
@@ -91,7 +92,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
         bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
         adapter = self.lora_A, self.lora_B, self.config.scaling
-        x_and_weight = x.to(base.compute_dtype), *base.weight.operands()
+        x_and_weight = converted(x, base.compute_dtype), *base.weight.operands()
         y, _ = ops.call(ops.adapted_linear, *x_and_weight, bias, *adapter, p, seed)
         return y.to(x.dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qloralab.nf4 import bitsandbytes
 from qloralab.nf4.errors import FormatError
 from qloralab.nf4.processor import compute_dtype as dtype_of
-from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
+from qloralab.nf4.tensor import QuantizedTensor, converted, linear, quantize
 
 
 class QuantizedLinear(nn.Module):
@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)  # the model may have been cast since
-        return linear(x.to(self.compute_dtype), self.weight, bias).to(x.dtype)
+        return linear(converted(x, self.compute_dtype), self.weight, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

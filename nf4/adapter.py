@@ -1,4 +1,4 @@
-"""An adapter beside a packed weight: the dropout mask, and the definition of the two adapted operators.
+"""An adapter beside a packed weight: what is computed, and the dropout mask (the products are in ``reference.py``).
 
 QLoRA, equation 5 (arXiv 2305.14314), with dropout before the adapter as in its experiments. For x [tokens, K], a frozen
 W [N, K] in 4 bits, and the float32 matrices A [r, K] and B [N, r] that train::
@@ -40,13 +40,11 @@ this definition rounds h, G, dA, dB, and each of the two terms of y and dx; an i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
-from .product import addmm, matmul
+from .product import reshaped
 
 _LANES = 4  # 16-bit lanes of a word
 _ROW_ALIGNMENT = 32  # elements
@@ -90,102 +88,27 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
     Returns:
         the dtype and shape of x, contiguous.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
     """
-    return (_kept(_rows(x), _mask(x, seed, p)) * (1 / (1 - rate(p)))).contiguous().view(x.shape)
+    if not x.is_floating_point():
+        raise TypeError(f"dropout: x is {x.dtype}; a floating-point tensor is needed")
+    return reshaped((kept(rows(x), mask(x, seed, p)) * (1 / (1 - rate(p)))).contiguous(), x.shape)
 
 
-@without_autocast
-def adapted_linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """x W' + bias + h B' with h = scaling / (1 - q) * (x∘keep) A'; W packed, an adapter beside it.
-
-    Args:
-        x: float32, bfloat16 or float16 [..., K]; tokens is the product of the sizes before K.
-        packed, scales, absmax2, offset, values, block_size: W, see ``dequantize``.
-        shape: (N, K).
-        bias: the dtype of x, [N], or None.
-        A: float32 [r, K].
-        B: float32 [N, r].
-        scaling: the factor on B A.
-        p: dropout probability before the adapter, in [0, 1); 0 is no dropout.
-        seed: int64 [] on the device of x; of no effect when p is 0.
-
-    Returns:
-        y: the dtype of x, [..., N].
-        h: the dtype of x, [tokens, r]; backward takes it.
-    """
-    y = torch.ops.qloralab.linear(x, packed, scales, absmax2, offset, values, shape, block_size, bias)
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    h = matmul(_kept(_rows(x), _mask(x, seed, p)), A.T).mul_(scaling / (1 - rate(p)))
-    return addmm(_rows(y), h, B.T).view(y.shape), h
-
-
-@without_autocast
-def adapted_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor,
-    needs_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``adapted_linear`` with respect to x, A and B.
-
-    Args:
-        grad: of y; the dtype of x, [..., N], any strides.
-        x, packed, scales, absmax2, offset, values, shape, block_size, A, B, scaling, p, seed: as in the forward.
-        h: the second result of the forward.
-        needs_input: whether the first result is wanted.
-
-    Returns:
-        dx: the dtype and shape of x; empty, [0], without needs_input.
-        dA: float32 [r, K].
-        dB: float32 [N, r].
-    """
-    g, keep = _rows(grad), _mask(x, seed, p)  # [tokens, N], [tokens, K]
-    low_A, low_B = A.to(x.dtype), B.to(x.dtype)
-    G = matmul(g, low_B).mul_(scaling / (1 - rate(p)))  # [tokens, r]
-    dA, dB = matmul(G.T, _kept(_rows(x), keep)).to(A.dtype), matmul(g.T, h).to(B.dtype)
-    if not needs_input:
-        return x.new_empty(0), dA, dB
-    dx = torch.ops.qloralab.linear_grad_input(grad, packed, scales, absmax2, offset, values, shape, block_size)
-    return dx.add_(_kept(matmul(G, low_A), keep).view(x.shape)), dA, dB
-
-
-def _mask(x: Tensor, seed: Tensor, p: float) -> Tensor | None:
+def mask(x: Tensor, seed: Tensor, p: float) -> Tensor | None:
     """The mask for x [..., K]: bool [tokens, K], or None where nothing is dropped."""
     return keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p) if _threshold(p) else None
 
 
-def _kept(rows: Tensor, keep: Tensor | None) -> Tensor:
+def kept(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """rows where keep is True, zero elsewhere; rows where keep is None."""
     return rows if keep is None else torch.where(keep, rows, 0)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
+    """[..., K] -> [tokens, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 

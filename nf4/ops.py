@@ -23,6 +23,9 @@ The linear operators keep the packed weight for their backward, never the dequan
 dequantize to the dtype of their input by the same operator: the gradient is that of the forward that ran, bit for bit.
 (bitsandbytes goes through the weight's original dtype in backward only.) Dropout is a function of a seed, and the seed
 is what is kept of it; see ``adapter.py``.
+
+Derivatives are those of reverse mode. Forward-mode differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``)
+raises NotImplementedError: PyTorch would drop the tangents of a custom operator and go on.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from . import double, reference
 from .blockwise import packed_bytes
@@ -44,7 +50,7 @@ def call(operator: Callable[..., Any], *arguments: Any) -> Any:
     The derivative of a custom operator is reached through Python, and so is its implementation on CPUs. Past autograd
     a call crosses from PyTorch's dispatcher to Python once and not twice.
     """
-    if torch.compiler.is_compiling() or _wants_gradient(arguments):
+    if torch.compiler.is_compiling() or _wants_gradient(arguments) or _has_tangent(arguments):
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
@@ -54,7 +60,28 @@ def _wants_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
-@torch.library.custom_op("qloralab::quantize_blockwise", mutates_args=())
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments
+    )
+
+
+def _operator(function: Callable[..., Any]) -> CustomOpDef:
+    """A custom operator of this name that raises where an argument has a tangent."""
+    operator = torch.library.custom_op(f"qloralab::{function.__name__}", function, mutates_args=())
+    derivative = make_autograd_impl(operator._opoverload, operator)
+
+    def autograd(keyset, *arguments):
+        if _has_tangent(arguments):
+            raise NotImplementedError(f"{operator._qualname} has no forward-mode derivative; use reverse mode")
+        return derivative(keyset, *arguments)
+
+    for device in ("CPU", "CUDA"):  # in front of what custom_op registered for every device
+        operator._lib.impl(operator._name, autograd, f"Autograd{device}", with_keyset=True)
+    return operator
+
+
+@_operator
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """See ``blockwise.quantize_blockwise``."""
     return reference.quantize_blockwise(weight, values, block_size)
@@ -67,7 +94,7 @@ def _quantize_blockwise_fake(weight, values, block_size):
     return packed, weight.new_empty((numel + block_size - 1) // block_size, dtype=torch.float32)
 
 
-@torch.library.custom_op("qloralab::quantize_scales", mutates_args=())
+@_operator
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See ``double.quantize_scales``."""
     return reference.quantize_scales(absmax)
@@ -80,7 +107,7 @@ def _quantize_scales_fake(absmax):
     return codes, absmax.new_empty((blocks + double.BLOCK_SIZE - 1) // double.BLOCK_SIZE), absmax.new_empty(())
 
 
-@torch.library.custom_op("qloralab::dequantize", mutates_args=())
+@_operator
 def dequantize(
     packed: Tensor,
     scales: Tensor,
@@ -100,7 +127,7 @@ def _dequantize_fake(packed, scales, absmax2, offset, values, shape, block_size,
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("qloralab::linear", mutates_args=())
+@_operator
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -121,7 +148,7 @@ def _linear_fake(x, packed, scales, absmax2, offset, values, shape, block_size, 
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-@torch.library.custom_op("qloralab::linear_grad_input", mutates_args=())
+@_operator
 def linear_grad_input(
     grad: Tensor,
     packed: Tensor,
@@ -169,7 +196,7 @@ linear.register_autograd(_linear_backward, setup_context=_keep_weight)
 linear_grad_input.register_autograd(_linear_grad_input_backward, setup_context=_keep_weight)
 
 
-@torch.library.custom_op("qloralab::dropout", mutates_args=())
+@_operator
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """See ``adapter.dropout``. Differentiable in x, with the same mask."""
     return reference.dropout(x, seed, p)
@@ -192,7 +219,7 @@ def _dropout_backward(ctx, grad: Tensor):
 dropout.register_autograd(_dropout_backward, setup_context=_keep_seed)
 
 
-@torch.library.custom_op("qloralab::adapted_linear", mutates_args=())
+@_operator
 def adapted_linear(
     x: Tensor,
     packed: Tensor,
@@ -221,7 +248,7 @@ def _adapted_linear_fake(x, packed, scales, absmax2, offset, values, shape, bloc
     return x.new_empty((*x.shape[:-1], shape[0])), x.new_empty((tokens, A.shape[0]))
 
 
-@torch.library.custom_op("qloralab::adapted_linear_backward", mutates_args=())
+@_operator
 def adapted_linear_backward(
     grad: Tensor,
     x: Tensor,

@@ -9,8 +9,9 @@ Raises RuntimeError where PyTorch does: for sizes and dtypes that do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W' + bias, all of one dtype: [..., K] and [N, K] -> [..., N]."""
     if not emulates(x):
-        return F.linear(x, W, bias)
+        y = F.linear(x, W, bias)
+        return reshaped(y, y.shape)
     return F.linear(*_widened(x, W, *([] if bias is None else [bias]))).to(x.dtype)
 
 
@@ -38,6 +40,12 @@ def addmm(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
         return y.addmm(a, b, alpha=alpha)
     wide_y, wide_a, wide_b = _widened(y, a, b)
     return wide_y.addmm_(wide_a, wide_b, alpha=alpha).to(y.dtype)
+
+
+def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """``y.view(shape)``, for the result of an operator: autograd refuses to change a view that one made in place, as
+    ``nn.ReLU(inplace=True)`` does, and takes this for a tensor of its own."""
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def _widened(*tensors: Tensor) -> Iterator[Tensor]:

@@ -1,25 +1,27 @@
 """The reference of every operator of ``ops.py``, under the operator's name: plain PyTorch, any device.
 
 This is what an operator does where nothing faster is registered, and what a faster implementation calls for the cases
-it leaves out. Quantization is defined in ``blockwise.py`` and ``double.py``, the adapter and its dropout in
-``adapter.py``; here are the three products with a packed weight alone.
+it leaves out. Quantization is defined in ``blockwise.py`` and ``double.py``, dropout in ``adapter.py``; here are the
+products with a packed weight, alone and with an adapter beside it.
 
 A reference that contains another operator calls it as an operator (``torch.ops.qloralab.…``). So a device that has a
 fast ``dequantize`` and no ``linear`` of its own uses it in ``linear`` too, and one that has ``linear`` uses that in
-``adapted_linear``.
+``adapted_linear``. Without ``ops.py`` there are no operators, and the references call each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import blockwise, double, product
-from .adapter import adapted_linear, adapted_linear_backward, dropout
+from .adapter import dropout, kept, mask, rate, rows
 from .autocast import without_autocast
 from .double import quantize_scales
+from .product import addmm, matmul, reshaped
 
 __all__ = [
     "adapted_linear",
@@ -72,7 +74,12 @@ def dequantize(
 
     Returns:
         dtype, shape.
+
+    Raises:
+        TypeError: dtype is no floating-point one; the weight would be truncated.
     """
+    if not dtype.is_floating_point:
+        raise TypeError(f"a weight is dequantized to a floating-point dtype, not to {dtype}")
     absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
     weight = blockwise.dequantize_blockwise(packed, absmax, values, block_size, torch.Size(shape).numel())
     return weight.to(dtype).view(shape)
@@ -102,7 +109,7 @@ def linear(
         the dtype of x, [..., N].
     """
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    return product.linear(x, torch.ops.qloralab.dequantize(*operands, x.dtype), bias)
+    return product.linear(x, _operator("dequantize")(*operands, x.dtype), bias)
 
 
 @without_autocast
@@ -126,4 +133,91 @@ def linear_grad_input(
         the dtype of grad, [..., K].
     """
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    return product.matmul(grad, torch.ops.qloralab.dequantize(*operands, grad.dtype))
+    return matmul(grad, _operator("dequantize")(*operands, grad.dtype))
+
+
+@without_autocast
+def adapted_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x W' + bias + h B' with h = scaling / (1 - q) * (x∘keep) A'; W packed, an adapter beside it.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K]; tokens is the product of the sizes before K.
+        packed, scales, absmax2, offset, values, block_size: W, see ``dequantize``.
+        shape: (N, K).
+        bias: the dtype of x, [N], or None.
+        A: float32 [r, K].
+        B: float32 [N, r].
+        scaling: the factor on B A.
+        p: dropout probability before the adapter, in [0, 1); 0 is no dropout.
+        seed: int64 [] on the device of x; of no effect when p is 0.
+
+    Returns:
+        y: the dtype of x, [..., N].
+        h: the dtype of x, [tokens, r]; backward takes it.
+    """
+    y = _operator("linear")(x, packed, scales, absmax2, offset, values, shape, block_size, bias)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    h = matmul(kept(rows(x), mask(x, seed, p)), A.T).mul_(scaling / (1 - rate(p)))
+    return reshaped(addmm(rows(y), h, B.T), y.shape), h
+
+
+@without_autocast
+def adapted_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    values: Tensor,
+    shape: Sequence[int],
+    block_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor,
+    needs_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``adapted_linear`` with respect to x, A and B.
+
+    Args:
+        grad: of y; the dtype of x, [..., N], any strides.
+        x, packed, scales, absmax2, offset, values, shape, block_size, A, B, scaling, p, seed: as in the forward.
+        h: the second result of the forward.
+        needs_input: whether the first result is wanted.
+
+    Returns:
+        dx: the dtype and shape of x; empty, [0], without needs_input.
+        dA: float32 [r, K].
+        dB: float32 [N, r].
+    """
+    g, keep = rows(grad), mask(x, seed, p)  # [tokens, N], [tokens, K]
+    low_A, low_B = A.to(x.dtype), B.to(x.dtype)
+    G = matmul(g, low_B).mul_(scaling / (1 - rate(p)))  # [tokens, r]
+    dA, dB = matmul(G.T, kept(rows(x), keep)).to(A.dtype), matmul(g.T, h).to(B.dtype)
+    if not needs_input:
+        return x.new_empty(0), dA, dB
+    dx = _operator("linear_grad_input")(grad, packed, scales, absmax2, offset, values, shape, block_size)
+    return dx.add_(kept(matmul(G, low_A), keep).view(x.shape)), dA, dB
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """The operator, so that what a device registered for it serves; without ``ops.py``, the function here."""
+    return getattr(torch.ops.qloralab, name, globals()[name])

@@ -273,8 +273,7 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
         TypeError: x is no floating-point tensor.
         ValueError: the shapes do not fit.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"linear: x is {x.dtype}; a floating-point tensor is needed")
+    x = converted(x, x.dtype)
     if len(weight.shape) != 2 or x.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"linear: x {list(x.shape)} does not fit a weight {list(weight.shape)}; x is [..., K] and W is [N, K]"
@@ -282,3 +281,14 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
     return ops.call(ops.linear, x, *weight.operands(), bias)
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the dtype of a product.
+
+    Raises:
+        TypeError: x is no floating-point tensor: what comes out in its dtype would be truncated.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"linear: x is {x.dtype}; a floating-point tensor is needed")
+    return x.to(dtype)

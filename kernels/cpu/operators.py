@@ -130,10 +130,9 @@ def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     library = dispatch.native()
     if library is None or x.dtype not in DTYPES:
         return reference.dropout(x, seed, p)
-    rows = _rows(x)
-    out = torch.empty_like(rows)
-    library.dropout(rows, int(seed), _threshold(p), 1 / (1 - rate(p)), out)
-    return out.view(x.shape)
+    out = x.new_empty(x.shape)
+    library.dropout(_rows(x), int(seed), _threshold(p), 1 / (1 - rate(p)), out)
+    return out
 
 
 @_serves("linear")
@@ -197,15 +196,15 @@ def linear_grad_input(
     if library is None or weight is None or len(shape) != 2 or not _fits(grad, shape[0]):
         return reference.linear_grad_input(grad, *operands)
     rows = _rows(grad)
-    dx = grad.new_empty(len(rows), shape[1])
+    dx = grad.new_empty((*grad.shape[:-1], shape[1]))
     if not _is_for_torch(library, grad):
         library.adapted_linear_backward(weight, rows, dx)
     else:
         for panel in _panels(shape[1], shape[0] * grad.itemsize):
             W = grad.new_empty(shape[0], len(panel))
             library.dequantize(weight, range(shape[0]), panel, W)
-            dx[:, panel.start : panel.stop] = rows @ W
-    return dx.view(*grad.shape[:-1], shape[1])
+            dx.view(len(rows), shape[1])[:, panel.start : panel.stop] = rows @ W
+    return dx
 
 
 @_serves("adapted_linear")
@@ -238,12 +237,12 @@ def adapted_linear(
     ):
         return reference.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
     rows = _rows(x)
-    y, h = x.new_empty(len(rows), shape[0]), x.new_empty(len(rows), len(A))
+    y, h = x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(len(rows), len(A))
     library.adapted_linear(
-        weight, rows, _contiguous(bias), y, A.contiguous(), B.contiguous(), h,
+        weight, rows, _contiguous(bias), y.view(len(rows), shape[0]), A.contiguous(), B.contiguous(), h,
         *_dropout_arguments(scaling, p, seed),
     )  # fmt: skip
-    return y.view(*x.shape[:-1], shape[0]), h
+    return y, h
 
 
 @_serves("adapted_linear_backward")
@@ -281,13 +280,13 @@ def adapted_linear_backward(
         return reference.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, needs_input)
     rows = _rows(x)
     A, B = A.contiguous(), B.contiguous()
-    dx = torch.empty_like(rows) if needs_input else None
+    dx = x.new_empty(x.shape if needs_input else 0)
     dA, dB = torch.empty_like(A), torch.empty_like(B)
     library.adapted_linear_backward(
-        weight, _rows(grad), dx, rows, h.contiguous(), A, B, dA, dB,
+        weight, _rows(grad), dx if needs_input else None, rows, h.contiguous(), A, B, dA, dB,
         *_dropout_arguments(scaling, p, seed),
     )  # fmt: skip
-    return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB
+    return dx, dA, dB
 
 
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]

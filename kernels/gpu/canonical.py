@@ -80,6 +80,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qloralab.nf4.product import reshaped
+
 from ..offline import Case
 from .adapter import masked_low_rank
 from .adapter_operands import LowRank, MaskedLowRank
@@ -361,7 +363,7 @@ def linear(
         start = adapter.h @ adapter.B.to(x.dtype).T
     if 0 in (M, N, K):
         empty = x.new_zeros((M, N)) if start is None else start
-        return (empty if bias is None else empty + bias).view(*x.shape[:-1], N)
+        return reshaped(empty if bias is None else empty + bias, (*x.shape[:-1], N))
     flat = x.reshape(M, K).contiguous()
     constants: dict[str, Any] = _constants(K, operands[6], x.dtype) | _forward(x.dtype)
     tokens = _token_tile(M, x.dtype)
@@ -389,7 +391,7 @@ def linear(
     )
     if depth > 1:
         add_splits(parts, bias, out)
-    return out.to(x.dtype).view(*x.shape[:-1], N)
+    return reshaped(out.to(x.dtype), (*x.shape[:-1], N))
 
 
 def linear_grad_input(
@@ -417,7 +419,7 @@ def linear_grad_input(
         adapter.check(grad, M, K)
         start = masked_low_rank(adapter.G, adapter.A, adapter.seed, adapter.p)
     if 0 in (M, N, K):
-        return (grad.new_zeros((M, K)) if start is None else start).view(*grad.shape[:-1], K)
+        return reshaped(grad.new_zeros((M, K)) if start is None else start, (*grad.shape[:-1], K))
     flat = grad.reshape(M, N).contiguous()
     constants = _constants(K, operands[6], grad.dtype)
     constants |= _backward(grad.dtype, constants["WHOLE"])
@@ -444,7 +446,7 @@ def linear_grad_input(
     )
     if depth > 1:
         add_splits(parts, None, out)
-    return out.to(grad.dtype).view(*grad.shape[:-1], K)
+    return reshaped(out.to(grad.dtype), (*grad.shape[:-1], K))
 
 
 def _constants(K: int, block_size: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -21,8 +21,10 @@ reaches 0.6 to 0.75 of cuBLAS' rate there (``benchmarks/README.md``).
 
 **What is chosen.** The model is an expectation, and no kernel here is trusted before its device has measured it:
 ``decide`` answers "fused" or "canonical" only where a record in the cache says that it and two-pass ran there and it
-took less time; without a record it answers "two-pass", and ``Decision.why`` says so. ``python -m benchmarks.gpu
---save`` writes the record, ``<cache>/gpu-choice.json`` (``<cache>`` as in ``kernels/cpu/build.py``)::
+took less time; without a record it answers "two-pass", and ``Decision.why`` says so. "fused" is for forward and
+backward together, by the sum of their times: its weights are rounded elsewhere than the others', and a gradient is to
+be that of the weights that were multiplied by. ``python -m benchmarks.gpu --save`` writes the record,
+``<cache>/gpu-choice.json`` (``<cache>`` as in ``kernels/cpu/build.py``)::
 
     {"fingerprint": "...", "devices": {"NVIDIA H100 80GB HBM3":
         {"linear 4096x4096": {"16": {"fused": 0.004, "canonical": 0.009, "two-pass": 0.021}, ...}, ...}}}
@@ -163,11 +165,14 @@ def _decide(operation: str, N: int, K: int, M: int, device: str, instead: str) -
     expected = instead if faster else "two-pass"
     if _asked is not None:
         return Decision(operation, N, K, M, device, _asked, expected, "it was asked for")
-    times = _read().get(device, {}).get(weight_key(operation, N, K), {}).get(str(M), {})
-    able = instead, "two-pass"
-    if set(times) >= set(able):
+    measured, able = _read().get(device, {}), (instead, "two-pass")
+    together = OPERATIONS if instead == "fused" else (operation,)
+    found = [measured.get(weight_key(one, N, K), {}).get(str(M), {}) for one in together]
+    if all(set(times) >= set(able) for times in found):
+        times = {name: sum(times[name] for times in found) for name in able}
         kernel = min(able, key=lambda name: times[name])
-        why = "measured: " + ", ".join(f"{name} {times[name]:.4f} ms" for name in able)
+        why = f"measured{', both ways' * (len(found) > 1)}: "
+        why += ", ".join(f"{name} {times[name]:.4f} ms" for name in able)
     else:
         kernel, why = "two-pass", f"not measured on {device}; the roofline of an H100 expects {expected}"
     return Decision(operation, N, K, M, device, kernel, expected, why)

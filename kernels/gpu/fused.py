@@ -8,8 +8,8 @@ The operators take a weight in the canonical layout; ``linear.py`` and ``linear_
 A product that ``choice.py`` wants fused is fused where x is bfloat16 and the weight can be tiled: K and the block size
 are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order.
 
-The fused kernels round the weight elsewhere than the definition does (``linear.py``), so a layer whose forward is fused
-and whose backward is two-pass, or the other way round, multiplies by weights that differ by a bfloat16 rounding.
+The fused kernels round the weight elsewhere than the definition does (``linear.py``), both in the same place. So a
+product is fused in both directions or in none (``choice.py``).
 """
 
 from __future__ import annotations

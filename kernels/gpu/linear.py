@@ -9,20 +9,22 @@ that looked it up: no store to shared memory, no shuffle. Tokens are the columns
     words     1024 x 4 bytes, copied asynchronously (cp.async) some steps ahead, 16 bytes a time
     decode    19 instructions for 8 weights                                            2.375 a weight
     multiply  8 WGMMA of 64 rows x tokens x 16 columns                                 0.125
-    scale     to 32 tokens: the float32 sum of 64 products, times the scale            tokens / 64
-              above: two weights times their scale in bfloat16, one HMUL2              0.5
+    scale     two weights times their scale in bfloat16, one HMUL2                     0.5
     the rest  copies, barriers, addresses, the loop                                    1.1 to 2.1
 
-Counted for sm_90 with triton 3.6.0, in all: 3.8 for 16 tokens, 4.2 for 32, 4.7 for 64, 5.0 for 128. A scale of sums
-goes through shared memory, one word a thread and step; of the weights, only the packed words do.
+Counted for sm_90 with triton 3.7.1, in all: 4.5 for 16 tokens, 4.6 for 32, 4.7 for 64, 5.0 for 128. Of the weights,
+only the packed words and the scales go through shared memory.
 
 **Bytes.** 0.5 per weight and 0.0625 for its scale. With few tokens the weight is all the traffic there is, and the
 limits are memory and, close to it, the unit that PRMT and LOP3 share. With 128 tokens and more it is the tensor cores.
 
-**Accuracy.** Up to 32 tokens a weight is ``bf16(c v) * (s / c)`` with the float32 scale, where c is the factor of the
-table: off by 1.0e-3 for NF4 (root mean square, relative), less than a float32 product rounded to bfloat16 (1.65e-3).
-Above, the scale and the product are rounded to bfloat16 too: 2.5e-3. Sums are float32. One rounding to bfloat16
-follows. NF4 itself is 9e-2 away from the weight that was quantized.
+**Accuracy.** A weight is the bfloat16 product of ``bf16(c v)`` and ``bf16(s / c)``, where c is the factor of the table:
+off by 2.5e-3 for NF4 (root mean square, relative); the definition's, a float32 product rounded to bfloat16, by 1.65e-3.
+These are the bits that ``linear_grad_input.py`` multiplies, for any number of tokens. Sums are float32. One rounding to
+bfloat16 follows. NF4 itself is 9e-2 away from the weight that was quantized.
+
+With few tokens the scale could multiply the sum of 64 products instead, at tokens / 64 instructions, with weights that
+are off by 1.0e-3. But the backward product has no such sum: its gradient would be that of another weight.
 
 **Few programs.** Where the weight has too few rows to fill the GPU, K is split: each program writes its float32 sums to
 a workspace, and a second kernel adds them in a fixed order, so that equal inputs give equal bits.
@@ -31,9 +33,9 @@ a workspace, and a second kernel adds them in a fixed order, so that equal input
 rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes 100 to 400 instructions of a thread, once, no
 pass over y, and no registers in the loop, which is the same. Where K is split, the first part has it.
 
-**Measured** on an H100 (``benchmarks/README.md``): with few tokens a large weight takes 1.7 times its traffic at the
-copy rate, since programs wait between their steps, for words and for the tensor cores; with many tokens it is 0.7 of
-cuBLAS.
+**Measured** on an H100 (``benchmarks/README.md``), up to 32 tokens with the scale on the sums: with few
+tokens a large weight takes 1.7 times its traffic at the copy rate, since programs wait between their steps, for words
+and for the tensor cores; with many tokens it is 0.7 of cuBLAS.
 
 **Other targets.** sm_80, sm_100 and sm_120 have no WGMMA. The kernel compiles there, but the compiler exchanges weights
 between threads or through shared memory, and at 128 tokens it spills registers: there a tile has 64 at most.
@@ -47,6 +49,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from qloralab.nf4.product import reshaped
 
 from ..offline import Case
 from .adapter_operands import LowRank, operand, rank_tiles
@@ -89,7 +93,6 @@ def _linear(
     B,
     r,
     TOKENS: tl.constexpr,
-    SUMS_SCALED: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -120,9 +123,7 @@ def _linear(
     total = tl.zeros((128, TOKENS), tl.float32)
     if RANKS:
         total = _low_rank(total, h, B, M, N, r, m, RANK, RANKS)
-    # Scales of sums do not feed the multiplication, so that triton does not load them ahead: done by hand.
-    ahead = tl.load(scales + scales_at)
-    for step in range(bound(first), bound(last)):
+    for _ in range(bound(first), bound(last)):
         w = tl.load(words + words_at)
         xs = tl.load(x + x_at, mask=m[None, :] < M, other=0.0)
         if _INTERPRETED:
@@ -130,20 +131,14 @@ def _linear(
         d = decode(tl.reshape(w, (2, 2, 2, 2, 4, 4, 2, 2)), t0, t1, t2, t3, t4, t5, t6, t7)
         # k32 tile n32 n16 u c k16 kp p i q -> p tile n32 i n16 u, k32 k16 q c kp
         d = tl.reshape(tl.permute(d, (8, 1, 2, 9, 3, 4, 0, 6, 10, 5, 7)), (128, 64))
-        if SUMS_SCALED:
-            s = ahead
-            scales += 64
-            ahead = tl.load(scales + scales_at, mask=step + 1 < last, other=0.0)
-            total += tl.dot(d, xs) * s[:, None]
+        s = tl.load(scales + scales_at)
+        if _INTERPRETED:
+            d = rounded(d * rounded(s)[:, None])
         else:
-            s = tl.load(scales + scales_at)
-            scales += 64
-            if _INTERPRETED:
-                d = rounded(d * rounded(s)[:, None])
-            else:
-                d = d * s.to(tl.bfloat16)[:, None]
-            total = tl.dot(d, xs, total)
+            d = d * s.to(tl.bfloat16)[:, None]
+        total = tl.dot(d, xs, total)
         words += 512
+        scales += 64
         x += 64
     total = tl.permute(tl.reshape(total, (2, 2, 2, 2, 2, 4, TOKENS)), (1, 2, 4, 0, 5, 3, 6))
     total = tl.reshape(total, (128, TOKENS))
@@ -246,7 +241,6 @@ def linear(
         None if adapter is None else adapter.B.contiguous(),
         r,
         TOKENS=tokens,
-        SUMS_SCALED=tokens <= FEW_TOKENS,
         BIAS=bias is not None and depth == 1,
         RANK=rank,
         RANKS=ranks,
@@ -331,7 +325,7 @@ def empty_output(M: int, columns: int, like: Tensor) -> Tensor:
 
 def finished(out: Tensor, x: Tensor, columns: int) -> Tensor:
     """The result of a kernel as bfloat16 [..., columns]."""
-    return out.to(torch.bfloat16).view(*x.shape[:-1], columns)
+    return reshaped(out.to(torch.bfloat16), (*x.shape[:-1], columns))
 
 
 def _case(tokens: int, rank: int = 0) -> Case:
@@ -347,7 +341,6 @@ def _case(tokens: int, rank: int = 0) -> Case:
         },
         constexprs={
             "TOKENS": tokens,
-            "SUMS_SCALED": tokens <= FEW_TOKENS,
             "BIAS": True,
             **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
             **({} if rank else {"h": None, "B": None}),

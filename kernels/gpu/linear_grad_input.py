@@ -14,8 +14,7 @@ bytes: of the 16 bytes that a lane has forward, its own backward are two halves,
 the forward kernel.
 
 **Accuracy.** A weight is the bfloat16 product of the table's value and the rounded scale: off by 2.5e-3 (root mean
-square, relative). With more than 32 tokens these are the bits that the forward kernel multiplies; with fewer it is more
-exact than that.
+square, relative). These are the bits that the forward kernel multiplies.
 
 **An adapter** adds keep∘(G A), again where the sums start, since the mask is on this term alone. The mask is made in
 registers (``adapter_mask.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes 180.

@@ -32,8 +32,9 @@ Forward, the lane (n16, u, c) reads 16 bytes, k16 and p; backward, the lane (k16
 
     scales  [N/64, K/64] [u:4, n32:2, n16:2, p:2, i:2]
 
-twice: in float32 for the sums of the forward kernel with few tokens, in bfloat16 for the others, which multiply
-weights. Forward a thread reads the four of (p, i); backward the sixteen of one u. They cost 0.75 bits per weight.
+twice: in float32 for the forward kernel, whose asynchronous copies have 4 bytes or more, and which rounds them; in
+bfloat16 for the backward one. Forward a thread reads the four of (p, i); backward the sixteen of one u. They cost 0.75
+bits per weight.
 
 **What can be packed.** K is a multiple of 64, and so is the block size: then the 64 columns share one scale, even where
 a block spans rows. N is padded to a multiple of 64, with the code of 0 and scale 0. In any other shape a block's border

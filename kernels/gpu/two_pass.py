@@ -45,6 +45,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qloralab.nf4.product import reshaped
+
 from .adapter import masked_low_rank
 from .adapter_operands import LowRank, MaskedLowRank
 from .dequantize import dequantize
@@ -67,11 +69,11 @@ def linear(x: Tensor, operands: Operands, bias: Tensor | None = None, adapter: L
     """
     if adapter is None:
         with _dequantized(operands, x) as W:
-            return F.linear(x, W, bias)
+            return reshaped(F.linear(x, W, bias), (*x.shape[:-1], len(W)))
     y = F.linear(adapter.h, adapter.B.to(x.dtype), bias)  # [tokens, N]
     with _dequantized(operands, x) as W:
         y.addmm_(_rows(x), W.T)
-    return y.view(*x.shape[:-1], y.shape[1])
+    return reshaped(y, (*x.shape[:-1], y.shape[1]))
 
 
 def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor:
@@ -91,7 +93,7 @@ def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank |
     dx = masked_low_rank(adapter.G, adapter.A, adapter.seed, adapter.p)  # [tokens, K]
     with _dequantized(operands, grad) as W:
         dx.addmm_(_rows(grad), W)
-    return dx.view(*grad.shape[:-1], dx.shape[1])
+    return reshaped(dx, (*grad.shape[:-1], dx.shape[1]))
 
 
 def release() -> int:

@@ -267,6 +267,14 @@ def test_a_quantized_base_takes_any_floating_point_input():
     assert error(y.detach(), layer(x.bfloat16()).detach().double()) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_a_quantized_layer_truncates_nothing(dtype):
+    layer = adapted("quantized", torch.bfloat16)
+    for run in (layer, layer.base_layer):
+        with pytest.raises(TypeError, match=rf"x is {dtype}; a floating-point tensor is needed"):
+            run(torch.ones(5, K).to(dtype))
+
+
 @dropouts
 def test_a_quantized_base_keeps_its_dtype_under_autocast(p):
     layer = adapted("quantized", torch.float32, p)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from qloralab.nf4 import ops
@@ -329,3 +330,57 @@ def test_a_call_under_a_transform_is_refused_as_the_operator_is():
     q, x = quantize(torch.randn(96, 128)), torch.randn(3, 128)
     with pytest.raises(RuntimeError, match="functorch transforms"):  # and is no gradient of zeros
         torch.func.grad(lambda x: ops.call(ops.linear, x, *q.operands(), None).sum())(x)
+
+
+# Every operator that has a derivative, as a function of its first argument, of K elements a row; and that row's length.
+OF_X: dict[str, tuple[Any, int]] = {
+    "linear": (lambda q, x, b: ops.linear(x, *q.operands(), b), K),
+    "linear_grad_input": (lambda q, x, b: ops.linear_grad_input(x, *q.operands()), N),
+    "dropout": (lambda q, x, b: ops.dropout(x, SEED, 0.3), K),
+    "adapted_linear": (
+        lambda q, x, b: ops.adapted_linear(x, *q.operands(), b, *(t.detach() for t in adapter_of()), 2.0, 0.3, SEED)[0],
+        K,
+    ),
+}
+of_x = pytest.mark.parametrize("operator", OF_X)
+
+
+@of_x
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3)], ids=str)
+def test_a_result_may_be_changed_in_place(operator, rows):
+    """As that of nn.Linear may, by nn.ReLU(inplace=True)."""
+    function, width = OF_X[operator]
+    q, x, b, gradients = weight_of(), torch.randn(*rows, width), torch.randn(N), []
+    for relu in (Tensor.relu_, Tensor.relu):
+        torch.manual_seed(0)  # of the adapter
+        leaf = x.clone().requires_grad_()
+        relu(function(q, leaf, b)).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # torch's own, of forward mode
+@of_x
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("how", ["operator", "call"])
+def test_forward_mode_is_refused_and_no_tangent_is_dropped(operator, requires_grad, how, monkeypatch):
+    function, width = OF_X[operator]
+    if how == "call":
+        own = getattr(ops, operator)
+        monkeypatch.setattr(ops, operator, lambda *arguments: ops.call(own, *arguments))
+    q, x, b = weight_of(), torch.randn(3, width, requires_grad=requires_grad), torch.randn(N)
+    refused = rf"qloralab::{operator} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.jvp(lambda x: function(q, x, b), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=refused):
+            function(q, forward_ad.make_dual(x, torch.ones_like(x)), b)
+        assert torch.equal(function(q, torch.zeros(3, width), b * 0), torch.zeros_like(function(q, x, b)))  # no tangent
+
+
+@of_x
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_what_would_be_truncated_is_refused(operator, dtype):
+    function, width = OF_X[operator]
+    with pytest.raises(TypeError, match=rf"floating-point (dtype|tensor).*{dtype}|{dtype}; a floating-point"):
+        function(weight_of(), torch.ones(3, width, dtype=dtype), None)

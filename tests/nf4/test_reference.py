@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -75,3 +77,23 @@ def test_nothing_that_came_in_is_changed(name):
     getattr(reference, name)(*given)
     for part, copy in zip(given, before, strict=True):
         assert torch.equal(part, copy) if isinstance(part, torch.Tensor) else part == copy
+
+
+def test_the_reference_works_alone():
+    """With no operator declared: W is the identity, so that y is x + h B' and dx is grad."""
+    code = """
+import sys, torch
+from qloralab.nf4 import reference
+values = torch.linspace(-1, 1, 17)[1:]
+packed, scales = reference.quantize_blockwise(torch.eye(64), values, 64)
+weight = packed, scales, None, None, values, (64, 64), 64
+x, A, B, seed = torch.arange(192.0).view(3, 64), torch.ones(1, 64), torch.ones(64, 1), torch.tensor(0)
+assert torch.equal(reference.linear(x, *weight, None), x)
+assert torch.equal(reference.linear_grad_input(x, *weight), x)
+y, h = reference.adapted_linear(x, *weight, None, A, B, 1.0, 0.0, seed)
+assert torch.equal(y, x + x.sum(1, keepdim=True))
+dx, _, _ = reference.adapted_linear_backward(x, x, h, *weight, A, B, 1.0, 0.0, seed, True)
+assert torch.equal(dx, y)
+assert "qloralab.nf4.ops" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

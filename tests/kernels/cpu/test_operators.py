@@ -162,6 +162,26 @@ def test_an_adapted_layer_is_one_call_each_way(path, dtype, calls):
         assert calls == ["adapted_linear", "adapted_linear_backward"]
 
 
+@pytest.mark.parametrize("rows", [(), (2, 3), (2, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_result_may_be_changed_in_place(path, dtype, rows):
+    """As that of nn.Linear may, by nn.ReLU(inplace=True)."""
+    weight, (A, B) = normal_weight(), adapter()
+    bias, x = torch.randn(N).to(dtype), torch.randn(*rows, K).to(dtype)
+    for function in (
+        lambda x: ops.linear(x, *weight, bias),
+        lambda x: ops.linear_grad_input(x[..., :N], *weight),
+        lambda x: ops.dropout(x, SEED, P),
+        lambda x: ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)[0],
+    ):
+        gradients = []
+        for relu in (Tensor.relu_, Tensor.relu):
+            leaf = x.clone().requires_grad_()
+            relu(function(leaf)).sum().backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("tokens", [2, 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_torch_multiplies_nothing_that_it_would_emulate(tokens, dtype, monkeypatch):

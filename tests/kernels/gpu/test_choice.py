@@ -26,6 +26,11 @@ def times(fused: float, two_pass: float) -> dict[str, float]:
     return {"fused": fused, "two-pass": two_pass}
 
 
+def both(shape: str, by_bucket: dict[str, dict[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The same times for forward and backward."""
+    return {f"{operation} {shape}": by_bucket for operation in choice.OPERATIONS}
+
+
 @pytest.mark.parametrize(
     ("M", "expected"), [(0, 1), (1, 1), (2, 4), (4, 4), (5, 16), (512, 512), (513, 1024), (8192, 8192), (10**6, 8192)]
 )
@@ -67,16 +72,15 @@ def test_nothing_measured_is_two_pass_whatever_is_expected(M, expected):
 
 
 def test_a_record_decides_for_its_bucket_operation_weight_and_device():
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0), "64": times(3.0, 2.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 2.0), "64": times(3.0, 2.0)}))
     measured = decide("linear", 64, 128, 7, DEVICE)
     assert measured == Decision(
-        "linear", 64, 128, 16, DEVICE, "fused", "fused", "measured: fused 1.0000 ms, two-pass 2.0000 ms"
+        "linear", 64, 128, 16, DEVICE, "fused", "fused", "measured, both ways: fused 2.0000 ms, two-pass 4.0000 ms"
     )
     assert decide("linear", 64, 128, 33, DEVICE).kernel == "two-pass"
-    assert decide("linear", 64, 128, 33, DEVICE).why.startswith("measured: ")
+    assert decide("linear", 64, 128, 33, DEVICE).why.startswith("measured, both ways: ")
     for other in (
         ("linear", 64, 128, 4, DEVICE),
-        ("linear_grad_input", 64, 128, 7, DEVICE),
         ("linear", 128, 64, 7, DEVICE),
         ("linear", 64, 128, 7, "another GPU"),
     ):
@@ -84,12 +88,21 @@ def test_a_record_decides_for_its_bucket_operation_weight_and_device():
         assert decide(*other).why.startswith("not measured on ")
 
 
+@pytest.mark.parametrize(
+    ("backward", "kernel"), [(times(2.5, 2.0), "fused"), (times(4.0, 2.0), "two-pass"), ({}, "two-pass")]
+)
+def test_fused_is_for_both_directions_or_none(backward, kernel):
+    """By the sum of their times; without those of one direction, none."""
+    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0)}, "linear_grad_input 64x128": {"16": backward}})
+    assert {decide(operation, 64, 128, 7, DEVICE).kernel for operation in choice.OPERATIONS} == {kernel}
+
+
 def test_what_a_weight_cannot_have_does_not_count():
-    save(DEVICE, {"linear 64x128": {"16": {"fused": 1.0, "canonical": 2.0, "two-pass": 3.0}}})
+    save(DEVICE, both("64x128", {"16": {"fused": 1.0, "canonical": 2.0, "two-pass": 3.0}}))
     decision = decide("linear", 64, 128, 7, DEVICE, "canonical")
     assert (decision.kernel, decision.why) == ("canonical", "measured: canonical 2.0000 ms, two-pass 3.0000 ms")
     assert decide("linear", 64, 128, 7, DEVICE).kernel == "fused"
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 3.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 3.0)}))
     assert decide("linear", 64, 128, 7, DEVICE, "canonical").kernel == "two-pass"
 
 
@@ -99,7 +112,7 @@ def test_without_tiles_fusing_is_expected_to_pay_for_few_tokens(M, expected):
 
 
 def test_one_time_of_two_decides_nothing():
-    save(DEVICE, {"linear 64x128": {"16": {"fused": 1.0}}})
+    save(DEVICE, both("64x128", {"16": {"fused": 1.0}}))
     assert decide("linear", 64, 128, 7, DEVICE).kernel == "two-pass"
 
 
@@ -114,14 +127,14 @@ def test_decisions_are_kept_and_listed_once():
 
 def test_saving_takes_effect_in_the_process_that_saves():
     assert decide("linear", 64, 128, 7, DEVICE).kernel == "two-pass"
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 2.0)}))
     assert decide("linear", 64, 128, 7, DEVICE).kernel == "fused"
 
 
 def test_saving_keeps_other_devices_and_weights():
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0)}, "linear 64x64": {"16": times(1.0, 2.0)}})
-    save("another GPU", {"linear 64x128": {"16": times(1.0, 2.0)}})
-    path = save(DEVICE, {"linear 64x128": {"16": times(2.0, 1.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 2.0)}) | both("64x64", {"16": times(1.0, 2.0)}))
+    save("another GPU", both("64x128", {"16": times(1.0, 2.0)}))
+    path = save(DEVICE, both("64x128", {"16": times(2.0, 1.0)}))
     assert decide("linear", 64, 128, 16, DEVICE).kernel == "two-pass"
     assert decide("linear", 64, 64, 16, DEVICE).kernel == "fused"
     assert decide("linear", 64, 128, 16, "another GPU").kernel == "fused"
@@ -129,7 +142,7 @@ def test_saving_keeps_other_devices_and_weights():
 
 
 def test_a_record_of_other_kernels_counts_for_nothing(monkeypatch):
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 2.0)}))
     before = choice.fingerprint()
     choice.fingerprint.cache_clear()
     monkeypatch.setattr(choice, "_triton_version", lambda: "another")
@@ -170,7 +183,7 @@ def test_a_broken_record_warns_once_and_two_pass_runs(text):
 
 
 def test_use_decides_whatever_was_measured_and_gives_it_back():
-    save(DEVICE, {"linear 64x128": {"16": times(1.0, 2.0)}})
+    save(DEVICE, both("64x128", {"16": times(1.0, 2.0)}))
     with choice.use("two-pass"):
         decision = decide("linear", 64, 128, 16, DEVICE)
         assert (decision.kernel, decision.why) == ("two-pass", "it was asked for")

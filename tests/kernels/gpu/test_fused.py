@@ -89,6 +89,45 @@ def test_an_adapter_is_in_the_fused_products(device, launched):
         assert error(found, right) < CLOSE
 
 
+MEASURED = {
+    "forward is faster fused": (1.0, 4.0),
+    "backward is": (4.0, 1.0),
+    "the sum is": (1.0, 2.5),
+    "both are": (1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("tokens", [3, 30, 60])
+@pytest.mark.parametrize("fused_ms", MEASURED.values(), ids=MEASURED)
+def test_both_directions_multiply_by_the_same_bits(fused_ms, tokens, device):
+    """Whatever was measured. Rows of the unit matrix read the weight out of each direction."""
+    keys = [choice.weight_key(operation, *SHAPE) for operation in choice.OPERATIONS]
+    times = [{str(choice.bucket(tokens)): {"fused": ms, "two-pass": 2.0}} for ms in fused_ms]
+    choice.save(choice.device_name(torch.device(device)), dict(zip(keys, times, strict=True)))
+    operands = weight(device).operands()
+    y = operators.linear(torch.eye(128, dtype=torch.bfloat16, device=device)[:tokens], *operands, None)
+    dx = operators.linear_grad_input(torch.eye(64, dtype=torch.bfloat16, device=device)[:tokens], *operands)
+    assert torch.equal(y[:, :tokens].T, dx[:, :tokens])
+
+
+@pytest.mark.parametrize("way", choice.KERNELS)
+def test_no_result_is_a_view(way, device, launched):
+    """Autograd would refuse to change it in place."""
+    operands = weight(device).operands()
+    x, grad, bias = (tensor.expand(2, *tensor.shape) if tensor.dim() > 1 else tensor for tensor in inputs(device))
+    A, B = torch.randn(5, 128, device=device), torch.randn(64, 5, device=device)
+    rest = A, B, 2.0, 0.2, torch.tensor(3, device=device)
+    with choice.use(way):
+        y, h = operators.adapted_linear(x, *operands, bias, *rest)
+        results = [
+            operators.linear(x, *operands, bias),
+            operators.linear_grad_input(grad, *operands),
+            *(y, *operators.adapted_linear_backward(grad, x, h, *operands, *rest, True)),
+        ]
+    assert not any(result._is_view() for result in results)
+    assert set(launched) == (set() if way == "two-pass" else {f"{way} linear", f"{way} linear_grad_input"})
+
+
 @pytest.mark.parametrize("decision", [None, 3.0], ids=["not measured", "measured slower"])
 def test_without_one_products_are_two_pass(decision, device, launched):
     if decision:
