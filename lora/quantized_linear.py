@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qloralab.nf4 import bitsandbytes
+from qloralab.nf4.codebook import Codebook
 from qloralab.nf4.errors import FormatError
 from qloralab.nf4.processor import compute_dtype as dtype_of
 from qloralab.nf4.tensor import QuantizedTensor, converted, linear, quantize
@@ -42,7 +43,7 @@ class QuantizedLinear(nn.Module):
     def from_linear(
         cls,
         layer: nn.Linear,
-        codebook: str | Tensor = "nf4",
+        codebook: Codebook = "nf4",
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,

@@ -265,7 +265,7 @@ def _are_scales(found: Tensor, name: str) -> None:
 
 def _codebook(tensors: Mapping[str, Tensor], name: str, codebook: str) -> Tensor:
     if codebook == CUSTOM:
-        values = _tensor(tensors, name, torch.float32, (16,))
+        values = _tensor(tensors, name, torch.float32, (tensors[name].numel() if name in tensors else 16,))
         try:
             return custom(values)
         except ValueError as error:

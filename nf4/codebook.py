@@ -29,17 +29,20 @@ int4       two's complement, q / 7; -8 is in the table and never chosen
 spends its 256 values on seven decades: 2, 4, ..., 128 values (both signs together) in (1e-7, 1e-6], ..., (0.1, 1],
 each decade cut evenly, plus 0 and 1. Unsigned, all of them are positive.
 
-A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending.
+A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending. A user's own has
+4 to 256 values, ascending.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 CUSTOM = "custom"  # the name of a codebook that the user gives
+Codebook = str | Tensor | Sequence[float]  # as functions take it: a name, or values for ``custom``
 _SMALLEST = 2.0**-24  # so that its products with scales are as large as kernels/cpu/weight.h expects
 
 
@@ -128,7 +131,7 @@ def int4() -> Tensor:
     return _float32([*range(8), *range(-8, 0)]) / 7
 
 
-def _float32(numbers: list[float] | list[int]) -> Tensor:
+def _float32(numbers: Sequence[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
@@ -158,21 +161,28 @@ def codebook_values(name: str) -> Tensor:
     return _NAMED[name]()
 
 
-def custom(values: Tensor) -> Tensor:
+def custom(values: Tensor | Sequence[float]) -> Tensor:
     """A codebook that a user gives, checked.
 
     Args:
-        values: float32 [16], ascending, in [-1, 1], each 0 or at least 2**-24 in magnitude.
+        values: 4 to 256 numbers, ascending, in [-1, 1], each 0 or at least 2**-24 in magnitude: a float32 tensor [n],
+            or a sequence, of which each number is rounded to float32.
 
     Returns:
-        a copy of values, with +0.0 for a -0.0.
+        float32 [n], a copy, with +0.0 for a -0.0.
 
     Raises:
+        TypeError: they are no numbers.
         ValueError: they are not such values.
     """
-    if values.dtype != torch.float32 or values.shape != (16,):
+    if not isinstance(values, Tensor):
+        try:
+            values = _float32(list(values))
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"a codebook is a name, or 4 to 256 numbers, not {values!r:.60}") from None
+    if values.dtype != torch.float32 or values.dim() != 1 or not 4 <= len(values) <= 256:
         found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
-        raise ValueError(f"a codebook is float32 [16], not {found}")
+        raise ValueError(f"a codebook is float32 [4 to 256], not {found}")
     if not (values.diff() > 0).all() or not (values.abs() <= 1).all():  # nor is NaN
         raise ValueError("the values of a codebook ascend and lie in [-1, 1]: the weights are scaled to that range")
     if ((values != 0) & (values.abs() < _SMALLEST)).any():

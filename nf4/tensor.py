@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import bitsandbytes, double, ops
-from .blockwise import BLOCK_SIZES
-from .codebook import CUSTOM, codebook_values, custom
+from .blockwise import BLOCK_SIZES, is_packed, unpack
+from .codebook import CUSTOM, Codebook, codebook_values, custom
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +31,7 @@ class QuantizedTensor:
         scales: the scale of each block: float32 [blocks], or uint8 [blocks] when the scales are quantized too.
         absmax2: float32 [ceil(blocks / 256)], the second-level scales, or None.
         offset: float32 [], the mean that was subtracted from the scales, or None.
-        values: float32 [2**bits], the codebook in the order of the codes.
+        values: float32 [2**bits], the codebook in the order of the codes; a user's own may have fewer.
         shape: of the weight.
         dtype: of the weight that was quantized; ``dequantize`` returns it.
         codebook: name of the codebook; "custom" for one that the user gave.
@@ -65,6 +65,12 @@ class QuantizedTensor:
             return self.scales
         return double.dequantize_scales(self.scales, self.absmax2, self.offset)
 
+    def codes(self) -> Tensor:
+        """The codes, one an element: int32, the shape of the weight. ``values[codes()]`` is the weight without its
+        scales."""
+        codes = unpack(self.packed, self.numel()) if is_packed(self.values) else self.packed.flatten()
+        return codes.int().view(self.shape)
+
     def operands(self):
         """The weight as the operators of ``nf4/ops.py`` take it."""
         return self.packed, self.scales, self.absmax2, self.offset, self.values, self.shape, self.block_size
@@ -93,6 +99,12 @@ class QuantizedTensor:
     def bits_per_parameter(self) -> float:
         """Bits held per weight; 4.127 in the limit for blocks of 64 with double quantization, 4.5 without."""
         return 8 * self.nbytes / max(self.shape.numel(), 1)
+
+    @property
+    def ideal_bits_per_parameter(self) -> float:
+        """The same were the codes packed without a gap: 3.127 for "nf3", of which 8.127 are held, a byte for a code."""
+        numel = self.shape.numel()
+        return (8 * (self.nbytes - self.packed.nbytes) + self.bits * numel) / max(numel, 1)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -176,9 +188,10 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         second = ", double_quant" if self.double_quant else ""
+        ideal = "" if is_packed(self.values) else f" ({self.ideal_bits_per_parameter:.3f} ideal)"
         return (
             f"QuantizedTensor({list(self.shape)}, {self.codebook}, block_size={self.block_size}{second}, "
-            f"{self.bits_per_parameter:.3f} bits per parameter, from {self.dtype}, device={str(self.device)!r})"
+            f"{self.bits_per_parameter:.3f} bits per parameter{ideal}, from {self.dtype}, device={str(self.device)!r})"
         )
 
 
@@ -192,7 +205,7 @@ ForkingPickler.register(QuantizedTensor, _send)
 
 def quantize(
     weight: Tensor,
-    codebook: str | Tensor = "nf4",
+    codebook: Codebook = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     name: str = "weight",
@@ -202,7 +215,8 @@ def quantize(
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
         codebook: "nf4"; for comparison "fp4", "fp4_e3m0", "int4", and "nf2" to "nf8", which take a byte a code; or a
-            codebook of one's own: 16 ascending float32 values in [-1, 1], each 0 or at least 2**-24 in magnitude.
+            codebook of one's own: a float32 tensor or a list of 4 to 256 ascending values in [-1, 1], each 0 or at
+            least 2**-24 in magnitude. Other than 16 of them take a byte a code.
         block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
         double_quant: quantize the scales too, to 8 bits in blocks of 256.
         name: of the tensor, for error messages.
@@ -211,7 +225,7 @@ def quantize(
         the packed weight, on the device of ``weight``.
 
     Raises:
-        TypeError: weight is float64, complex, an integer or no tensor.
+        TypeError: weight is float64, complex, an integer or no tensor; codebook is neither a name nor numbers.
         ValueError: weight holds a NaN or an infinity (the message gives the first index); an option has no such
             value; or a scale that is quantized too would be infinite in the weight's dtype, because the weights reach
             to the end of its range.
@@ -221,10 +235,10 @@ def quantize(
         raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if isinstance(codebook, Tensor):
-        values, codebook = custom(codebook), CUSTOM
-    else:
+    if isinstance(codebook, str):
         values = codebook_values(codebook)
+    else:
+        values, codebook = custom(codebook), CUSTOM
     values = values.to(weight.device)
     weight = weight.detach()
     packed, scales = ops.quantize_blockwise(weight, values, block_size)

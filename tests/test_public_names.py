@@ -39,7 +39,7 @@ CALLS = {
 CLASSES = {
     "QuantizedTensor": {
         "packed", "absmax", "shape", "dtype", "codebook", "block_size", "double_quant",
-        "dequantize", "bits_per_parameter", "to_bitsandbytes", "from_bitsandbytes",
+        "dequantize", "codes", "bits_per_parameter", "ideal_bits_per_parameter", "to_bitsandbytes", "from_bitsandbytes",
     },
     "FormatError": {"file", "tensor", "field"},
 }  # fmt: skip

@@ -122,7 +122,7 @@ def test_codes_beyond_the_codebook_are_refused():
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda v: v.flip(0), lambda v: v * 1.5, lambda v: v / 0, lambda v: v.double(), lambda v: v[:15]],
+    [lambda v: v.flip(0), lambda v: v * 1.5, lambda v: v / 0, lambda v: v.double(), lambda v: v[:3]],
     ids=["descending", "beyond-1", "nan", "float64", "short"],
 )
 def test_a_custom_codebook_in_a_file_is_checked(spoil):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
 
-from qloralab import normal_float, quantize
-from qloralab.nf4 import codebook
+from qloralab import QuantizedTensor, normal_float, quantize
+from qloralab.nf4 import bitsandbytes, codebook
 from qloralab.nf4.blockwise import nearest, unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values
 
@@ -38,7 +39,7 @@ SIGMAS = 7
 def codes_of(numbers: list[float], name: str) -> list[int]:
     """The codes of numbers in [-1, 1], beside a 1 that fixes the scale."""
     q = quantize(torch.tensor([1.0, *numbers]), name, 4096, double_quant=False)  # one block
-    return (unpack(q.packed, q.numel()) if q.bits == 4 else q.packed.flatten()).tolist()[1:]
+    return q.codes().tolist()[1:]
 
 
 def error(weight: Tensor, name: str | Tensor, block_size: int = 64) -> Tensor:
@@ -186,7 +187,9 @@ def test_four_bits_share_a_byte_and_the_others_do_not(name, numel):
 def test_bits_per_parameter_count_the_bytes_held():
     weight = torch.randn(1024, 64)
     assert quantize(weight, "fp4", double_quant=False).bits_per_parameter == 4.5
-    assert quantize(weight, "nf3", double_quant=False).bits_per_parameter == 8.5
+    nf3 = quantize(weight, "nf3", double_quant=False)
+    assert (nf3.bits_per_parameter, nf3.ideal_bits_per_parameter) == (8.5, 3.5)
+    assert quantize(weight, "fp4").ideal_bits_per_parameter == quantize(weight, "fp4").bits_per_parameter
     assert quantize(weight, "nf8", double_quant=False).bits_per_parameter == 8.5
 
 
@@ -200,6 +203,41 @@ def test_a_copy_of_nf4_is_nf4_by_another_name():
     assert torch.equal(ours.packed, named.packed)
     assert torch.equal(ours.scales, named.scales)
     assert torch.equal(ours.dequantize(), named.dequantize())
+
+
+@pytest.mark.parametrize("count", [4, 5, 8, 15, 17, 32, 256])
+@pytest.mark.parametrize("kind", [torch.Tensor, list, tuple], ids=["tensor", "list", "tuple"])
+def test_a_codebook_has_4_to_256_values(count, kind):
+    """Each weight is the nearest of them, by float64; and comes back from a checkpoint."""
+    grid = (torch.linspace(-1, 1, count).abs().sqrt() * torch.linspace(-1, 1, count).sign()).float()
+    weight = torch.randn(5, 13)
+    q = quantize(weight, grid if kind is torch.Tensor else kind(grid.tolist()), double_quant=False)
+    scales = weight.flatten().split(64)
+    scaled = torch.cat([part.double() / part.abs().max() for part in scales]).view(5, 13, 1)
+    assert torch.equal(q.codes(), (scaled - grid.double()).abs().argmin(-1).int())
+    assert (q.bits, q.codebook, len(q.values)) == (math.ceil(math.log2(count)), "custom", count)
+    stored = bitsandbytes.to_state_dict(q, "w")
+    assert torch.equal(QuantizedTensor.from_bitsandbytes(stored, "w").dequantize(), q.dequantize())
+
+
+def test_values_of_a_named_codebook_are_the_named_codebook():
+    weight = torch.randn(65, 66)
+    assert torch.equal(quantize(weight, normal_float(3)).dequantize(), quantize(weight, "nf3").dequantize())
+
+
+@pytest.mark.parametrize("values", [None, 4, ["a", "b", "c", "d"], [[1.0], [1.0, 2.0]], [10**400] * 4], ids=repr)
+def test_what_is_no_codebook_is_a_type_error(values):
+    with pytest.raises(TypeError, match="a codebook is a name, or 4 to 256 numbers, not"):
+        quantize(torch.ones(64), values)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (3, 5, 11)], ids=str)
+def test_codes_are_those_of_each_weight(name, shape):
+    q = quantize(torch.randn(shape), name, double_quant=False)
+    assert (q.codes().shape, q.codes().dtype) == (shape, torch.int32)
+    scales = q.absmax().repeat_interleave(64)[: q.numel()].view(shape)
+    assert torch.equal(q.values[q.codes()] * scales + 0.0, q.dequantize())
 
 
 def test_a_codebook_for_a_distribution_beats_nf4_on_it():
@@ -243,11 +281,13 @@ GRID = torch.linspace(-1, 1, 16)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (GRID.double(), r"float32 \[16\], not float64 \[16\]"),
-        (GRID.bfloat16(), r"float32 \[16\], not bfloat16 \[16\]"),
-        (GRID[:15], r"float32 \[16\], not float32 \[15\]"),
-        (GRID[None], r"float32 \[16\], not float32 \[1, 16\]"),
-        (torch.linspace(-1, 1, 256), r"not float32 \[256\]"),
+        (GRID.double(), r"float32 \[4 to 256\], not float64 \[16\]"),
+        (GRID.bfloat16(), r"float32 \[4 to 256\], not bfloat16 \[16\]"),
+        (GRID[:3], r"float32 \[4 to 256\], not float32 \[3\]"),
+        (GRID[None], r"float32 \[4 to 256\], not float32 \[1, 16\]"),
+        (torch.linspace(-1, 1, 257), r"not float32 \[257\]"),
+        ([[-1.0, 0.0], [0.5, 1.0]], r"not float32 \[2, 2\]"),
+        ([-1.0, 0.0, 0.5, 1e300], r"lie in \[-1, 1\]"),
         (GRID.flip(0), r"ascend and lie in \[-1, 1\]"),
         (GRID.index_fill(0, torch.tensor(3), GRID[4].item()), r"ascend"),
         (GRID.index_fill(0, torch.tensor(3), float("nan")), r"ascend"),
@@ -256,7 +296,22 @@ GRID = torch.linspace(-1, 1, 16)
         (GRID * 1.01, r"lie in \[-1, 1\]"),
         (GRID.index_fill(0, torch.tensor(7), -(2.0**-25)), r"0 or at least 2\*\*-24"),
     ],
-    ids=["f64", "bf16", "15", "2-d", "256", "descending", "equal", "nan", "last-nan", "inf", "beyond", "tiny"],
+    ids=[
+        "f64",
+        "bf16",
+        "3",
+        "2-d",
+        "257",
+        "2-d-list",
+        "inf-list",
+        "descending",
+        "equal",
+        "nan",
+        "last-nan",
+        "inf",
+        "beyond",
+        "tiny",
+    ],
 )
 def test_another_codebook_is_refused(values, message):
     with pytest.raises(ValueError, match=message):

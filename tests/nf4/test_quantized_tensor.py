@@ -250,15 +250,15 @@ def test_one_compilation_serves_weights_alike():
 @pytest.mark.parametrize(
     ("codebook", "text"),
     [
-        ("fp4", "[128, 128], fp4, block_size=64, double_quant, 4.129"),
-        ("int4", "[128, 128], int4, block_size=64, double_quant, 4.129"),
-        ("nf3", "[128, 128], nf3, block_size=64, double_quant, 8.129"),
-        (GRID, "[128, 128], custom, block_size=64, double_quant, 4.129"),
+        ("fp4", "[128, 128], fp4, block_size=64, double_quant, 4.129 bits per parameter"),
+        ("int4", "[128, 128], int4, block_size=64, double_quant, 4.129 bits per parameter"),
+        ("nf3", "[128, 128], nf3, block_size=64, double_quant, 8.129 bits per parameter (3.129 ideal)"),
+        (GRID, "[128, 128], custom, block_size=64, double_quant, 4.129 bits per parameter"),
     ],
     ids=["fp4", "int4", "nf3", "own"],
 )
 def test_repr_says_what_is_held(codebook, text):
     q = quantize(torch.ones(128, 128, dtype=torch.float16), codebook)
-    assert repr(q) == f"QuantizedTensor({text} bits per parameter, from torch.float16, device='cpu')"
+    assert repr(q) == f"QuantizedTensor({text}, from torch.float16, device='cpu')"
     assert repr(q.to("meta")) == repr(q).replace("'cpu'", "'meta'")
     assert f"{q}" == repr(q)
