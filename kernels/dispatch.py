@@ -1,7 +1,8 @@
 """Which implementation serves an operator, and why; and in which dtype a device multiplies.
 
 Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
-use; on NVIDIA GPUs one in Triton (``gpu/first_use.py``). ``QLORALAB_CPU`` chooses, read when the first operator runs:
+use; on NVIDIA GPUs one in Triton (``gpu/first_use.py``). ``QLORALAB_CPU`` chooses. It is checked at the first use of a
+public name (``check_environment``), and read when the first operator runs:
 
 =========  ============================================================================================
 auto       C where it compiles; otherwise one warning that says what to install, and the reference runs
@@ -46,6 +47,20 @@ _mode: str | None = None
 _isa: str | None = None
 _opened: dict[str, Library | BuildError] = {}  # by instruction set
 _warned = False
+
+
+def check_environment() -> None:
+    """Refuse what environment variables ask for and cannot have, before anything slow.
+
+    Raises:
+        ValueError: QLORALAB_CPU, QLORALAB_GPU or QLORALAB_ISA is none of its words, or this machine lacks the
+            instruction set.
+    """
+    from .gpu import first_use
+
+    _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    first_use.mode()
+    processor.isa()
 
 
 def mode() -> str:
@@ -183,7 +198,12 @@ def _warn_once(error: BuildError) -> None:
         first, _warned = not _warned, True
     if first:
         note = f"The operators run in plain PyTorch, several times slower. {VARIABLE}=reference asks for that silently."
-        warnings.warn(f"qloralab's CPU kernels are not in use: {error}\n{note}", RuntimeWarning, stacklevel=3)
+        warn(f"qloralab's CPU kernels are not in use: {error}\n{note}")
+
+
+def warn(message: str) -> None:
+    """Issue a RuntimeWarning about this machine: no line of code is to blame, so none is shown."""
+    warnings.warn_explicit(message, RuntimeWarning, "qloralab", 0)
 
 
 def _operators() -> list[str]:

@@ -75,11 +75,10 @@ def check_environment() -> None:
     """Refuse what environment variables ask for and cannot have, before anything is read.
 
     Raises:
-        UserError: QLORALAB_ISA or QLORALAB_CPU is none of its words, or this machine lacks the instruction set.
+        UserError: see ``dispatch.check_environment``.
     """
     try:
-        processor.isa()
-        dispatch.mode()
+        dispatch.check_environment()
     except ValueError as error:
         raise UserError(str(error)) from None
 

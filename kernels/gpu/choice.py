@@ -41,7 +41,6 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +52,7 @@ from typing import Any
 import torch
 
 from ..cpu.build import cache_folder
+from ..dispatch import warn
 
 OPERATIONS = ("linear", "linear_grad_input")
 KERNELS = ("fused", "canonical", "two-pass")
@@ -280,7 +280,7 @@ def _read() -> Mapping[str, Measured]:
         try:
             _record = _load()
         except (OSError, ValueError) as error:
-            warnings.warn(f"qloralab ignores {record_path()}: {error}", RuntimeWarning, stacklevel=2)
+            warn(f"qloralab ignores {record_path()}: {error}")
             _record = {}
     return _record
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -32,6 +31,8 @@ from torch import Tensor
 from qloralab.nf4 import blockwise, double
 from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import codebook_values
+
+from ..dispatch import warn
 
 VARIABLE = "QLORALAB_GPU"
 MODES = ("auto", "triton", "reference")
@@ -128,7 +129,7 @@ def _warn_once(name: str, why: str) -> None:
         _warned.add(name)
     if first:
         note = f"It runs in plain PyTorch, many times slower. {VARIABLE}=reference asks for that silently."
-        warnings.warn(f"qloralab's GPU kernel of {name} is not in use: {why}\n{note}", RuntimeWarning, stacklevel=3)
+        warn(f"qloralab's GPU kernel of {name} is not in use: {why}\n{note}")
 
 
 def _weight(device: torch.device) -> Tensor:

@@ -62,6 +62,13 @@ def test_another_word_is_refused(value, function, fresh, monkeypatch):
         function()
 
 
+@pytest.mark.parametrize("variable", ["QLORALAB_CPU", "QLORALAB_GPU", "QLORALAB_ISA"])
+def test_another_word_is_refused_at_the_first_public_name(variable, monkeypatch):
+    monkeypatch.setenv(variable, "bogus")
+    with pytest.raises(ValueError, match=f"{variable} is one of .*, not 'bogus'"):
+        ql.__getattr__("quantize")  # as the first `ql.quantize` does
+
+
 @pytest.mark.compiler
 @pytest.mark.parametrize("isa", supported_isas())
 def test_the_instruction_set_is_the_one_that_was_asked_for(isa, fresh, monkeypatch):
@@ -122,6 +129,8 @@ def test_auto_without_a_compiler_warns_once(no_compiler):
     (warning,) = caught
     assert warning.category is RuntimeWarning
     message = str(warning.message)
+    shown = warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno)
+    assert shown == f"qloralab:0: RuntimeWarning: {message}\n"  # and no line of ours
     assert " failed (status 1):" in message
     assert "plain PyTorch" in message
     assert no_compiler.read_text() == "ran\n"  # what failed is not tried again
