@@ -7,28 +7,33 @@
 
 ``adapter_config.json`` holds the fields of ``peft.LoraConfig``. Reading refuses a file that asks for what this
 library does not do (DoRA, a rank per layer, trained embeddings, ...): the layers would compute something else than
-the file means.
+the file means. Writing warns of what the file does not hold, and of what PEFT takes from it differently.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import sys
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qloralab.nf4.errors import FormatError
+from qloralab.nf4.json_file import read_object, to_text
+from qloralab.nf4.replacing import replacing
+from qloralab.nf4.safetensors_reader import SafetensorsFile
+from qloralab.nf4.safetensors_writer import SafetensorsWriter
 
 from .config import LoraConfig, ends_with
 from .inject import adapters, has_adapters, unwrapped, wrap_
 from .layer import LoRALinear
 from .quantized_linear import QuantizedLinear
+from .wrappers import bare_name, without_wrappers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,7 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "fan_in_fan_out": (None, False),
+    "fan_in_fan_out": (None, False, True),  # how the weight beside the adapter is stored; A and B are as always
     # the others (PiSSA, OLoRA, CorDA, LoftQ) change the weights beside the adapter
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
     "kasa_config": (None,),
@@ -60,34 +65,43 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of a model so that ``peft.PeftModel.from_pretrained(base_model, directory)`` opens them.
 
+    The names are those of the model without what wraps it or its parts (``torch.compile``, DDP, FSDP, activation
+    checkpointing).
+
     Args:
         model: with adapters, from ``inject_``.
-        directory: made if missing. Each of the two files is written beside its place and renamed into it; a failure
-            leaves nothing beside it.
+        directory: made if missing. What an earlier call has written there is replaced by all of this one or none of it;
+            killed between the two files, this leaves a directory without a config, which nothing opens.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or some that are on the meta device or sharded.
+
+    Warns:
+        UserWarning: parameters outside of the adapters train, and are not saved; or PEFT will leave adapters out.
     """
-    layers = adapters(model)
-    if not layers:
+    paths = _paths(model)
+    if not paths:
         raise ValueError("the model has no adapters; inject_ them before saving")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    layers = {names[0]: layer for layer, names in paths.items()}
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
-    config = json.dumps(_peft_config(model, layers), indent=2, sort_keys=True) + "\n"
-
-    weights_file, config_file = directory / WEIGHTS_FILE, directory / CONFIG_FILE
-    try:
-        save_file(tensors, _beside(weights_file), metadata={"format": "pt"})
-        _beside(config_file).write_text(config, encoding="utf-8")
-        os.replace(_beside(weights_file), weights_file)
-        os.replace(_beside(config_file), config_file)
-    finally:
-        for file in (weights_file, config_file):
-            _beside(file).unlink(missing_ok=True)
+        r, shape = layer.config.r, (layer.out_features, layer.in_features)
+        for key, tensor, whole in zip(
+            _keys(name), (layer.lora_A, layer.lora_B), ((r, shape[1]), (shape[0], r)), strict=True
+        ):
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device: its adapter has no values to save")
+            if hasattr(tensor, "full_tensor") or tuple(tensor.shape) != whole:
+                raise ValueError(f"{name}: its adapter is sharded; gather it before saving")
+            tensors[key] = tensor.detach()
+    _warn_of_what_is_left_out(model, paths)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS_FILE, directory / CONFIG_FILE) as (weights, config):
+        with SafetensorsWriter(weights, {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}) as file:
+            for key, tensor in tensors.items():
+                file.write(key, tensor)
+        config.write_text(to_text(_peft_config(model, layers)), encoding="utf-8")
 
 
 def load_adapter_(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
@@ -103,33 +117,101 @@ def load_adapter_(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
 
     Raises:
         FileNotFoundError: a file is missing.
-        FormatError: a file is not what it claims to be, or asks for what this library does not do.
-        ValueError: the adapters do not fit the model.
+        FormatError: a file is not what it claims to be, asks for what this library does not do, or holds a value that
+            is NaN or infinite.
+        ValueError: the adapters do not fit the model, or it is on the meta device.
     """
     directory = Path(directory)
-    config = _read_config(directory / CONFIG_FILE)
-    tensors = _read_weights(directory / WEIGHTS_FILE, config.r)
-    names = list(dict.fromkeys(name for name, _ in tensors))
-    _check_fit(model, names, tensors, directory / WEIGHTS_FILE)
+    config, tensors = read_adapter(model, directory)
+    paths = {bare_name(model, path): path for path, _ in model.named_modules(remove_duplicate=False)}
+    for name in tensors:
+        if unwrapped(model.get_submodule(paths[name])).weight.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device, where an adapter has no values; load the weights first")
     if has_adapters(model):
-        _check_same(model, names, config, directory)
+        _check_same(model, config, [model.get_submodule(paths[name]) for name in tensors], directory)
     else:
-        wrap_(model, names, config)
+        wrap_(model, [paths[name] for name in tensors], config)
     with torch.no_grad():
-        for name, layer in adapters(model).items():
-            layer.lora_A.copy_(tensors[name, "lora_A"])
-            layer.lora_B.copy_(tensors[name, "lora_B"])
+        for name, (A, B) in tensors.items():
+            layer = model.get_submodule(paths[name])
+            assert isinstance(layer, LoRALinear)
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
     return model
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+def read_adapter(
+    model: nn.Module | None, directory: str | os.PathLike[str]
+) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """Read adapters, and change nothing.
+
+    Args:
+        model: that they have to fit, by its shapes alone (it may be on the meta device); None: any.
+        directory: see ``load_adapter_``, whose errors are raised.
+
+    Returns:
+        the config; A [r, in] and B [out, r] in float32, by the path of the layer.
+    """
+    config, path = _read_config(Path(directory, CONFIG_FILE)), Path(directory, WEIGHTS_FILE)
+    if not path.exists() and path.with_suffix(".bin").exists():
+        raise FormatError(
+            "is a pickle, which can run code; have PEFT save it as safetensors", file=path.with_suffix(".bin")
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    file = SafetensorsFile(path)
+    shapes = _shapes(file, config.r)
+    if model is not None:
+        _check_fit(model, shapes, path)
+    return config, {name: (_values(file, A), _values(file, B)) for name in shapes for A, B in [_keys(name)]}
+
+
+def _paths(model: nn.Module) -> dict[LoRALinear, list[str]]:
+    """The layers with an adapter, and the bare paths at which each one stands."""
+    paths: dict[LoRALinear, dict[str, None]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALinear):
+            paths.setdefault(module, {})[bare_name(model, path)] = None
+    return {layer: list(names) for layer, names in paths.items()}
+
+
+def _warn_of_what_is_left_out(model: nn.Module, paths: dict[LoRALinear, list[str]]) -> None:
+    inside = {id(p) for layer in paths for p in (layer.lora_A, layer.lora_B)}
+    trained = [bare_name(model, n) for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if trained:
+        _warn(f"only adapters are saved; this trains as well, and is not in the file: {_some(trained)}")
+    shared = [" = ".join(names) for names in paths.values() if len(names) > 1]
+    if shared:
+        _warn(f"a layer stands at several paths, of which PEFT adapts the first alone: {_some(shared)}")
+    dropped = [names[0] for names in paths.values() if names[0].rpartition(".")[2] in _taken_for_experts(model)]
+    if dropped:
+        _warn(f"PEFT takes these names for those of experts, and leaves their adapters out: {_some(dropped)}")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"save_adapter: {message}", UserWarning, stacklevel=4)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+# Of a model whose experts transformers 5 holds as one parameter, PEFT (0.21) turns these targets into parameters.
+_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+
+def _taken_for_experts(model: nn.Module) -> tuple[str, ...]:
+    """The last components of names by which PEFT means the experts of such a model, and no layer of that name."""
+    kinds = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind = getattr(getattr(without_wrappers(model), "config", None), "model_type", None)
+    return _EXPERTS.get(kinds.get(kind, "mixtral" if kind == "mixtral" else ""), ())
 
 
 def _peft_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
     config = next(iter(layers.values())).config
+    bare = without_wrappers(model)
     return {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(bare, "config", None), "_name_or_path", None) or None,
         "bias": config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -139,15 +221,20 @@ def _peft_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, A
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.r,
-        "target_modules": _target_modules(model, list(layers)),
-        "task_type": config.task_type,
+        "target_modules": _target_modules([bare_name(model, path) for path, _ in model.named_modules()], list(layers)),
+        "task_type": config.task_type if config.task_type != "CAUSAL_LM" or _is_causal_lm(bare) else None,
         "use_rslora": config.use_rslora,
     }
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether PEFT can wrap it as a causal language model: it calls ``prepare_inputs_for_generation``."""
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return hasattr(model, "prepare_inputs_for_generation") and not is_encoder_decoder
+
+
+def _target_modules(modules: Iterable[str], names: list[str]) -> list[str] | str:
     """The shortest list (last components, or paths), else an expression, that means just these modules to PEFT."""
-    modules = [name for name, _ in model.named_modules()]
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     for targets in (suffixes, sorted(names)):
         if {name for name in modules if any(ends_with(name, target) for target in targets)} == set(names):
@@ -156,14 +243,10 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 
 
 def _read_config(path: Path) -> LoraConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {path.parent} is not the directory of an adapter")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"is not JSON: {error}", file=path) from None
-    if not isinstance(fields, dict):
-        raise FormatError(f"holds a JSON {type(fields).__name__}, not an object", file=path)
+    if not os.path.lexists(path):
+        was = "saving it was interrupted" if (path.parent / WEIGHTS_FILE).exists() else "no adapter is there"
+        raise FileNotFoundError(f"{path} does not exist: {was}")
+    fields = read_object(path)
     if fields.get("peft_type", "LORA") != "LORA":
         raise FormatError(f"is {fields['peft_type']!r}; only 'LORA' is supported", file=path, field="peft_type")
     for field, neutral in _NEUTRAL.items():
@@ -183,56 +266,61 @@ def _read_config(path: Path) -> LoraConfig:
         raise FormatError(str(error), file=path) from None
 
 
-def _read_weights(path: Path, r: int) -> dict[tuple[str, str], Tensor]:
-    """float32 tensors by (path of the layer, "lora_A" or "lora_B"), complete and with the rank of the config."""
-    if not path.exists() and path.with_name("adapter_model.bin").exists():
-        raise FormatError(
-            "is a pickle, which can run code; have PEFT save it as safetensors", file=path.with_suffix(".bin")
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    tensors: dict[tuple[str, str], Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (not a dict)
-                name, _, which = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-                if key != f"{_PREFIX}{name}.{which}.weight" or which not in ("lora_A", "lora_B"):
-                    raise FormatError("is not the A or B of a LoRA layer", file=path, tensor=key)
-                tensors[name, which] = file.get_tensor(key).float()
-    except SafetensorError as error:
-        raise FormatError(f"is not a safetensors file: {error}", file=path) from None
-    if not tensors:
-        raise FormatError("holds no adapter", file=path)
-    for name in {name for name, _ in tensors}:
-        for other, dim in (("lora_A", 0), ("lora_B", 1)):
-            key = f"{_PREFIX}{name}.{other}.weight"
-            if (name, other) not in tensors:
-                raise FormatError("is missing", file=path, tensor=key)
-            shape = list(tensors[name, other].shape)
-            if len(shape) != 2 or shape[dim] != r:
-                raise FormatError(f"is {shape}; the config says r = {r}", file=path, tensor=key)
-    return tensors
-
-
-def _check_fit(model: nn.Module, names: list[str], tensors: dict[tuple[str, str], Tensor], path: Path) -> None:
-    modules = dict(model.named_modules())
-    for name in names:
+def _check_fit(model: nn.Module, shapes: dict[str, tuple[int, int]], path: Path) -> None:
+    modules = {bare_name(model, name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for name, found in shapes.items():
         if name not in modules:
             raise ValueError(f"{path} has an adapter for {name}, which the model does not have; is it the right model?")
         layer = unwrapped(modules[name])
         if not isinstance(layer, nn.Linear | QuantizedLinear):
             raise ValueError(f"{path} has an adapter for {name}, which is no linear layer but a {type(layer).__name__}")
-        found = [tensors[name, "lora_B"].shape[0], tensors[name, "lora_A"].shape[1]]
-        if found != [layer.out_features, layer.in_features]:
+        if found != (layer.out_features, layer.in_features):
             expected = f"{layer.out_features} x {layer.in_features}"
             raise ValueError(f"{path}: the adapter of {name} is for {found[0]} x {found[1]}, the layer is {expected}")
 
 
-def _check_same(model: nn.Module, names: list[str], config: LoraConfig, directory: Path) -> None:
+def _keys(name: str) -> tuple[str, str]:
+    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
+def _shapes(file: SafetensorsFile, r: int) -> dict[str, tuple[int, int]]:
+    """out and in of each adapter by the path of its layer; all complete, and of the rank of the config."""
+    names: dict[str, None] = {}
+    for key in file.names():
+        name, _, which = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if key not in _keys(name) or which not in ("lora_A", "lora_B"):
+            raise FormatError("is not the A or B of a LoRA layer", file=file.path, tensor=key)
+        if not file.describe(key)[0].is_floating_point:
+            raise FormatError(f"is {file.describe(key)[0]}, not floating point", file=file.path, tensor=key)
+        names[name] = None
+    if not names:
+        raise FormatError("holds no adapter", file=file.path)
+    shapes = {}
+    for name in names:
+        for key, dim in zip(_keys(name), (0, 1), strict=True):
+            if key not in file.names():
+                raise FormatError("is missing", file=file.path, tensor=key)
+            shape = file.describe(key)[1]
+            if len(shape) != 2 or shape[dim] != r:
+                raise FormatError(f"is {list(shape)}; the config says r = {r}", file=file.path, tensor=key)
+        A, B = (file.describe(key)[1] for key in _keys(name))
+        shapes[name] = B[0], A[1]
+    return shapes
+
+
+def _values(file: SafetensorsFile, key: str) -> Tensor:
+    """float32."""
+    tensor = file.tensor(key).float()
+    if not tensor.isfinite().all():
+        raise FormatError("holds a value that is NaN or infinite", file=file.path, tensor=key)
+    return tensor
+
+
+def _check_same(model: nn.Module, config: LoraConfig, modules: list[nn.Module], directory: Path) -> None:
     present = adapters(model)
-    if set(names) != set(present):
+    if set(modules) != set(present.values()):
         raise ValueError(
-            f"{directory} adapts {len(names)} layers, the model {len(present)} or others; load it into the bare model"
+            f"{directory} adapts {len(modules)} layers, the model {len(present)} or others; load it into the bare model"
         )
     for name, layer in present.items():
         if (layer.config.r, layer.config.scaling) != (config.r, config.scaling):

@@ -34,6 +34,7 @@ from . import double
 from .blockwise import BLOCK_SIZES, is_packed, packed_bytes
 from .codebook import CODEBOOKS, CUSTOM, codebook_values, custom, dynamic_map
 from .errors import FormatError
+from .json_file import parse_object
 
 if TYPE_CHECKING:
     from .tensor import QuantizedTensor
@@ -228,13 +229,7 @@ def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
             f"is {payload.dtype} {list(payload.shape)}; the JSON text is uint8 [bytes], {_MAX_PAYLOAD} at most",
             tensor=name,
         )
-    try:
-        state = json.loads(bytes(payload.tolist()))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise FormatError(f"is not JSON: {error}", tensor=name) from None
-    if not isinstance(state, dict):
-        raise FormatError(f"holds a JSON {type(state).__name__}, not an object", tensor=name)
-    return state
+    return parse_object(bytes(payload.tolist()), tensor=name)
 
 
 def _field(state: dict, tensor: str, field: str, kind: type | tuple[type, ...], valid, expected: str) -> Any:

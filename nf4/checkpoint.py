@@ -14,7 +14,6 @@ checkpoint so fall into those of its 4-bit weights and the plain ones.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch import Tensor
 
 from . import bitsandbytes
 from .errors import FormatError
+from .json_file import read_object, write_object
 from .safetensors_format import Description
-from .safetensors_reader import SafetensorsFile, parse_object
+from .safetensors_reader import SafetensorsFile
 from .tensor import QuantizedTensor
 
 WEIGHTS_FILE = "model.safetensors"
@@ -33,7 +33,6 @@ INDEX_FILE = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PICKLE = "a pickle, which can run code; where it is trusted, convert it to safetensors"
-_MAX_INDEX = 100_000_000  # bytes; that of the largest models has a few million
 
 
 class Checkpoint:
@@ -154,14 +153,7 @@ def write_index(directory: str | os.PathLike[str], weight_map: Mapping[str, str]
         weight_map: the name of the file of each tensor, by the name of the tensor.
         total_size: bytes of all tensors together.
     """
-    content = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
-    path = Path(directory, INDEX_FILE)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_object(Path(directory, INDEX_FILE), {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
 
 
 def _index_of(directory: Path) -> Path | None:
@@ -191,12 +183,7 @@ def _single_file(path: Path) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The file of each tensor."""
-    if not path.is_file():
-        raise FormatError("is not a regular file", file=path)
-    size = path.stat().st_size
-    if size > _MAX_INDEX:
-        raise FormatError(f"has {size} bytes; at most {_MAX_INDEX} are read", file=path)
-    content = parse_object(path.read_bytes(), path)
+    content = read_object(path)
     metadata = content.get("metadata", {})
     if not isinstance(metadata, dict):
         raise FormatError(f"is {metadata!r:.60}; expected an object", file=path, field="metadata")

@@ -9,7 +9,6 @@ tensor go before asking for the next holds one tensor, not the file.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import stat
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import FormatError
+from .json_file import parse_object
 from .safetensors_format import DTYPES, MAX_HEADER, METADATA, Description, size_of
 
 _MAX_DIMS = 64  # torch's
@@ -112,31 +112,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         text = file.read(length)
     if not text.startswith(b"{"):
         raise FormatError("does not begin with {: this is not a safetensors file", file=path, field="header")
-    return parse_object(text, path, "header"), size - 8 - length
-
-
-def parse_object(text: bytes, path: Path, field: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for.
-
-    Raises:
-        FormatError: it is not UTF-8, not JSON, nested too deeply, has a name twice, or is no object.
-    """
-    try:
-        found = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise FormatError(f"is not JSON: {error}", file=path, field=field) from None
-    if not isinstance(found, dict):
-        raise FormatError(f"holds a JSON {type(found).__name__}, not an object", file=path, field=field)
-    return found
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {twice!r:.60} occurs twice")
-    return found
+    return parse_object(text, file=path, field="header"), size - 8 - length
 
 
 def _read_metadata(found: Any, path: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.nf4 import quantization_config
 from qloralab.nf4.checkpoint import Checkpoint
 from qloralab.nf4.errors import FormatError
+from qloralab.nf4.json_file import read_object, write_object
 from qloralab.nf4.quantization_config import FIELD, QuantizationConfig
 from qloralab.nf4.safetensors_writer import SafetensorsWriter
 
@@ -118,25 +119,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         FormatError: it is not a JSON object.
     """
-    path = directory / CONFIG_FILE
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise FormatError(f"is not JSON: {error}", file=path) from None
-    if not isinstance(fields, dict):
-        raise FormatError(f"holds a JSON {type(fields).__name__}, not an object", file=path)
-    return fields
+    return read_object(directory / CONFIG_FILE)
 
 
 def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig) -> None:
     """Write config.json as transformers does, with a ``quantization_config``."""
-    text = json.dumps(fields | {FIELD: quantization_config.to_dict(config)}, indent=2, sort_keys=True) + "\n"
-    part = directory / f".{CONFIG_FILE}.part"
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(directory / CONFIG_FILE)
-    finally:
-        part.unlink(missing_ok=True)
+    write_object(directory / CONFIG_FILE, fields | {FIELD: quantization_config.to_dict(config)})
 
 
 def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:

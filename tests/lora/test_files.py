@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +17,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
-from qloralab.lora import files
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, save_adapter
-from qloralab.lora.inject import adapters, inject_, linear_names, quantize_
+from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, wrap_
 
 IDS = torch.arange(24).view(2, 12)
 # Largest difference of two logits of about 1: float32 sums, in another order, through two layers.
@@ -178,24 +195,193 @@ def test_a_model_without_adapters_is_not_saved(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("step", ["weights", "config", "rename"])
-def test_an_interrupted_save_leaves_the_earlier_files(saved, monkeypatch, step):
+@pytest.mark.parametrize("rename", range(5))
+def test_an_interrupted_save_leaves_the_earlier_files_or_all_of_the_new_ones(saved, monkeypatch, rename):
     before = {name: (saved / name).read_bytes() for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    calls, real = iter(range(5)), os.replace
 
-    def fail(target, *args, **kwargs):
-        Path(target).write_bytes(b"half") if step != "rename" else None
-        raise KeyboardInterrupt
-
-    def save_half(tensors, path, metadata):
-        fail(path)
+    def interrupted(*paths: Path) -> None:
+        if next(calls) == rename:
+            raise KeyboardInterrupt
+        real(*paths)
 
     model = adapted(r=2)
-    place = {"weights": (files, "save_file", save_half), "config": (Path, "write_text", fail)}
     with monkeypatch.context() as patch:
-        patch.setattr(*place.get(step, (files.os, "replace", fail)))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        if rename < 4:
+            with pytest.raises(KeyboardInterrupt):
+                save_adapter(model, saved)
+        else:  # there are four: the weights under their hidden name, the config out of the way, then both
             save_adapter(model, saved)
-    assert {name: (saved / name).read_bytes() for name in before} == before
-    assert_same(load_adapter_(llama(), saved), adapted())
-    save_adapter(model, saved)
+    after = {name: (saved / name).read_bytes() for name in before}
+    if rename < 3:
+        assert after == before
+    else:
+        save_adapter(model, saved.parent / "new")
+        assert after == {name: (saved.parent / "new" / name).read_bytes() for name in before}
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+KILLED = """
+import os, pathlib, sys, torch
+from torch import nn
+from qloralab.lora.config import LoraConfig
+from qloralab.lora.files import load_adapter_, save_adapter
+from qloralab.lora.inject import adapters, inject_
+
+def save(value):  # B is full of the value, and scaling is the value
+    model = inject_(nn.Sequential(nn.Linear(8, 8)), LoraConfig(2, 2 * value))
+    model[0].lora_B.data.fill_(value)
+    save_adapter(model, sys.argv[1])
+
+def dying(function, calls):
+    def call(*arguments, **options):
+        calls[0] -= 1
+        if calls[0] < 0:
+            os._exit(9)
+        return function(*arguments, **options)
+    return call
+
+step, died = 0, True
+while died:
+    save(1)
+    child = os.fork()
+    if not child:
+        calls = [step]
+        for name in ("open", "fsync", "replace", "rename", "unlink"):
+            setattr(os, name, dying(getattr(os, name), calls))
+        save(2)
+        os._exit(0)
+    died = os.waitpid(child, 0)[1] != 0
+    try:
+        layer = adapters(load_adapter_(nn.Sequential(nn.Linear(8, 8)), sys.argv[1]))["0"]
+        print(layer.lora_B[0, 0].item(), layer.config.scaling)
+    except FileNotFoundError as error:
+        print(error)
+    step += 1
+save(3)
+print(*sorted(os.listdir(sys.argv[1])))
+"""
+
+
+def test_a_save_that_is_killed_never_leaves_the_weights_of_one_beside_the_config_of_another(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    *outcomes, files = done.stdout.splitlines()
+    refused = f"{tmp_path / CONFIG_FILE} does not exist: saving it was interrupted"
+    assert list(dict.fromkeys(outcomes)) == ["1.0 1.0", refused, "2.0 2.0"]
+    assert files == f"{CONFIG_FILE} {WEIGHTS_FILE}"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids=oct)
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_adapter(adapted(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def in_wrappers(model: Any) -> Any:
+    for index, layer in enumerate(model.model.layers):
+        compiled: Any = torch.compile(layer)
+        model.model.layers[index] = checkpoint_wrapper(compiled)
+    return torch.compile(nn.DataParallel(model))
+
+
+def test_wrappers_leave_no_trace_in_the_file(saved, tmp_path):
+    model = in_wrappers(adapted())
+    save_adapter(model, tmp_path / "wrapped")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (saved / name).read_bytes()
+    for other in (in_wrappers(llama()), in_wrappers(adapted())):
+        loaded = adapters(load_adapter_(other, saved)).values()
+        assert all(torch.equal(a.lora_B, b.lora_B) for a, b in zip(loaded, adapters(model).values(), strict=True))
+
+
+def test_what_trains_beside_the_adapters_is_named(tmp_path):
+    model = adapted()
+    for name in ("model.norm", "model.embed_tokens", "model.layers.0.self_attn.q_proj.base_layer", "lm_head"):
+        model.get_submodule(name).requires_grad_(True)
+    named = (
+        r"in the file: model\.embed_tokens\.weight, model\..*q_proj\.base_layer\.weight, model.norm.weight and 1 oth"
+    )
+    with pytest.warns(UserWarning, match=named):
+        save_adapter(model, tmp_path)
+
+
+def test_a_module_at_two_paths_is_named(tmp_path):
+    def model() -> Any:
+        torch.manual_seed(0)
+        one = nn.Linear(8, 8)
+        return nn.Sequential(OrderedDict(first=one, act=nn.ReLU(), second=one))
+
+    ours = adapted(model())
+    with pytest.warns(UserWarning, match=r"several paths, of which PEFT adapts the first alone: first = second$"):
+        save_adapter(ours, tmp_path)
+    theirs, x = peft.PeftModel.from_pretrained(model(), str(tmp_path)), torch.randn(3, 8)
+    assert not torch.allclose(theirs(x), ours(x), atol=0.01)
+    assert torch.equal(load_adapter_(model(), tmp_path)(x), ours(x))
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 4,
+    "mlp_only_layers": [0],
+}
+KINDS: dict[str, tuple[Callable[[], Any], str | None, list[str]]] = {
+    "plain": (lambda: nn.Sequential(nn.Linear(8, 8)), None, []),
+    "causal": (llama, "CAUSAL_LM", []),
+    "classification": (lambda: AutoModelForSequenceClassification.from_config(llama().config), None, []),
+    "encoder": (lambda: AutoModelForMaskedLM.from_config(BertConfig(**SMALL)), None, []),
+    "encoder and decoder": (
+        lambda: AutoModelForSeq2SeqLM.from_config(
+            T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
+        ),
+        None,
+        [],
+    ),
+    "experts, whose names PEFT keeps": (
+        lambda: AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SMALL, **EXPERTS)),
+        "CAUSAL_LM",
+        [],
+    ),
+    "experts, whose names PEFT takes": (
+        lambda: AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SMALL, **EXPERTS)),
+        "CAUSAL_LM",
+        ["gate_proj", "up_proj", "down_proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_opens_every_kind_of_model_or_it_is_said_what_it_leaves_out(kind, tmp_path):
+    make, task_type, dropped = KINDS[kind]
+    model = make()
+    names = [name for name in linear_names(model) if min(model.get_submodule(name).weight.shape) > 1]
+    wrap_(model, names, LoraConfig(2, 2))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["task_type"] == task_type
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path))
+    found = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    missing = [name for name in adapters(model) if name not in found]
+    assert {name.rpartition(".")[2] for name in missing} == set(dropped)
+    told = "save_adapter: PEFT takes these names for those of experts, and leaves their adapters out: " + ", ".join(
+        missing
+    )
+    assert [str(one.message) for one in said] == [told] * bool(missing)

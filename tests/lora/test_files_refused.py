@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, save_adapter
+from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, read_adapter, save_adapter
 from qloralab.lora.inject import adapters, inject_
 from qloralab.nf4.errors import FormatError
 
@@ -54,7 +54,7 @@ def refused(directory: Path, kind: type[Exception], file: str, message: str) -> 
 
 
 def test_the_file_that_is_edited_here_is_taken(saved):
-    edit(saved, rank_pattern={}, use_dora=False, modules_to_save=None, unknown=1)
+    edit(saved, rank_pattern={}, use_dora=False, modules_to_save=None, fan_in_fan_out=True, unknown=1)
     assert set(adapters(load_adapter_(Model(), saved))) == {"up", "down"}
 
 
@@ -65,7 +65,6 @@ def test_the_file_that_is_edited_here_is_taken(saved):
         ("rank_pattern", {"up": 2}),
         ("alpha_pattern", {"up": 2}),
         ("modules_to_save", ["wte"]),
-        ("fan_in_fan_out", True),
         ("lora_bias", True),
         ("layer_replication", [[0, 1]]),
         ("trainable_token_indices", [1, 2]),
@@ -137,8 +136,17 @@ def test_a_config_without_a_field(saved, field):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"", "is not JSON"), (b'{"r": 4', "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[]", "holds a JSON list")],
-    ids=["empty", "cut", "no-text", "list"],
+    [
+        (b"", "is not JSON"),
+        (b'{"r": 4', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "holds a JSON list"),
+        (b"[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
+        (b'{"r": 4, "lora_alpha": 1%s}' % (b"0" * 400), "is not JSON: a number has 401 digits: 10000"),
+        (b'{"r": 4, "lora_alpha": 1e400}', "lora_alpha is inf"),
+        (b'{"r": 4, "r": 8}', "is not JSON: the name 'r' occurs twice"),
+    ],
+    ids=["empty", "cut", "no-text", "list", "deep", "a number of 401 digits", "an infinite number", "twice"],
 )
 def test_a_config_that_is_no_json_object(saved, text, message):
     (saved / CONFIG_FILE).write_bytes(text)
@@ -165,7 +173,7 @@ def test_a_pickle_is_not_opened(saved):
 def test_weights_that_end_early(saved, keep):
     path = saved / WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:keep])
-    refused(saved, FormatError, WEIGHTS_FILE, "is not a safetensors file")
+    refused(saved, FormatError, WEIGHTS_FILE, "has 895 " if keep == -1 else f"has {keep}")
 
 
 A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"
@@ -188,6 +196,9 @@ def pop(tensors, key):
         (lambda t: t.update({A: torch.ones(3, 16)}), FormatError, f"tensor {A!r}: is [3, 16]; the config says r = 4"),
         (lambda t: t.update({B: torch.ones(12, 3)}), FormatError, f"tensor {B!r}: is [12, 3]; the config says r = 4"),
         (lambda t: t.update({A: torch.ones(4)}), FormatError, f"tensor {A!r}: is [4]"),
+        (lambda t: t[A].view(-1)[5:6].fill_(torch.nan), FormatError, f"tensor {A!r}: holds a value that is NaN"),
+        (lambda t: t.update({B: t[B].double().fill_(1e300)}), FormatError, f"tensor {B!r}: holds a value that is NaN"),
+        (lambda t: t.update({B: torch.ones(12, 4, dtype=torch.int8)}), FormatError, f"tensor {B!r}: is torch.int8"),
         (lambda t: t.update({A: torch.ones(4, 17)}), ValueError, "of up is for 12 x 17, the layer is 12 x 16"),
         (lambda t: t.update({B: torch.ones(13, 4)}), ValueError, "of up is for 13 x 16, the layer is 12 x 16"),
         (lambda t: t.update({"up.lora_A.weight": t.pop(A)}), FormatError, "is not the A or B of a LoRA layer"),
@@ -201,7 +212,7 @@ def pop(tensors, key):
         ),
     ],
     ids=[
-        *("empty", "no-A", "no-B", "A-rank", "B-rank", "A-1d", "A-width", "B-height"),
+        *("empty", "no-A", "no-B", "A-rank", "B-rank", "A-1d", "A-nan", "B-too-large", "B-int", "A-width", "B-height"),
         *("no-prefix", "no-suffix", "unknown-layer", "no-linear-layer", "embedding"),
     ],
 )  # fmt: skip
@@ -224,3 +235,18 @@ def test_a_rank_larger_than_the_layer(saved):
     save_file(tensors, saved / WEIGHTS_FILE)
     with pytest.raises(ValueError, match="r is 14, larger than"):
         load_adapter_(Model(), saved)
+
+
+def test_a_model_on_the_meta_device(saved):
+    """The file is checked against it; it does not take the values."""
+    with torch.device("meta"):
+        model = Model()
+    read_adapter(model, saved)
+    with pytest.raises(ValueError, match=r"^down is on the meta device, where an adapter has no values"):
+        load_adapter_(model, saved)
+    assert not adapters(model)
+    with pytest.raises(ValueError, match=r"^up is on the meta device: its adapter has no values to save"):
+        save_adapter(inject_(model, LoraConfig(4, 8)), saved)
+    save_file({A: torch.ones(4, 16), B: torch.ones(13, 4)}, saved / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match="the adapter of up is for 13 x 16, the layer is 12 x 16"):
+        read_adapter(Model(), saved)
