@@ -147,9 +147,9 @@ def check_adapter(directory: Path) -> None:
     Raises:
         UserError: it does not.
     """
-    if not (directory / CONFIG_FILE).is_file():
+    if not os.path.isfile(directory / CONFIG_FILE):
         below = directory / "adapter"
-        meant = f"; do you mean {below}?" if (below / CONFIG_FILE).is_file() else ""
+        meant = f"; do you mean {below}?" if os.path.isfile(below / CONFIG_FILE) else ""
         raise UserError(
             f"{directory / CONFIG_FILE} does not exist: {directory} is not the directory of an adapter{meant}"
         )
@@ -175,7 +175,9 @@ def check_model(path: Path) -> dict[str, Any]:
     Raises:
         UserError: path is not that of a model, as far as can be seen without reading it.
     """
-    if path.is_dir():
+    if os.path.isdir(
+        path
+    ):  # False, where is_dir raises: a name that is too long, a directory that is not ours to enter
         if (path / "metrics.jsonl").is_file() and not any(path.glob("*.safetensors")):
             below = path / "model"
             meant = f"; do you mean {below}?" if below.is_dir() else "; its adapter goes with --adapter"
@@ -185,7 +187,7 @@ def check_model(path: Path) -> dict[str, Any]:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} holds no config.json: it is not a Hugging Face model directory")
         return {"pretrained_model_name_or_path": str(path)}
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(
             f"{path} does not exist; --model takes a Hugging Face directory or a .gguf file on this machine"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +23,12 @@ def check_writable(out: Path, at: Path) -> None:
     Raises:
         UserError: the nearest that exists is no directory, or not ours to write in.
     """
+    try:
+        os.lstat(at)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
     there = _existing(at)
     if not there.is_dir():
         raise UserError(f"{out} cannot be written: {there} is not a directory")
@@ -32,6 +40,8 @@ def check_writable(out: Path, at: Path) -> None:
 def written_beside(out: Path, needed: int) -> Iterator[Path]:
     """A hidden directory beside out, which becomes out at the end; whatever ends it otherwise, nothing is left.
 
+    What a killed process has left there is removed: a directory that nobody holds locked.
+
     Raises:
         UserError: the disk has less than the needed bytes free.
     """
@@ -41,16 +51,40 @@ def written_beside(out: Path, needed: int) -> Iterator[Path]:
         raise UserError(f"{out} needs {size_text(needed)}, and {size_text(free)} are free on its disk")
     made = [folder for folder in out.parents if not folder.exists()]
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.part-*"):
+        with _locked(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        yield part
-        part.rename(out)  # over an empty directory, if there is one
+        with _locked(part):
+            yield part
+            part.rename(out)  # over an empty directory, if there is one
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a directory, which ends with its process; False where another one has it, or there are none."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = True
+    except OSError:
+        ours = False
+    try:
+        yield ours
+    finally:
+        os.close(descriptor)
 
 
 def size_text(count: float) -> str:

@@ -152,6 +152,8 @@ class _Stream:
         self._check_names(model, layers)
         self.weights = {f"{layer}.weight" for layer in layers}
         self.small_files = [file for file in sorted(directory.iterdir()) if _is_small_file(file)]
+        for file in self.small_files:
+            _check_link(file)
         self.dtype = floating_dtype(self.checkpoint)
 
     def describe(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -304,11 +306,11 @@ def _check_out(out: Path) -> None:
     Raises:
         UserError: out is there and not empty, or cannot be made.
     """
-    if out.is_dir() and any(out.iterdir()):
+    if os.path.isdir(out) and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; give --out the name of a new directory")
-    if os.path.lexists(out) and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise UserError(f"{out} is not a directory; give --out the name of a new one")
-    check_writable(out, out.absolute().parent)
+    check_writable(out, out.absolute())
 
 
 def _summarize(result: Result, display: Display) -> None:
@@ -344,3 +346,15 @@ def _is_small_file(file: Path) -> bool:
         and not file.name.endswith(_WEIGHTS)
         and file.name not in (CONFIG_FILE, "training_args.bin")
     )
+
+
+def _check_link(file: Path) -> None:
+    """That what is copied is part of the model: it lies in its directory, or is a blob of the hub's cache beside it.
+
+    Raises:
+        UserError: the file is a symbolic link that leads elsewhere.
+    """
+    target, folder = file.resolve(), file.parent.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
+        raise UserError(f"{file} leads out of the directory, to {target}; put a copy in its place, or remove it")

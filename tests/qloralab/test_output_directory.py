@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,24 @@ def test_a_failure_leaves_nothing(tmp_path, error):
     with pytest.raises(error):
         fail()
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_has_left_is_removed_and_nothing_else(tmp_path):
+    out, others = tmp_path / "[a]", (".a.part-1", ".[a].part", ".[a]b.part-1", "part-1")
+    for name in (*others, ".[a].part-1", f".[a].part-{os.getppid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    with written_beside(out, 10) as ours:
+        assert sorted(os.listdir(tmp_path)) == sorted([*others, ours.name])
+        with written_beside(tmp_path / "b", 10):
+            child = os.fspath(tmp_path)
+            code = "import sys, pathlib\nfrom qloralab.output_directory import written_beside\n"
+            code += "with written_beside(pathlib.Path(sys.argv[1]) / '[a]', 10) as part: pass"
+            subprocess.run([sys.executable, "-c", code, child], check=True)  # while we are at it
+        assert ours.is_dir()
+        (out / "theirs").touch()
+        (out / "theirs").unlink()
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "[a]", "b"])
 
 
 def test_a_disk_that_is_too_small_is_said_first(tmp_path):

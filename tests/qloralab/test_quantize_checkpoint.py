@@ -218,11 +218,16 @@ def test_small_files_come_along_and_nothing_else(dense, tmp_path, run):
     assert {name: (tmp_path / "out" / name).read_text() for name in kept} == kept
 
 
-def test_a_cache_of_symbolic_links_is_a_directory_like_any_other(dense, tmp_path, run):
-    (tmp_path / "snapshot").mkdir()
-    for file in dense.iterdir():
-        (tmp_path / "snapshot" / file.name).symlink_to(file)
-    run(tmp_path / "snapshot")
+def test_the_cache_of_the_hub_is_a_directory_like_any_other(dense, tmp_path, run):
+    """Its files are symbolic links to blobs, which are copied."""
+    blobs, snapshot = (tmp_path / "models--x--y" / name for name in ("blobs", "snapshots/0123"))
+    dense.rename(tmp_path / "was")
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in (tmp_path / "was").iterdir():
+        file.rename(blobs / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(f"../../blobs/hash-{file.name}")
+    run(snapshot)
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
     assert len(Checkpoint(tmp_path / "out").quantized_names()) == 2 * PROJECTIONS
 
@@ -335,6 +340,24 @@ class TestRefused:
 
         monkeypatch.setattr(command_module.shutil, "copyfile", denied)
         assert refusal(run, dense) == f"{dense / 'generation_config.json'} cannot be read: Permission denied"
+
+    @pytest.mark.parametrize("link", ["../secret", "{}/secret", "inside/../../secret", "inside/up/secret"])
+    def test_a_link_that_leads_out_of_the_directory(self, link, dense, tmp_path, run, refusal):
+        (tmp_path / "secret").write_text("x")
+        (dense / "inside").mkdir()
+        (dense / "inside" / "up").symlink_to("../..")
+        (dense / "NOTICE").symlink_to("generation_config.json")
+        (dense / "LICENSE").symlink_to(link.format(tmp_path))
+        message = (
+            f"{dense}/LICENSE leads out of the directory, to {tmp_path}/secret; put a copy in its place, or remove it"
+        )
+        assert refusal(run, dense) == message
+
+    def test_names_that_are_too_long(self, dense, tmp_path, silent, refusal):
+        long = tmp_path / ("x" * 300)
+        for out in (long, long / "out", tmp_path / ("x" * 250)):
+            assert refusal(quantize_model, dense, out, None, silent) == f"{out} cannot be written: File name too long"
+        assert f"{long} does not exist; --model takes" in refusal(quantize_model, long, tmp_path / "out", None, silent)
 
     def test_another_shape(self, dense, run):
         config = json.loads((dense / "config.json").read_text())
