@@ -16,11 +16,12 @@ from .generate import generate
 from .models import (
     DENSE_DTYPE,
     check_adapter,
+    check_adapter_fits,
     check_model,
     holds_4bit,
     load_adapter,
     load_model,
-    load_tokenizer,
+    load_tokenizer_and_config,
     model_name,
     quantize_loaded_,
 )
@@ -62,7 +63,9 @@ def answer(
         display.fact("dtype", chosen.described())
     to_quantize = quantized and not packed
     with display.busy("reading the tokenizer"):
-        tokenizer = load_tokenizer(model)
+        tokenizer, config = load_tokenizer_and_config(model)
+    if adapter is not None and (other_model := check_adapter_fits(adapter, config)):
+        display.fact("note", other_model)
     with display.busy(f"reading {model_name(model)}"):
         loaded = load_model(model, DENSE_DTYPE if to_quantize else chosen.dtype)
     if quantized:

@@ -8,8 +8,10 @@ the format of bitsandbytes, as ``qloralab quantize`` writes them; they stay as t
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import io
+import json
 import os
 import struct
 import warnings
@@ -23,10 +25,10 @@ from safetensors import SafetensorError
 
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.kernels.gpu import operators as _gpu_kernels  # noqa: F401  # and these on CUDA tensors
-from qloralab.lora.files import CONFIG_FILE, load_adapter_
+from qloralab.lora.files import CONFIG_FILE, load_adapter_, read_adapter
 from qloralab.lora.inject import quantize_
 from qloralab.nf4.errors import FormatError
-from qloralab.nf4.quantization_config import is_bitsandbytes
+from qloralab.nf4.quantization_config import FIELD, is_bitsandbytes
 
 from .errors import UserError
 from .gguf_reading import fast_gguf
@@ -83,11 +85,35 @@ def load_model(path: Path, dtype: torch.dtype = DENSE_DTYPE) -> Any:
     where = check_model(path)
     if holds_4bit(path):
         with reading(path):
-            return read_model(path, compute_dtype=dtype, dtype=dtype)
+            model = read_model(path, compute_dtype=dtype, dtype=dtype)
+        _check_finite(path, model)
+        return model
     if "gguf_file" in where:
         where["quantization_config"] = GgufConfig(dequantize=True)
+    where |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what is amiss is told below, by name
     with reading(path):
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, local_files_only=True)
+    model, loading = loaded
+    _check_whole(path, loading)
+    _check_finite(path, model)
+    return model
+
+
+def _check_whole(path: Path, loading: dict[str, Any]) -> None:
+    """Refuse a model in which transformers has filled gaps with random numbers."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f", nor {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise UserError(f"{path} has no tensor {missing[0]}{more}: config.json asks for it")
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        raise UserError(f"{path}: tensor {name} is {list(found)}; config.json makes it {list(expected)}")
+
+
+def _check_finite(path: Path, model: Any) -> None:
+    """Refuse a model that no learning rate helps."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(extreme.isfinite() for extreme in parameter.detach().aminmax()):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity, so the model computes nothing")
 
 
 def quantize_loaded_(model: Any, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None) -> Any:
@@ -100,8 +126,14 @@ def quantize_loaded_(model: Any, dtype: torch.dtype, progress: Callable[[int, in
 
     Returns:
         the model.
+
+    Raises:
+        UserError: a weight cannot be quantized.
     """
-    quantize_(model, compute_dtype=dtype, progress=progress)
+    try:
+        quantize_(model, compute_dtype=dtype, progress=progress)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     # A cast would also round buffers that are float32 on purpose, so there is none to the dtype it has.
     return model if dtype == DENSE_DTYPE else model.to(dtype)
 
@@ -121,11 +153,17 @@ def holds_4bit(path: Path) -> bool:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer that belongs to the model at path; see ``load_model``."""
-    from transformers import AutoTokenizer
+    return load_tokenizer_and_config(path)[0]
+
+
+def load_tokenizer_and_config(path: Path) -> tuple[Any, Any]:
+    """The tokenizer and the configuration of the model at path: what can be known before its weights are read."""
+    from transformers import AutoConfig, AutoTokenizer
 
     where = check_model(path)
-    with reading(path):
-        return AutoTokenizer.from_pretrained(**where, local_files_only=True)
+    with reading(path):  # one reading: a GGUF file has both in its header
+        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+        return tokenizer, AutoConfig.from_pretrained(**where, local_files_only=True)
 
 
 def load_adapter(model: Any, directory: Path) -> None:
@@ -139,6 +177,43 @@ def load_adapter(model: Any, directory: Path) -> None:
         load_adapter_(model, directory)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def check_adapter_fits(directory: Path, config: Any) -> str | None:
+    """Whether an adapter fits a model, before the weights of that are read.
+
+    Args:
+        directory: of the adapter.
+        config: of the model, of transformers.
+
+    Returns:
+        a note where the adapter names another model.
+
+    Raises:
+        UserError: the adapter cannot be read, or does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    check_adapter(directory)
+    config = copy.deepcopy(config)
+    vars(config).pop(FIELD, None)
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    try:
+        # GPT-2's layers become linear ones when they are quantized.
+        read_adapter(None if any(isinstance(layer, Conv1D) for layer in model.modules()) else model, directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    named, ours = _base_model(directory), config._name_or_path
+    if named is None or Path(named).name == Path(ours).name:
+        return None
+    return f"{directory} says that it is for {named}, and this is {ours}; their shapes are the same"
+
+
+def _base_model(directory: Path) -> str | None:
+    named = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return named if isinstance(named, str) else None
 
 
 def check_adapter(directory: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -20,6 +22,7 @@ from qloralab import FormatError, LoraConfig, inject_, quantize, quantize_, save
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import (
     check_adapter,
+    check_adapter_fits,
     check_model,
     default_model,
     holds_4bit,
@@ -27,6 +30,7 @@ from qloralab.models import (
     load_adapter,
     load_model,
     load_tokenizer,
+    load_tokenizer_and_config,
     model_name,
     pad_id,
     quantize_loaded_,
@@ -168,6 +172,52 @@ def test_a_broken_directory(kind, model_dir, tmp_path, refusal):
     assert refusal(load_model, path).startswith(f"{path} cannot be read as a model: ")
 
 
+def changed(name: str, tensor: torch.Tensor | None, model_dir: Path, folder: Path) -> Path:
+    """The model with another tensor, or without it."""
+    shutil.copytree(model_dir, folder / "model")
+    file = folder / "model" / "model.safetensors"
+    tensors = {**load_file(file), name: tensor}
+    save_file({key: found for key, found in tensors.items() if found is not None}, file, {"format": "pt"})
+    return folder / "model"
+
+
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (UP, None, f" has no tensor {UP}: config.json asks for it"),
+        (UP, torch.zeros(5, 7), f": tensor {UP} is [5, 7]; config.json makes it [96, 64]"),
+        (NORM, torch.ones(64).index_fill(0, torch.tensor(3), math.inf), f": tensor {NORM} holds NaN or infinity"),
+        (UP, torch.full([96, 64], math.nan), f": tensor {UP} holds NaN or infinity"),
+    ],
+    ids=["missing", "another shape", "an infinite norm", "NaN"],
+)
+def test_a_checkpoint_that_is_not_whole(name, tensor, message, model_dir, tmp_path, refusal):
+    """Transformers would fill in random numbers."""
+    path = changed(name, tensor, model_dir, tmp_path)
+    assert refusal(load_model, path).startswith(f"{path}{message}")
+
+
+def test_more_than_one_tensor_is_missing(model_dir, tmp_path, refusal):
+    path = changed(UP, None, model_dir, tmp_path)
+    changed(NORM, None, path, tmp_path / "again")
+    assert f"has no tensor {UP}, nor 1 others: " in refusal(load_model, tmp_path / "again" / "model")
+
+
+def test_a_norm_beside_4_bit_weights_is_looked_at_too(model_dir, tmp_path, refusal):
+    path = changed(NORM, torch.full([64], math.nan), quantized(model_dir, tmp_path), tmp_path / "nan")
+    assert refusal(load_model, path).startswith(f"{path}: tensor {NORM} holds NaN or infinity")
+
+
+def test_a_weight_that_cannot_be_quantized_is_one_line(model_dir, refusal):
+    model = load_model(model_dir)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 3e38  # finite; in float32 its scale is not to be encoded
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
+    assert "mlp" in refusal(quantize_loaded_, model, torch.bfloat16)
+
+
 def test_a_directory_without_tokenizer(model_dir, tmp_path, refusal):
     path = broken("", model_dir, tmp_path)
     for file in path.glob("tokenizer*"):
@@ -255,6 +305,51 @@ def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path, refusal):
     save_adapter(inject_(nn.Sequential(nn.Linear(4, 4)), LoraConfig(2, 2, task_type=None)), tmp_path)
     message = refusal(load_adapter, load_model(model_dir), tmp_path)
     assert "has an adapter for 0, which the model does not have" in message
+
+
+@pytest.fixture
+def adapter(model_dir, tmp_path) -> Path:
+    save_adapter(inject_(load_model(model_dir), LoraConfig(r=4, lora_alpha=8)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+PREFIX = "base_model.model.model.layers"
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "message"),
+    [
+        (1, lambda B: B[1:].clone(), "the adapter of model.layers.1.mlp.up_proj is for 95 x 64, the layer is 96 x 64"),
+        (1, lambda B: B * math.nan, f"'{PREFIX}.1.mlp.up_proj.lora_B.weight': holds NaN or infinity"),
+        (7, lambda B: B, "has an adapter for model.layers.7.mlp.up_proj, which the model does not have; is it the"),
+    ],
+    ids=["shape", "NaN", "layer"],
+)
+def test_an_adapter_is_looked_at_before_the_model_is_read(adapter, model_dir, refusal, layer, change, message):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    A, B = (tensors.pop(f"{PREFIX}.1.mlp.up_proj.lora_{which}.weight") for which in "AB")
+    tensors |= {f"{PREFIX}.{layer}.mlp.up_proj.lora_{which}.weight": t for which, t in (("A", A), ("B", change(B)))}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    _, config = load_tokenizer_and_config(model_dir)
+    assert message in refusal(check_adapter_fits, adapter, config)
+    assert message in refusal(load_adapter, load_model(model_dir), adapter)
+
+
+def test_an_adapter_fits_a_model_in_4_bits(adapter, model_dir, tmp_path):
+    _, config = load_tokenizer_and_config(quantized(model_dir, tmp_path))
+    note = check_adapter_fits(adapter, config)
+    assert (
+        note == f"{adapter} says that it is for {model_dir}, and this is {tmp_path / '4bit'}; their shapes are the same"
+    )
+    assert config.quantization_config  # it is as it was
+
+
+@pytest.mark.parametrize(("named", "other"), [("hub/tiny", False), (None, False), (3, False), ("hub/large", True)])
+def test_an_adapter_names_its_model(adapter, model_dir, named, other):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+    _, config = load_tokenizer_and_config(model_dir)
+    assert ("is for hub/large, and this is" in (check_adapter_fits(adapter, config) or "")) == other
 
 
 def test_the_default_model_is_found_without_an_import(default_gguf):
