@@ -320,7 +320,7 @@ PREFIX = "base_model.model.model.layers"
     ("layer", "change", "message"),
     [
         (1, lambda B: B[1:].clone(), "the adapter of model.layers.1.mlp.up_proj is for 95 x 64, the layer is 96 x 64"),
-        (1, lambda B: B * math.nan, f"'{PREFIX}.1.mlp.up_proj.lora_B.weight': holds NaN or infinity"),
+        (1, lambda B: B * math.nan, f"'{PREFIX}.1.mlp.up_proj.lora_B.weight': holds a value that is NaN or infinite"),
         (7, lambda B: B, "has an adapter for model.layers.7.mlp.up_proj, which the model does not have; is it the"),
     ],
     ids=["shape", "NaN", "layer"],
