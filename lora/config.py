@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ALL_LINEAR = "all-linear"
 
@@ -54,8 +54,12 @@ class LoraConfig:
         """The factor on B A x."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def select(self, names: Sequence[str]) -> list[str]:
+    def select(self, names: Sequence[str], left_out: Mapping[str, str] | None = None) -> list[str]:
         """The names, in their order, that target_modules means.
+
+        Args:
+            names: of the layers to choose from, full paths.
+            left_out: why others are not among them, by full path.
 
         Raises:
             ValueError: a name or the expression matches none of them.
@@ -76,7 +80,11 @@ class LoraConfig:
             missing = [target for target in targets if not any(ends_with(name, target) for name in names)]
         if missing:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-            raise ValueError(f"target_modules: no linear layer matches {missing[0]!r}; linear layers here: {known}")
+            why = {n: why for n, why in (left_out or {}).items() if ends_with(n, missing[0])}
+            besides = "".join(f"; {name} is left out: {reason}" for name, reason in list(why.items())[:1])
+            raise ValueError(
+                f"target_modules: no linear layer matches {missing[0]!r}{besides}; linear layers here: {known}"
+            )
         return chosen
 
 

@@ -6,9 +6,9 @@ A starts Kaiming-uniform and B at zero, so that training starts from the base mo
 their updates are small against their values; the products are taken in the dtype of the layer's output, usually
 bfloat16. PEFT takes them in float32 instead and so copies each input to float32.
 
-On a quantized base, all of it is one operator, ``adapted_linear`` of ``nf4/ops.py``; the base's own ``forward``, and
-hooks on it, do not run. On a dense base the gradients are written out here in the same way: backward keeps the input
-itself, which others keep too, and not a second, dropped-out one.
+On a quantized base, all of it is one operator, ``adapted_linear`` of ``nf4/ops.py``; the base's own ``forward`` does
+not run. On a dense base the gradients are written out here in the same way: backward keeps the input itself, which
+others keep too, and not a second, dropped-out one.
 
 Dropout is a function of a seed (see ``nf4/adapter.py``). The seed is drawn for each call from torch's default
 generator, so that gradient checkpointing draws it again.
@@ -20,6 +20,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qloralab.nf4 import ops
 from qloralab.nf4.product import addmm, matmul
@@ -39,12 +40,14 @@ class LoRALinear(nn.Module):
         lora_A: float32 [r, in_features], trainable.
         lora_B: float32 [out_features, r], trainable.
         config: the config it was made from.
+        name: of the layer, for error messages.
     """
 
-    def __init__(self, base_layer: Linear, config: LoraConfig):
+    def __init__(self, base_layer: Linear, config: LoraConfig, name: str = "layer"):
         super().__init__()
         self.base_layer = base_layer
         self.config = config
+        self.name = name
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features
         device = base_layer.weight.device
@@ -54,19 +57,20 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_base(cls, base_layer: Linear, config: LoraConfig, name: str = "layer") -> LoRALinear:
-        """Wrap a layer and freeze it.
-
-        Raises:
-            ValueError: r is larger than the layer; the message has its name.
-        """
-        check_rank(base_layer, config, name)
+        """Wrap a layer and freeze it."""
         base_layer.requires_grad_(False)
-        return cls(base_layer, config)
+        return cls(base_layer, config, name)
 
     @property
     def weight(self):
-        """The weight of the base layer: some models look at its dtype or device."""
-        return self.base_layer.weight
+        """The dtype, device and shape of the base layer's weight, which some models look at.
+
+        To multiply by it would pass by the adapter, so that raises RuntimeError. ``base_layer.weight`` has the values.
+        """
+        weight = self.base_layer.weight
+        if not isinstance(weight, Tensor) or torch.compiler.is_compiling():
+            return weight
+        return _Description(weight, self.name)
 
     @property
     def bias(self):
@@ -100,12 +104,24 @@ class LoRALinear(nn.Module):
         return f"r={self.config.r}, scaling={self.config.scaling:g}, dropout={self.config.lora_dropout:g}"
 
 
-def check_rank(layer: Linear, config: LoraConfig, name: str) -> None:
-    """Raise ValueError when the rank of a config is larger than a layer."""
-    smallest = min(layer.in_features, layer.out_features)
-    if config.r > smallest:
-        shape = f"{layer.out_features} x {layer.in_features}"
-        raise ValueError(f"r is {config.r}, larger than {name} ({shape}); its adapter can have at most r = {smallest}")
+class _Description(Tensor):
+    """A tensor with the dtype, device and shape of another, and no values."""
+
+    path: str
+
+    @staticmethod
+    def __new__(cls, like: Tensor, name: str):
+        made = Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        made.path = name
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        name = next(leaf.path for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise RuntimeError(
+            f"{name} has an adapter, and its weight is used without it ({func}); call the layer, leave it out of "
+            "target_modules, or read base_layer.weight"
+        )
 
 
 def _draw_seed(device: torch.device) -> Tensor:
@@ -120,7 +136,8 @@ class _AddLowRank(torch.autograd.Function):
         h = matmul(_rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
         ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
-        return addmm(_rows(y), h, B.T, alpha=scaling).view(y.shape)
+        # To autograd no view: one that a function returns cannot be changed in place, as by nn.ReLU(inplace=True).
+        return torch.ops.aten._unsafe_view(addmm(_rows(y), h, B.T, alpha=scaling), y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

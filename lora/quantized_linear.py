@@ -20,8 +20,12 @@ class QuantizedLinear(nn.Module):
     Its state dict holds the weight as bitsandbytes' ``Linear4bit`` does (see ``nf4/bitsandbytes.py``). Moves between
     devices carry the weight along; conversions of the dtype (``module.half()``) leave it as it is.
 
+    PEFT adapts it when its config is told how, ``config._register_custom_module({QuantizedLinear: lora.Linear})`` with
+    ``peft.tuners.lora``, but cannot merge.
+
     Attributes:
-        weight: [out_features, in_features].
+        weight: [out_features, in_features]. Layers for which ``quantize_`` made one weight go on sharing it when they
+            are moved, copied or loaded, as layers that share an ``nn.Parameter`` do.
         bias: in compute_dtype, or None.
         compute_dtype: the dtype of the product. The input is converted to it, the output back.
         follows_device: whether compute_dtype was left open. Then it is what the weight's device multiplies in hardware
@@ -32,12 +36,20 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None):
         super().__init__()
-        self.weight = weight
+        self._shared = [weight]  # one list for all layers that share the weight
         self.follows_device = compute_dtype is None
         self.compute_dtype = compute_dtype or dtype_of(weight.device).dtype
         self.out_features, self.in_features = weight.shape
         frozen = None if bias is None else nn.Parameter(bias.detach().to(self.compute_dtype), requires_grad=False)
         self.register_parameter("bias", frozen)
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        return self._shared[0]
+
+    @weight.setter
+    def weight(self, weight: QuantizedTensor) -> None:
+        self._shared = [weight]
 
     @classmethod
     def from_linear(
@@ -73,9 +85,9 @@ class QuantizedLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _set_weight(self, weight: QuantizedTensor) -> None:
-        if self.follows_device and weight.device != self.weight.device:
+        self._shared[0] = weight
+        if self.follows_device:
             self.compute_dtype = dtype_of(weight.device).dtype
-        self.weight = weight
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

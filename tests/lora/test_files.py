@@ -50,7 +50,7 @@ def llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def adapted(model: nn.Module | None = None, **fields: Any) -> Any:
+def adapted(model: Any = None, **fields: Any) -> Any:
     """A model whose adapters do something."""
     model = inject_(model or llama(), LoraConfig(**{"r": 4, "lora_alpha": 8, **fields}))
     with torch.no_grad():

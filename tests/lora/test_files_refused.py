@@ -223,20 +223,6 @@ def test_weights_that_do_not_fit(saved, change, kind, message):
     refused(saved, kind, WEIGHTS_FILE, message)
 
 
-def test_a_rank_larger_than_the_layer(saved):
-    """What inject_ refuses, a file may not bring in."""
-    edit(saved, r=14)
-    tensors = {
-        A: torch.ones(14, 16),
-        B: torch.ones(12, 14),
-        at("down", A): torch.ones(14, 12),
-        at("down", B): torch.ones(16, 14),
-    }
-    save_file(tensors, saved / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match="r is 14, larger than"):
-        load_adapter_(Model(), saved)
-
-
 def test_a_model_on_the_meta_device(saved):
     """The file is checked against it; it does not take the values."""
     with torch.device("meta"):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrizations, prune, weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, trainable
+from qloralab.lora.inject import adapters, inject_, left_out, linear_names, quantize_, trainable, untrained, wrap_
 from qloralab.lora.layer import LoRALinear
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.nf4.processor import compute_dtype
@@ -107,6 +111,12 @@ def test_layers_that_share_a_weight_share_the_packed_one():
     assert model[0].weight is model[2].weight
     assert model[0].weight is not model[1].weight
     assert all(torch.equal(layer.bias, bias) for layer, bias in zip(model, biases, strict=True))
+    other = copy.deepcopy(model).requires_grad_(False)
+    other.load_state_dict(quantize_(nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])).state_dict())
+    for changed in (model.double(), other, copy.deepcopy(model), model.to("meta"), inject_(model, CONFIG)):
+        assert changed[0].weight is changed[2].weight
+        assert changed[0].weight is not changed[1].weight
+    assert {layer.base_layer.compute_dtype for layer in model} == {compute_dtype("meta").dtype}
 
 
 def test_a_module_at_two_paths_stays_one():
@@ -122,11 +132,179 @@ def test_a_module_at_two_paths_stays_one():
     assert len(trainable(model)) == 10
 
 
-def test_a_subclass_is_left_out():
-    model: Any = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    assert linear_names(model) == ["linear1", "linear2"]
-    quantize_(model, compute_dtype=torch.float32)
-    assert inject_(model, CONFIG)(torch.randn(2, 5, 16)).isfinite().all()
+class Renamed(nn.Linear):
+    """Has its own way to start, and no forward of its own."""
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 2 * super().forward(x)
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.proj.weight.T
+
+
+def masked() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(16, 16), "weight", 0.5)
+
+
+def old_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls it deprecated
+        return weight_norm(nn.Linear(16, 16))
+
+
+def patched() -> nn.Module:
+    layer: Any = nn.Linear(16, 16)
+    layer.forward = lambda x: nn.Linear.forward(layer, x)
+    return layer
+
+
+UNUSUAL = {
+    "forward": (lambda: Scaled(16, 16), "", "Scaled, with a forward of its own"),
+    "patched": (patched, "", "Linear, with a forward of its own"),
+    "weight_norm": (old_norm, "", "it holds weight_g, weight_v beside or instead of its weight"),
+    "pruned": (masked, "", "it holds weight_mask, weight_orig beside or instead of its weight"),
+    "parametrized": (
+        lambda: parametrizations.orthogonal(nn.Linear(16, 16)), "",
+        "it holds parametrizations beside or instead of its weight",
+    ),
+    "Conv1D": (lambda: Conv1D(16, 16), "", "Conv1D, not an nn.Linear"),
+    "read": (Reader, ".proj", "its weight is read by Reader.forward"),
+    "attention": (
+        lambda: nn.MultiheadAttention(16, 2), ".out_proj", "its weight is read by MultiheadAttention.forward"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_is_not_used_as_a_linear_layer_is_left_out_and_said_so(kind):
+    make, child, reason = UNUSUAL[kind]
+    model: Any = nn.ModuleList([nn.Linear(16, 16), make()])
+    name = f"1{child}"
+    assert linear_names(model) == ["0"]
+    assert left_out(model)[name] == reason
+    with pytest.raises(ValueError, match=rf"no linear layer matches '{name}'; {name} is left out: {reason}"):
+        inject_(model, LoraConfig(4, 8, target_modules=[name]))
+    inject_(quantize_(model), CONFIG)
+    assert linear_names(model) == list(adapters(model)) == ["0"]
+    with pytest.raises(ValueError, match=rf"no linear layer to quantize; left out: .*1 \({reason}\)"):
+        quantize_(nn.ModuleList([make()]))
+    with pytest.raises(ValueError, match=rf"no linear layer to adapt; left out: .*1 \({reason}\)"):
+        inject_(nn.ModuleList([make()]), CONFIG)
+
+
+def test_a_layer_without_a_shape_yet_is_left_out():
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.LazyLinear(16), nn.LazyConv1d(4, 3))
+    reasons = {"1": "its weight is a UninitializedParameter", "2": "LazyConv1d, not an nn.Linear"}
+    assert left_out(model) == reasons
+    assert left_out(quantize_(model)) == reasons
+
+
+def test_a_subclass_that_only_renames_is_taken():
+    model: Any = nn.Sequential(Renamed(16, 8), nn.Linear(8, 4))
+    assert linear_names(model) == ["0", "1"]
+    assert isinstance(quantize_(model)[0], QuantizedLinear)
+
+
+def test_an_adapter_from_a_file_is_not_put_where_the_weight_is_read():
+    model = nn.Sequential(Reader())
+    with pytest.raises(ValueError, match=r"^0\.proj cannot have an adapter: Reader\.forward reads its weight"):
+        wrap_(model, ["0.proj"], CONFIG)
+    assert trainable(model) == list(model.parameters())
+
+
+def test_a_transformer_layer_evaluates_as_it_trains():
+    """Its eval mode reads the weights of linear1 and linear2, and passed their adapters by."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model: Any = nn.ModuleDict({"up": nn.Linear(16, 16), "encoder": layer})
+    inject_(quantize_(model, compute_dtype=torch.float32), CONFIG)
+    assert list(adapters(model)) == ["up"]
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        train, evaluated = (layer.train(mode)(x) for mode in (True, False))
+    assert torch.allclose(train, evaluated, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [quantize_, lambda model: inject_(model, CONFIG)], ids=["quantize_", "inject_"])
+def test_a_model_with_adapters_of_peft_is_refused(change):
+    model: Any = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["up_proj"]))
+    before = [id(module) for module in model.modules()]
+    for inner, path in ((model, "base_model.model.model"), (model.base_model.model, "model")):
+        with pytest.raises(
+            ValueError, match=rf"^{path}\.layers\.0\.mlp\.up_proj is a Linear of PEFT .*merge_and_unload"
+        ):
+            change(inner)
+    assert [id(module) for module in model.modules()] == before
+    merged = model.merge_and_unload()
+    assert list(adapters(inject_(merged, CONFIG))) == LLAMA_LINEAR
+
+
+def test_hooks_stay_in_their_place():
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    seen: list[tuple[str, type]] = []
+    handles = [
+        model[0].register_forward_hook(lambda module, args, y: seen.append(("after", type(module)))),
+        model[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(("before", type(module))), with_kwargs=True
+        ),
+        model[0].register_full_backward_hook(lambda module, dx, dy: seen.append(("backward", type(module)))),
+    ]
+    x = torch.randn(3, 16, requires_grad=True)
+    for change, kind in ((quantize_, QuantizedLinear), (lambda m: inject_(m, CONFIG), LoRALinear)):
+        change(model)(x).sum().backward()
+        assert seen == [("before", kind), ("after", kind), ("backward", kind)]
+        seen.clear()
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert not seen
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "quantized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_follows_may_change_the_output_in_place(dtype, quantized):
+    """As nn.ReLU(inplace=True), or Llama 4, which adds its experts to the shared one's output."""
+
+    def gradients(model: Any, inplace: bool) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 2 * 3 * 64, dtype=dtype).view(2, 3, 64).requires_grad_()
+        y = model[0](x)
+        y = y.mul_(2).relu_() if inplace else (y * 2).relu()
+        model[1](y).square().sum().backward()
+        return [x.grad, *(p.grad for p in trainable(model))]  # pyright: ignore[reportReturnType]
+
+    made: Any = nn.Sequential(nn.Linear(64, 64, dtype=dtype), nn.Linear(64, 8, dtype=dtype))
+    model = inject_(quantize_(made, compute_dtype=dtype) if quantized else made, LoraConfig(4, 8, lora_dropout=0.0))
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.normal_()
+    for a, b in zip(gradients(copy.deepcopy(model), True), gradients(model, False), strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
+
+
+def test_adapters_that_never_had_a_gradient_are_named():
+    model: Any = inject_(nn.ModuleDict({"used": nn.Linear(16, 16), "idle": nn.Linear(16, 16)}), CONFIG)
+    assert untrained(model) == ["used", "idle"]
+    optimizer = torch.optim.AdamW(trainable(model))
+    model["used"](torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    assert untrained(model) == ["idle"]
+
+
+def test_a_type_checker_keeps_the_type_of_the_model():
+    model = LlamaForCausalLM(LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=8))
+    assert_type(quantize_(model), LlamaForCausalLM)
+    assert_type(inject_(model, CONFIG), LlamaForCausalLM)
 
 
 def test_each_weight_is_that_of_quantize():
@@ -180,18 +358,49 @@ def test_a_bad_weight_is_named_in_full():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
     with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is inf"):
         quantize_(model)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def with_(dtype: torch.dtype, value: float) -> Tensor:
+    """[256, 64] of one value below 85 rows of zeros, which make the scale of float16's largest decode to more."""
+    weight = torch.full((256, 64), value, dtype=dtype)
+    weight[:85] = 0
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (with_(torch.float32, torch.nan), ValueError, r"1\.weight\[85, 0\] is nan"),
+        (with_(torch.bfloat16, -torch.inf), ValueError, r"1\.weight\[85, 0\] is -inf"),
+        (with_(torch.float16, 65504.0), ValueError, r"1\.weight: a scale, quantized and decoded, would be infinite"),
+        (with_(torch.float64, 1.0), TypeError, r"1\.weight is torch\.float64"),
+        (with_(torch.int32, 1), TypeError, r"1\.weight is torch\.int32"),
+    ],
+    ids=["nan", "inf", "scale", "float64", "int32"],
+)
+def test_a_refusal_leaves_the_model_as_it_was(weight, error, message):
+    """Also where the first layers have nothing wrong with them."""
+    model: Any = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 256), nn.Linear(256, 64))
+    model[1].weight = nn.Parameter(weight, requires_grad=False)
+    before = list(model)
+    with pytest.raises(error, match=message):
+        quantize_(model)
+    with pytest.raises(ValueError, match="block_size is 65"):
+        quantize_(model[:1], block_size=65)
+    assert list(model) == before
 
 
 def test_adapters_come_after_quantization():
-    with pytest.raises(ValueError, match="has adapters; quantize it before"):
+    with pytest.raises(ValueError, match="has adapters already; quantize it before"):
         quantize_(inject_(llama(), CONFIG))
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Conv1d(1, 1, 1))], ids=["relu", "conv"])
 def test_nothing_to_quantize_or_adapt(model):
-    with pytest.raises(ValueError, match="no linear layer to quantize"):
+    with pytest.raises(ValueError, match="no linear layer to quantize; left out: "):
         quantize_(model)
-    with pytest.raises(ValueError, match="linear layers here: none"):
+    with pytest.raises(ValueError, match="no linear layer to adapt; left out: "):
         inject_(model, CONFIG)
 
 
@@ -257,14 +466,6 @@ def test_injecting_twice():
     assert {name: id(q) for name, q in model.named_parameters()} == before
 
 
-def test_a_rank_too_large_leaves_the_model_unchanged():
-    model = llama()
-    with pytest.raises(ValueError, match=r"r is 17, larger than model\.layers\.0\.self_attn\.k_proj \(16 x 32\)"):
-        inject_(model, LoraConfig(17, 8))
-    assert not adapters(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def mapped_files() -> str:
     return Path("/proc/self/maps").read_text()
 
@@ -284,13 +485,3 @@ def test_quantizing_lets_go_of_a_mapped_checkpoint(tmp_path):
     assert str(file) not in mapped_files()
     for name, tensor in expected.items():
         assert torch.equal(model.get_parameter(name), tensor)
-
-
-def test_quantizing_leaves_shared_memory_shared():
-    model = nn.ModuleDict({"a": nn.Embedding(5, 4), "b": nn.Embedding(5, 4), "linear": nn.Linear(4, 3)})
-    a, b = model["a"], model["b"]
-    assert isinstance(a, nn.Embedding)
-    assert isinstance(b, nn.Embedding)
-    b.weight = nn.Parameter(a.weight.detach())  # two parameters, one memory
-    quantize_(model)
-    assert a.weight.data_ptr() == b.weight.data_ptr()

@@ -159,7 +159,9 @@ def test_a_starts_kaiming_uniform(width):
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_it_equals_peft(rslora, bias):
+@pytest.mark.parametrize(("N", "R"), [(N, R), (1, 16), (N, 70)], ids=str)
+def test_it_equals_peft(rslora, bias, N, R):
+    """Also where the rank is larger than the layer, as for a gate of one output."""
     config = LoraConfig(R, 3, use_rslora=rslora)
     dense = nn.Linear(K, N, bias=bias)
     ours: Any = LoRALinear.from_base(copy.deepcopy(dense), config)
@@ -294,17 +296,32 @@ def test_an_input_of_another_width_is_refused(p, shape, said):
         layer(torch.randn(shape))
 
 
-def test_rank_may_be_as_large_as_the_layer_and_no_larger():
-    LoRALinear.from_base(nn.Linear(K, N), LoraConfig(N, 1))
-    with pytest.raises(ValueError, match=r"r is 64, larger than h\.up \(63 x 65\); .* at most r = 63"):
-        LoRALinear.from_base(nn.Linear(K, N), LoraConfig(64, 1), name="h.up")
+@bases
+def test_the_weight_says_what_it_is_and_is_not_multiplied_by(base):
+    """Else the adapter would be passed by without a word."""
+    layer = LoRALinear.from_base(base_layer(base, torch.bfloat16), LoraConfig(R, 2 * R), name="h.up")
+    weight: Any = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.bfloat16, torch.device("cpu"), (N, K))
+    if base == "quantized":
+        assert not isinstance(weight, Tensor)
+        return
+    assert isinstance(weight, Tensor)
+    assert (weight.size(), weight.numel(), weight.is_floating_point()) == ((N, K), N * K, True)
+    for use in (
+        lambda: torch.ones(3, K, dtype=torch.bfloat16) @ weight.T,
+        lambda: nn.functional.linear(torch.ones(3, K, dtype=torch.bfloat16), weight),
+        lambda: weight.float(),
+        lambda: weight.data,
+        lambda: weight.mul_(2),
+    ):
+        with pytest.raises(RuntimeError, match=r"^h\.up has an adapter, and its weight is used without it"):
+            use()
 
 
 @bases
 def test_it_looks_like_the_layer_it_wraps(base):
     layer = adapted(base, torch.bfloat16)
     assert (layer.in_features, layer.out_features) == (K, N)
-    assert layer.weight is layer.base_layer.weight
     assert layer.bias is layer.base_layer.bias
     assert [name for name, q in layer.named_parameters() if q.requires_grad] == ["lora_A", "lora_B"]
     assert "r=7, scaling=2, dropout=0" in repr(layer)

@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import peft
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qloralab.lora import quantized_linear as module
+from qloralab.lora.files import load_adapter_
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.nf4.processor import ComputeDtype
 from qloralab.nf4.tensor import QuantizedTensor, quantize
@@ -254,3 +256,28 @@ def test_a_dense_checkpoint_is_refused():
 
 def test_repr_says_how_it_is_held():
     assert "in_features=66, out_features=63, bias=True, nf4, block_size=64, double_quant=True" in repr(layer())
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # what PEFT says of any layer it is told of
+def test_peft_adapts_it_when_told_how(tmp_path):
+    """Its adapter computes and trains as ours does, and opens here."""
+
+    def model() -> Any:
+        torch.manual_seed(3)
+        return nn.Sequential(layer(dtype=torch.float32), nn.ReLU(), layer(dtype=torch.float32).requires_grad_(False))
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(model(), config)
+    config._register_custom_module({QuantizedLinear: peft.tuners.lora.Linear})
+    theirs: Any = peft.get_peft_model(model(), config)
+    theirs.save_pretrained(tmp_path)
+    ours: Any = load_adapter_(model(), tmp_path)
+    x = torch.randn(5, K)
+    theirs.base_model.model[0](x).square().sum().backward()
+    ours[0](x).square().sum().backward()
+    assert torch.allclose(theirs.base_model.model[0](x), ours[0](x), atol=1e-5)
+    assert torch.allclose(theirs.base_model.model[0].lora_A["default"].weight.grad, ours[0].lora_A.grad, atol=1e-4)
+    assert torch.allclose(theirs.base_model.model[0].lora_B["default"].weight.grad, ours[0].lora_B.grad, atol=1e-4)
+    with pytest.raises(AttributeError, match="'QuantizedTensor' object has no attribute"):
+        theirs.merge_and_unload()

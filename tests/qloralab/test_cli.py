@@ -60,7 +60,6 @@ BAD_OPTIONS = {
     "an argument": (["more"], "unexpected extra argument"),
     "method": (["--method", "dora"], "'dora' is not one of 'qlora', 'lora', 'full'"),
     "dtype": (["--dtype", "float16"], "'float16' is not one of 'auto', 'bfloat16', 'float32'"),
-    "rank": (["--r", 65], "r is 65, larger than model.layers.0.self_attn.q_proj (64 x 64)"),
     "rank 0": (["--r", 0], "r is 0; the rank of an adapter is a whole number from 1"),
     "seed": (["--seed", 2**64], f"--seed is {2**64}; it must be a number of 64 bits"),
     "dropout": (["--lora-dropout", 1.5], "lora_dropout is 1.5; it must be in [0, 1)"),

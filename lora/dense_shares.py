@@ -1,0 +1,66 @@
+"""How much of a model is not in 4 bits, and what holds it: embeddings, the head, the experts of a mixture."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .layer import LoRALinear
+from .quantized_linear import QuantizedLinear
+
+LOGGER = logging.getLogger("qloralab")
+_EXPECTED = ("embeddings", "output head", "skipped")
+_MUCH = 0.1  # of the weights
+
+
+def dense_shares(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[str, float]:
+    """Shares of all weights of a model that are not in 4 bits, by what holds them, the largest first.
+
+    Args:
+        model: dense or quantized.
+        skipped: modules that are dense on request.
+
+    Returns:
+        by "skipped", "output head", "embeddings", "biases" (of layers in 4 bits) or the class of the module. Adapters
+        are not counted, shared weights once.
+    """
+    head = output_head(model)
+    packed = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, QuantizedLinear)}
+    held, seen = Counter[str](), set[int]()
+    for module in model.modules():
+        kind = (
+            "skipped" if module in skipped
+            else "output head" if module is head
+            else "embeddings" if isinstance(module, nn.Embedding)
+            else "biases" if isinstance(module, QuantizedLinear)
+            else type(module).__name__
+        )  # fmt: skip
+        for parameter in module.parameters(recurse=False) if not isinstance(module, LoRALinear) else ():
+            if id(parameter) not in seen and not is_lazy(parameter):
+                held[kind] += parameter.numel()
+                seen.add(id(parameter))
+    total = held.total() + sum(packed.values())
+    return {kind: count / total for kind, count in held.most_common()}
+
+
+def described(model: nn.Module, skipped: Collection[nn.Module] = ()) -> str:
+    """``dense_shares`` in one line: "60.3 % of the weights (MixtralExperts 58.2 %, embeddings 2.1 %)"."""
+    shares = dense_shares(model, skipped)
+    parts = [f"{kind} {100 * share:.3g} %" for kind, share in shares.items() if share >= 0.001]
+    return f"{100 * sum(shares.values()):.3g} % of the weights ({', '.join(parts)})"
+
+
+def log_dense(model: nn.Module, skipped: Collection[nn.Module] = ()) -> None:
+    """Log what is not in 4 bits: a warning where more than a tenth of the weights are neither skipped nor those of
+    embeddings or the head."""
+    unexpected = sum(share for kind, share in dense_shares(model, skipped).items() if kind not in _EXPECTED)
+    LOGGER.log(logging.WARNING if unexpected > _MUCH else logging.INFO, "not in 4 bits: %s", described(model, skipped))
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The output head of a model that can tell it, as Hugging Face models can."""
+    return getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,0 +1,57 @@
+"""Tensors that lie in memory of others are given memory of their own.
+
+A checkpoint is often mapped into memory, and one tensor that still lies in it keeps all of it there: weights that were
+quantized would be freed in name only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def own_memory_(tensors: Iterable[Tensor]) -> None:
+    """Copy tensors, in place and one after the other; those that overlap in memory overlap in their copies.
+
+    Args:
+        tensors: of any kind; copied are plain ones on the CPU.
+    """
+    group: list[Tensor] = []
+    end = 0
+    for tensor in sorted(filter(_is_plain, tensors), key=Tensor.data_ptr):
+        if group and tensor.data_ptr() >= end:
+            _copy_(group, end)
+            group = []
+        group.append(tensor)
+        end = max(end, _end(tensor))
+    if group:
+        _copy_(group, end)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _copy_(group: list[Tensor], end: int) -> None:
+    """Copy tensors of one stretch of memory, which begins with the first and ends at an address."""
+    if len(group) == 1:
+        group[0].data = group[0].data.clone()
+        return
+    start = group[0].data_ptr() // 16 * 16  # a multiple of every itemsize
+    memory = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+    for tensor in group:
+        place, length, itemsize = tensor.data_ptr() - start, _end(tensor) - tensor.data_ptr(), tensor.itemsize
+        # Byte by byte: copy_ refuses tensors whose elements share memory, as after expand.
+        source = memory.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset() * itemsize, (length,), (1,))
+        memory[place : place + length] = source
+        copy = torch.empty(0, dtype=tensor.dtype, device="cpu")
+        tensor.data = copy.set_(memory.untyped_storage(), place // itemsize, tensor.shape, tensor.stride())
