@@ -20,6 +20,7 @@ from .config import LoraConfig, ends_with
 from .dense_shares import log_dense, output_head
 from .layer import Linear, LoRALinear
 from .own_memory import own_memory_
+from .pretrained import saves_itself_
 from .quantized_linear import QuantizedLinear
 from .weight_reads import weights_read
 
@@ -115,6 +116,7 @@ def quantize_(
             progress(done, len(by_weight))
     own_memory_([*model.parameters(), *model.buffers()])
     log_dense(model, [model.get_submodule(name) for name in _skipped(model, skip or ())])
+    saves_itself_(model)
     return model
 
 
@@ -154,6 +156,7 @@ def wrap_(model: Model, names: Iterable[str], config: LoraConfig) -> Model:
     places = _places(model)
     for name, layer in layers.items():
         _replace(places[layer], layer, LoRALinear(layer, config, name).train(layer.training))
+    saves_itself_(model)
     return model
 
 

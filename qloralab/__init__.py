@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
     from qloralab.lora.config import LoraConfig
-    from qloralab.lora.files import load_adapter_, save_adapter
+    from qloralab.lora.files import load_adapter_
     from qloralab.lora.inject import inject_, linear_names, quantize_, trainable
+    from qloralab.lora.saving import save_adapter
     from qloralab.nf4.codebook import normal_float
     from qloralab.nf4.errors import FormatError
     from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
@@ -54,8 +55,9 @@ __all__ = [
 
 _MODULES = {
     "lora.config": ("LoraConfig",),
-    "lora.files": ("load_adapter_", "save_adapter"),
+    "lora.files": ("load_adapter_",),
     "lora.inject": ("inject_", "linear_names", "quantize_", "trainable"),
+    "lora.saving": ("save_adapter",),
     "nf4.codebook": ("normal_float",),
     "nf4.errors": ("FormatError",),
     "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),

@@ -86,6 +86,8 @@ def load_model(path: Path, dtype: torch.dtype = DENSE_DTYPE) -> Any:
     if holds_4bit(path):
         with reading(path):
             model = read_model(path, compute_dtype=dtype, dtype=dtype)
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise UserError(f"{path} holds a {type(model).__name__}; --model takes a causal language model")
         _check_finite(path, model)
         return model
     if "gguf_file" in where:

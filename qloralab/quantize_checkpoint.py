@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from qloralab.lora.inject import quantize_
+from qloralab.lora.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.nf4 import bitsandbytes
 from qloralab.nf4.blockwise import BLOCK_SIZES
@@ -37,7 +38,6 @@ from .memory import peak_mb
 from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_name, quiet, reading
 from .output_directory import check_writable, size_text, written_beside
 from .quantized_model import (
-    COMPUTE_DTYPE,
     CONFIG_FILE,
     floating_dtype,
     quantizable,
@@ -45,7 +45,6 @@ from .quantized_model import (
     save_quantized,
     saved_tensors,
     skeleton,
-    skip_modules,
     write_config,
 )
 

@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qloralab.lora.inject import has_adapters, linear_names
+from qloralab.lora.pretrained import COMPUTE_DTYPE, describe, is_part_of, saves_itself_
 from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.lora.wrappers import bare_name, without_wrappers
 from qloralab.nf4 import quantization_config
 from qloralab.nf4.checkpoint import Checkpoint
 from qloralab.nf4.errors import FormatError
@@ -33,10 +34,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-# Of a layer whose compute dtype was left open, in a file: the paper's, on whatever machine it is written.
-COMPUTE_DTYPE = torch.bfloat16
-
-
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     """Write a quantized model so that ``load_quantized`` opens it, and ``from_pretrained`` of transformers with
     bitsandbytes.
@@ -44,26 +41,35 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     The file does not depend on the machine: where ``quantize_`` was given no compute dtype, it says bfloat16.
 
     Args:
-        model: of transformers, after ``quantize_`` with the codebook "nf4" or "fp4".
+        model: of transformers, after ``quantize_`` with the codebook "nf4" or "fp4". What wraps it or its parts
+            (``torch.compile``, DDP, activation checkpointing) leaves no trace.
         directory: made if missing. It gets model.safetensors, config.json and generation_config.json. A tokenizer is
             saved by its own ``save_pretrained``.
 
     Raises:
-        ValueError: the model has adapters or no quantized layer; its layers differ in what config.json says once; or
-            bitsandbytes does not know the codebook.
+        ValueError: the model is none of transformers, has adapters or no quantized layer; its layers differ in what
+            config.json says once; or bitsandbytes does not know the codebook.
         FileExistsError: the directory holds weights already.
     """
+    from transformers import PreTrainedModel
+
+    model = without_wrappers(model)
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise ValueError(
+            f"the model is a {kind}, not one of transformers, whose files these are; save its state_dict()"
+        )
     if has_adapters(model):
         raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    if not layers:
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model has no quantized layer; quantize_ it first")
-    config = _described(model, layers)
+    config = describe(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file in sorted(directory.iterdir()):
         if file.name.endswith((".safetensors", ".safetensors.index.json")):
             raise FileExistsError(f"{file} exists; save_quantized writes over no weights")
+    (directory / CONFIG_FILE).unlink(missing_ok=True)  # that of another model is never beside these weights
     state = saved_tensors(model)
     with SafetensorsWriter(
         directory / WEIGHTS_FILE, {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
@@ -85,7 +91,7 @@ def load_quantized(directory: str | os.PathLike[str], compute_dtype: torch.dtype
         compute_dtype: of the products with 4-bit weights; by default what config.json says.
 
     Returns:
-        the causal language model of transformers, in evaluation mode, on the CPU. Its 4-bit weights are
+        the model of transformers that config.json names, in evaluation mode, on the CPU. Its 4-bit weights are
         ``QuantizedLinear`` layers, frozen; everything else has the dtype that config.json names.
 
     Raises:
@@ -105,6 +111,7 @@ def read_model(directory: Path, compute_dtype: torch.dtype | None = None, dtype:
     checkpoint = Checkpoint(directory)
     model = skeleton(directory, dtype or _stated_dtype(fields) or floating_dtype(checkpoint))
     _fill(model, checkpoint, compute_dtype or config.compute_dtype)
+    saves_itself_(model)
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
@@ -128,20 +135,23 @@ def write_config(directory: Path, fields: dict[str, Any], config: QuantizationCo
 
 
 def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:
-    """The causal language model of a config.json: parameters on the meta device, tied where they will be.
+    """The model of a config.json: parameters on the meta device, tied where they will be.
 
     Args:
-        directory: holds config.json.
+        directory: holds config.json. Its ``architectures`` name the class; without, it is a causal language model.
         dtype: of the parameters; by default the one that config.json names, else float32.
     """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
     vars(config).pop(FIELD, None)
+    named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
+    fits = [made for made in named if isinstance(config, getattr(made, "config_class", None) or ())]
+    make = fits[0]._from_config if fits else transformers.AutoModelForCausalLM.from_config
     # What transformers computes and does not save (the frequencies of rotary embeddings) is in buffers: those are real.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model = make(config, dtype=dtype or config.dtype or torch.float32)
     model.tie_weights()
     return model
 
@@ -151,40 +161,17 @@ def quantizable(model: Any) -> list[str]:
     transformers never quantizes: tied ones, and those it keeps in float32."""
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     kept = model._keep_in_fp32_modules or ()
-    return [name for name in linear_names(model) if f"{name}.weight" not in tied and not _is_part_of(name, kept)]
-
-
-def skip_modules(model: Any, quantized: Collection[str]) -> tuple[str, ...] | None:
-    """What ``llm_int8_skip_modules`` has to be, so that bitsandbytes expects 4 bits in the right layers.
-
-    Args:
-        model: dense, quantized or a skeleton.
-        quantized: the layers in 4 bits, by their full paths.
-
-    Returns:
-        None when transformers leaves the others dense by itself: the output head, tied layers, the last module.
-        Otherwise the full paths of all dense layers.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    convertible = [name for name, m in model.named_modules() if type(m) in (nn.Linear, QuantizedLinear, Conv1D)]
-    dense = [name for name in convertible if name not in quantized]
-    head = model.get_output_embeddings()
-    left = {name for name, module in model.named_modules() if module is head}
-    left |= {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    left.add([*model.state_dict()][-1].removesuffix(".weight"))
-    expected = [name for name in convertible if any(_begins(name, other) for other in left)]
-    return None if dense == expected else tuple(dense)
+    return [name for name in linear_names(model) if f"{name}.weight" not in tied and not is_part_of(name, kept)]
 
 
 def saved_tensors(model: Any) -> dict[str, Tensor]:
     """``model.state_dict()`` without the second name of what is tied, and biases in the dtype that a file states."""
-    state = model.state_dict()
+    state = {bare_name(model, name): tensor for name, tensor in model.state_dict().items()}
     for target, source in model.all_tied_weights_keys.items():
         if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
             del state[target]
     for name, module in model.named_modules(remove_duplicate=False):
-        bias = f"{name}.bias"
+        bias = f"{bare_name(model, name)}.bias"
         if isinstance(module, QuantizedLinear) and module.follows_device and bias in state:
             state[bias] = state[bias].to(COMPUTE_DTYPE)
     return state
@@ -202,37 +189,6 @@ def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
 
-def _described(model: Any, layers: dict[str, QuantizedLinear]) -> QuantizationConfig:
-    """The configuration that holds for all layers."""
-    kinds = {
-        (layer.weight.codebook, layer.weight.double_quant, _stated_compute_dtype(layer)): name
-        for name, layer in layers.items()
-    }
-    if len(kinds) > 1:
-        (a, first), (b, second), *_ = kinds.items()
-        raise ValueError(
-            f"{first} is in {_kind(*a)}, {second} in {_kind(*b)}; config.json has one for all: quantize_ them alike"
-        )
-    for name in layers:
-        if _is_part_of(name, model._keep_in_fp32_modules or ()):
-            raise ValueError(f"{name}: transformers keeps this layer in float32; give quantize_ skip=[{name!r}]")
-    ((codebook, double_quant, compute_dtype),) = kinds
-    if codebook not in quantization_config.KNOWN:
-        known = " and ".join(quantization_config.KNOWN)
-        raise ValueError(f"the layers are in {codebook}; bitsandbytes knows {known} only")
-    return QuantizationConfig(
-        codebook, double_quant, compute_dtype, skip_modules=skip_modules(model, layers.keys())
-    )  # fmt: skip
-
-
-def _stated_compute_dtype(layer: QuantizedLinear) -> torch.dtype:
-    return COMPUTE_DTYPE if layer.follows_device else layer.compute_dtype
-
-
-def _kind(codebook: str, double_quant: bool, compute_dtype: torch.dtype) -> str:
-    return f"{codebook} {'with' if double_quant else 'without'} double quantization, computed in {_name(compute_dtype)}"
-
-
 def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> None:
     """Put each tensor of a checkpoint in its place, in memory of its own.
 
@@ -242,24 +198,74 @@ def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> Non
     places = model.state_dict()
     missing = set(places)
     kept = _kept_in_float32(model)
+    renamed = _Renamed(model, places)
     for name in checkpoint.quantized_names():
-        path = name.removesuffix(".weight")
+        place, _ = renamed(name)
+        path = place.removesuffix(".weight")
         model.set_submodule(path, _quantized_layer(model, path, name, checkpoint, compute_dtype))
-        missing.discard(name)
-    for name in checkpoint.plain_names():
-        if name not in places:
-            if not _is_ignored(model, name):
+        missing.discard(place)
+
+    def put(place: str, tensor: Tensor, name: str) -> None:
+        if place not in places:
+            if not _is_ignored(model, place):
                 raise FormatError("is no tensor of the model", file=checkpoint.file_of(name), tensor=name)
-            continue
-        _check_shape(name, checkpoint.describe(name)[1], tuple(places[name].shape), checkpoint)
-        dtype = torch.float32 if kept and kept.search(name) else places[name].dtype
-        _assign(model, name, checkpoint.tensor(name), dtype)
-        missing.discard(name)
+            return
+        if place not in missing:
+            raise FormatError(f"has the place of another tensor, {place}", file=checkpoint.file_of(name), tensor=name)
+        _check_shape(name, tuple(tensor.shape), tuple(places[place].shape), checkpoint)
+        dtype = torch.float32 if kept and kept.search(place) else places[place].dtype
+        _assign(model, place, tensor, dtype)
+        missing.discard(place)
+
+    merged: dict[str, Any] = {}
+    for name in sorted(checkpoint.plain_names(), key=renamed.order):
+        place, pattern = renamed(name)
+        if pattern is None:
+            put(place, checkpoint.tensor(name), name)
+        else:
+            merged.setdefault(place, renamed.converter(pattern)).add_tensor(
+                place, name, pattern, checkpoint.tensor(name)
+            )
+    for place, converter in merged.items():
+        name = min(converter.layer_targets[place])
+        try:
+            parts = converter.convert(place, model=model, config=model.config)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            message = f"and others do not make {place}: {' '.join(str(error).split()):.100}"
+            raise FormatError(message, file=checkpoint.file_of(name), tensor=name) from error
+        for part, tensor in parts.items():
+            put(part, tensor[0] if isinstance(tensor, list) else tensor, name)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
         first, *others = (name for name in places if name in missing)
         more = f", and so are {len(others)} others" if others else ""
         raise FormatError(f"is missing: config.json asks for it{more}", file=checkpoint.files[0], tensor=first)
+
+
+class _Renamed:
+    """Where a tensor of a checkpoint goes: transformers (5) has names in memory that files of some models do not have,
+    and holds the experts of a layer, which lie there one by one, as one parameter.
+
+    Called with a name it gives the place, and the pattern of the converter where several tensors make one.
+    """
+
+    def __init__(self, model: Any, places: dict[str, Tensor]):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+        self.order = dot_natural_key  # expert 2 comes before expert 10
+        self._rename, self._places, self._prefix = rename_source_key, places, model.base_model_prefix
+        mapping: list[Any] = get_model_conversion_mapping(model)
+        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in mapping if not isinstance(one, WeightRenaming)]
+
+    def __call__(self, name: str) -> tuple[str, str | None]:
+        if name in self._places:
+            return name, None
+        return self._rename(name, self._renamings, self._converters, self._prefix, self._places)
+
+    def converter(self, pattern: str) -> Any:
+        return copy.deepcopy(next(one for one in self._converters if pattern in one.source_patterns))
 
 
 def _quantized_layer(
@@ -268,7 +274,7 @@ def _quantized_layer(
     from transformers.pytorch_utils import Conv1D
 
     layer = dict(model.named_modules()).get(path)
-    if path == name or not isinstance(layer, nn.Linear | Conv1D):
+    if not isinstance(layer, nn.Linear | Conv1D):
         raise FormatError("is in 4 bits, but no weight of a linear layer", file=checkpoint.file_of(name), tensor=name)
     weight = checkpoint.quantized(name)
     # Conv1D, which GPT-2 is made of, is a linear layer that keeps its weight transposed; in 4 bits it is not.
@@ -309,15 +315,6 @@ def _is_ignored(model: Any, name: str) -> bool:
     """Whether a tensor without a place is none that matters: one that older versions of transformers saved."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
-
-
-def _is_part_of(name: str, modules: Iterable[str]) -> bool:
-    """Whether one of some names, of one or more components, stands in a path."""
-    return any(f".{module}." in f".{name}." for module in modules)
-
-
-def _begins(path: str, other: str) -> bool:
-    return path == other or path.startswith(f"{other}.")
 
 
 def _stated_dtype(fields: dict[str, Any]) -> torch.dtype | None:

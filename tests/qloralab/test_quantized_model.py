@@ -6,6 +6,7 @@ where its dequantization on CPUs is right.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -24,9 +26,20 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
-from qloralab import FormatError, LoraConfig, inject_, load_quantized, quantize_, save_quantized
+from qloralab import (
+    FormatError,
+    LoraConfig,
+    inject_,
+    load_adapter_,
+    load_quantized,
+    quantize_,
+    quantized_model,
+    save_quantized,
+)
 from qloralab.lora import quantized_linear
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import quiet
@@ -282,7 +295,9 @@ def test_what_transformers_keeps_in_float32_stays_dense_and_in_float32(tmp_path,
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["norm"])
     model = llama()
     assert not any("o_proj" in name for name in quantizable(model))
-    with pytest.raises(ValueError, match=r"o_proj: transformers keeps this layer in float32; give quantize_ skip="):
+    with pytest.raises(
+        ValueError, match=r"o_proj: transformers keeps this layer in float32; give quantize_ skip=\['o_proj'\]"
+    ):
         save_quantized(quantize_(llama()), tmp_path)
     save_quantized(quantize_(model, skip=["o_proj"]), tmp_path)
     ours, theirs = load_quantized(tmp_path), open_with_bitsandbytes(tmp_path)
@@ -307,6 +322,8 @@ def test_parameters_in_4_bits_count(tmp_path):
 
 
 def test_a_model_that_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="the model is a Sequential, not one of transformers, whose files these are"):
+        save_quantized(quantize_(nn.Sequential(nn.Linear(64, 64))), tmp_path)
     with pytest.raises(ValueError, match="has no quantized layer; quantize_ it first"):
         save_quantized(llama(), tmp_path)
     with pytest.raises(ValueError, match="has adapters; save_adapter saves them"):
@@ -431,3 +448,73 @@ def test_a_quantized_model_trains_adapters(tmp_path):
     gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
     assert len(gradients) == 2 * PROJECTIONS
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_wrappers_leave_no_trace(tmp_path):
+    model: Any = quantize_(llama(bias=True))
+    save_quantized(model, tmp_path / "bare")
+    compiled: Any = torch.compile(model.model.layers[0])
+    model.model.layers[0] = checkpoint_wrapper(compiled)
+    save_quantized(torch.compile(nn.DataParallel(model)), tmp_path / "wrapped")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+
+
+def test_a_config_of_before_is_never_beside_new_weights(tmp_path, monkeypatch):
+    """As where the process is killed between the two."""
+    (tmp_path / "config.json").write_text("of another model")
+    monkeypatch.setattr(quantized_model, "write_config", lambda *_: None)
+    save_quantized(quantize_(llama()), tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"skip": ["mlp"], "codebook": "fp4"}], ids=["all", "some"])
+def test_save_pretrained_writes_what_opens(options, tmp_path):
+    model: Any = quantize_(llama(bias=True), compute_dtype=torch.bfloat16, **options)
+    model = copy.deepcopy(model)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert not hasattr(model.config, "quantization_config")
+    ours = load_quantized(tmp_path)
+    assert_same(ours, open_with_bitsandbytes(tmp_path), sum(isinstance(m, QuantizedLinear) for m in model.modules()))
+    assert_same_state(ours, model)
+    ours.save_pretrained(tmp_path / "again")
+    assert_same_state(load_quantized(tmp_path / "again"), model)
+
+
+def assert_same_state(ours: Any, expected: Any) -> None:
+    after, before = ours.state_dict(), expected.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_save_pretrained_refuses_what_it_could_not_open(tmp_path):
+    model: Any = quantize_(llama(), codebook="int4")
+    with pytest.raises(ValueError, match="are in int4; bitsandbytes knows nf4 and fp4 only"):
+        model.save_pretrained(tmp_path)
+    model = inject_(quantize_(llama()), LoraConfig(2, 2))
+    with pytest.raises(ValueError, match="is not pushed to the hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_trainer_of_transformers_writes_the_adapter(quantized, tmp_path):
+    def model() -> Any:
+        torch.manual_seed(3)
+        return quantize_(llama(), compute_dtype=torch.bfloat16) if quantized else llama()
+
+    trained: Any = inject_(model(), LoraConfig(2, 4))
+    data: Any = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    with quiet():
+        Trainer(trained, arguments, train_dataset=data).train()
+    for step, last in ((1, False), (2, True)):
+        saved = tmp_path / f"checkpoint-{step}"
+        assert not [*saved.glob("model*.safetensors")]
+        loaded = load_adapter_(model(), saved)
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, trained.eval()(IDS).logits) == last
