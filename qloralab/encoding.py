@@ -8,10 +8,8 @@ Every example is first written as one string, in which the answers are known as 
 
 The string is tokenized once, as a whole, and a token has a label when it holds at least one character of an answer. The
 end of the turn is part of the answer, or the model would never learn to stop; the line break after it is not.
-
-Where an answer begins and ends is what the chat template itself says: the template rendered on the messages before the
-answer, with the prompt for an answer, and on the messages including it, are both beginnings of the whole. A template
-for which they are not has no such spans, and is refused.
+``chat_template.py`` tells where in the string of a chat template the answers are, and which conversations become
+several strings.
 
 Without a chat template an instruction is written in Alpaca's prompt. Its answer, like a plain text, ends with the
 tokenizer's eos token. Where the tokenizer starts texts with a bos token, so do these; a chat template writes its own.
@@ -22,12 +20,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from jinja2 import TemplateError
-
+from .chat_template import ChatTemplate, Span, Written
 from .errors import UserError
-from .examples import Example, Message
+from .examples import Example
 
 NO_LABEL = -100  # the index that torch's cross_entropy ignores
 TOO_LONG = ("error", "skip", "cut")
@@ -43,24 +41,29 @@ class Encoded:
         labels: as long as input_ids; the token itself where there is a loss, else -100. Position i holds the label of
             token i: the loss shifts by one, so that labels[0] is never used.
         source: of the example.
+        cut: whether tokens of the example were left out at its end.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: str
+    cut: bool = False
 
 
-def encode(example: Example, tokenizer: Any) -> Encoded:
+def encode(example: Example, tokenizer: Any) -> list[Encoded]:
     """Tokens and labels of one example; see the module for what has a label.
 
     Args:
         example: of any format.
         tokenizer: a fast tokenizer of transformers, which knows the characters of each token.
 
+    Returns:
+        one, or one for each answer of a conversation that the chat template cannot write at once.
+
     Raises:
         UserError: the example needs a chat template that is missing or does not work for it; no token has a label.
     """
-    return next(_encode([example], tokenizer))
+    return list(_encode([example], tokenizer))
 
 
 def encode_all(
@@ -69,6 +72,7 @@ def encode_all(
     max_length: int,
     too_long: str = "error",
     progress: Callable[[int, int], None] | None = None,
+    positions: int | None = None,
 ) -> list[Encoded]:
     """Tokens and labels of examples of at most max_length tokens, in the order given.
 
@@ -79,24 +83,31 @@ def encode_all(
         too_long: what happens to a longer example. "error" refuses all of them. "skip" leaves the example out. "cut"
             keeps its first max_length tokens, and leaves the example out when none of those has a label.
         progress: called now and then with how many examples are done and how many there are.
+        positions: tokens that the model has room for, or None where there is no end to it; max_length is at most that.
 
     Returns:
-        One per example that was not left out; ``len(examples) - len(result)`` were.
+        Those of the examples that were not left out, see ``encode``; ``source`` tells which belong together.
 
     Raises:
         UserError: see ``encode``; too_long is "error" and an example is too long; no example is left.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"unknown way {too_long!r} to treat long examples; --too-long takes {', '.join(TOO_LONG)}")
-    encoded = list(_encode(examples, tokenizer, progress))
-    longer = [one for one in encoded if len(one.input_ids) > max_length]
+    limit = min(max_length, positions or max_length)
+    kept, longer, total = [], [], 0
+    for _, group in groupby(_encode(examples, tokenizer, progress), key=lambda one: one.source):
+        parts = list(group)
+        total += len(parts)
+        too_many = [one for one in parts if len(one.input_ids) > limit]
+        longer += too_many
+        if too_many and too_long == "cut":
+            kept += [one for one in (_cut(one, limit) for one in parts) if _is_labelled(one)]
+        elif not too_many:
+            kept += [one for one in parts if _is_labelled(one)]
     if longer and too_long == "error":
-        raise _too_long_error(longer, len(encoded), max_length)
-    if longer and too_long == "cut":
-        encoded = [_cut(one, max_length) for one in encoded]
-    kept = [one for one in encoded if len(one.input_ids) <= max_length and _is_labelled(one)]
+        raise _too_long_error(longer, total, limit, positions)
     if not kept:
-        raise UserError(f"none of the {len(examples)} examples has an answer within --max-length {max_length}")
+        raise UserError(f"none of the {len(examples)} examples has an answer within --max-length {limit}")
     return kept
 
 
@@ -114,59 +125,21 @@ def prompt_text(example: Example, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         prompt = _plain_prompt(example)
         return _bos(tokenizer, prompt) + prompt
-    return _apply_template(example, example.messages[: _answers(example)[-1]], tokenizer, prompt=True)
+    last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
+    return ChatTemplate(tokenizer).prompt(example, last)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """An example as one string, and its answers as spans of characters [start, end)."""
-
-    text: str
-    answers: list[tuple[int, int]]
-    source: str
-
-
-def _write(example: Example, tokenizer: Any) -> _Written:
+def _write(example: Example, tokenizer: Any, template: ChatTemplate | None) -> list[Written]:
     if example.text is not None:
         start, end = _bos(tokenizer, example.text), _eos(tokenizer, example.text)
         text = start + example.text + end
-        return _Written(text, [(0, len(text))], example.source)
-    if not tokenizer.chat_template:
+        return [Written(text, [(0, len(text))], example.source)]
+    if template is None:
         prompt, answer = _plain_prompt(example), example.messages[-1].content
         prompt = _bos(tokenizer, prompt) + prompt
         text = prompt + answer + _eos(tokenizer, answer)
-        return _Written(text, [(len(prompt), len(text))], example.source)
-    return _write_chat(example, tokenizer)
-
-
-def _write_chat(example: Example, tokenizer: Any) -> _Written:
-    answers = _answers(example)
-    messages = example.messages[: answers[-1] + 1]  # nothing is learned from what follows the last answer
-    whole = _apply_template(example, messages, tokenizer)
-    spans = []
-    for index in answers:
-        before = _apply_template(example, messages[:index], tokenizer, prompt=True)
-        after = whole if index == answers[-1] else _apply_template(example, messages[: index + 1], tokenizer)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f"{example.source}: the tokenizer's chat template writes an answer without the prompt for it, "
-                "or a turn differently once others follow, so the answers cannot be told from the rest"
-            )
-        spans.append((len(before), len(after.rstrip())))
-    return _Written(whole, spans, example.source)
-
-
-def _answers(example: Example) -> list[int]:
-    return [index for index, message in enumerate(example.messages) if message.role == "assistant"]
-
-
-def _apply_template(example: Example, messages: Sequence[Message], tokenizer: Any, prompt: bool = False) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError) as error:  # often: a role or an order that the model was not trained on
-        why = " ".join(str(error).split())
-        raise UserError(f"{example.source}: the tokenizer's chat template refuses the messages: {why}") from error
+        return [Written(text, [(len(prompt), len(text))], example.source)]
+    return template.write(example)
 
 
 def _plain_prompt(example: Example) -> str:
@@ -194,8 +167,10 @@ def _encode(
 ) -> Iterator[Encoded]:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the tokenizer does not tell which characters a token holds; give the model a tokenizer.json")
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     for first in range(0, len(examples), _CHUNK):
-        written = [_write(example, tokenizer) for example in examples[first : first + _CHUNK]]
+        chunk = examples[first : first + _CHUNK]
+        written = [one for example in chunk for one in _write(example, tokenizer, template)]
         tokens = tokenizer(
             [one.text for one in written], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -205,10 +180,10 @@ def _encode(
                 raise UserError(f"{one.source}: no token of the answer is left, so there is nothing to learn")
             yield encoded
         if progress:
-            progress(first + len(written), len(examples))
+            progress(first + len(chunk), len(examples))
 
 
-def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
+def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[Span]) -> list[int]:
     """The tokens that hold a character of an answer, and -100 for the others. Both ends of the tokens ascend."""
     labels = [NO_LABEL] * len(ids)
     for start, end in answers:
@@ -223,12 +198,15 @@ def _is_labelled(encoded: Encoded) -> bool:
 
 
 def _cut(encoded: Encoded, length: int) -> Encoded:
-    return Encoded(encoded.input_ids[:length], encoded.labels[:length], encoded.source)
+    return Encoded(encoded.input_ids[:length], encoded.labels[:length], encoded.source, cut=True)
 
 
-def _too_long_error(longer: list[Encoded], total: int, max_length: int) -> UserError:
+def _too_long_error(longer: list[Encoded], total: int, limit: int, positions: int | None) -> UserError:
     first, longest = len(longer[0].input_ids), max(len(one.input_ids) for one in longer)
+    to_keep_all = f"Give --max-length {longest} to keep them all, or"
+    if positions and longest > positions:
+        to_keep_all = f"The model has {positions} positions: give"
     return UserError(
-        f"{longer[0].source}: {first} tokens, and the limit is {max_length}; {len(longer)} of {total} examples are "
-        f"too long. Give --max-length {longest} to keep them all, or --too-long skip|cut"
+        f"{longer[0].source}: {first} tokens, and the limit is {limit}; {len(longer)} of {total} examples are "
+        f"too long. {to_keep_all} --too-long skip|cut"
     )

@@ -9,7 +9,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,27 @@ TEMPLATE = (
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "grey", "pink")
 
 
-def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
-    """One token per byte, and two special ones."""
+SPECIAL = ("<|start|>", "<|end|>")
+
+
+def _byte_tokenizer(
+    template: str | None = TEMPLATE, special: Sequence[str] = SPECIAL, eos: str | None = SPECIAL[-1]
+) -> Any:
+    """One token per byte, and special ones."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|start|>", "<|end|>")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
     fast.chat_template = template
     return fast
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """A tokenizer: ``byte_tokenizer(template, special, eos)``."""
+    return _byte_tokenizer
 
 
 def tiny_model(**changes: Any) -> LlamaForCausalLM:
@@ -69,7 +80,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face directory."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    _byte_tokenizer().save_pretrained(path)
     return path
 
 
@@ -78,7 +89,7 @@ def model_without_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, whose tokenizer has no chat template."""
     path = tmp_path_factory.mktemp("models") / "bare"
     tiny_model().save_pretrained(path)
-    byte_tokenizer(None).save_pretrained(path)
+    _byte_tokenizer(None).save_pretrained(path)
     return path
 
 

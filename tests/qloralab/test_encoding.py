@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qloralab import encoding as module
-from qloralab.encoding import NO_LABEL, encode, encode_all, prompt_text
+from qloralab.encoding import NO_LABEL, encode_all, prompt_text
 from qloralab.errors import UserError
 from qloralab.examples import Example, Message
 
@@ -57,6 +57,12 @@ def tokenizer():
 def chat(*contents, roles=("user", "assistant"), source="data.jsonl:1"):
     """A conversation that takes turns."""
     return Example(source, tuple(Message(roles[index % len(roles)], one) for index, one in enumerate(contents)))
+
+
+def encode(example, tokenizer):
+    """An example that is written at once."""
+    (encoded,) = module.encode(example, tokenizer)
+    return encoded
 
 
 def text_of(encoded, tokenizer):
@@ -148,12 +154,6 @@ def test_a_template_writes_the_only_bos():
     assert text_of(encoded, tokenizer).startswith("<s><|start|>user")
 
 
-def test_a_template_without_an_end_of_turn():
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    tokenizer = tiny_tokenizer(template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-    assert answers(encode(chat("a", "b", "c", "d"), tokenizer), tokenizer) == ["b", "d"]
-
-
 def test_a_text_is_learned_whole(tokenizer):
     encoded = encode(Example("t:1", text="One two."), tokenizer)
     assert text_of(encoded, tokenizer) == "One two.<|end|>"
@@ -192,10 +192,6 @@ def test_a_conversation_needs_a_chat_template():
     [
         pytest.param("{{ messages | length }}" + CHATML, id="counts the messages"),
         pytest.param(CHATML.replace("message.content", "(message.content if loop.last else '')"), id="drops history"),
-        pytest.param(
-            CHATML.replace("message.content", "(message.content if loop.last or message.role == 'user' else '')"),
-            id="drops earlier answers",
-        ),
         pytest.param(CHATML.replace("assistant\n'", "assistant\n<think>'"), id="prompts for a thought"),
     ],
 )
@@ -209,12 +205,6 @@ def test_a_template_that_refuses_a_role():
     example = chat("a", "b", "c", roles=("system", "user", "assistant"))
     line = message(encode, example, tiny_tokenizer(template))
     assert line == "data.jsonl:1: the tokenizer's chat template refuses the messages: No system."
-
-
-def test_a_template_that_drops_the_answer():
-    template = CHATML.replace("message.content + '<|end|>\n'", "(message.content if message.role == 'user' else '')")
-    line = message(encode, chat("a", "b"), tiny_tokenizer(template))
-    assert line == "data.jsonl:1: no token of the answer is left, so there is nothing to learn"
 
 
 def test_a_tokenizer_without_eos():
@@ -288,6 +278,27 @@ def test_cut_before_the_answer_is_left_out(tokenizer):
     kept = encode_all(examples, tokenizer, 40, "cut")
     assert [one.source for one in kept] == ["long answer", "data.jsonl:1"]
     assert [len(one.input_ids) for one in kept] == [40, len(encode(examples[2], tokenizer).input_ids)]
+
+
+def test_the_answers_of_a_conversation_stay_or_go_together():
+    """A template that drops earlier answers makes a string of each."""
+    written = "(message.content if loop.last or message.role == 'user' else '')"
+    tokenizer = tiny_tokenizer(CHATML.replace("message.content", written))
+    example = chat("a", "b", "c", "d" * 20)
+    first, second = module.encode(example, tokenizer)
+    assert [answers(one, tokenizer) for one in (first, second)] == [["b<|end|>"], ["d" * 20 + "<|end|>"]]
+    limit, short = len(second.input_ids) - 1, chat("a", "b", source="short")
+    kept = {way: encode_all([example, short], tokenizer, limit, way) for way in ("skip", "cut")}
+    assert [(one.source, one.cut) for one in kept["skip"]] == [("short", False)]
+    assert [(one.source, one.cut) for one in kept["cut"]] == [("data.jsonl:1", True)] * 2 + [("short", False)]
+
+
+def test_the_positions_of_the_model_are_the_limit_too(tokenizer):
+    assert message(encode_all, LONG, tokenizer, 100, "error", None, 6) == (
+        "t:9: 10 tokens, and the limit is 6; 2 of 4 examples are too long. "
+        "The model has 6 positions: give --too-long skip|cut"
+    )
+    assert [len(one.input_ids) for one in encode_all(LONG, tokenizer, 100, "cut", None, 6)] == [4, 6, 6, 6]
 
 
 @pytest.mark.parametrize("too_long", ["skip", "cut"])

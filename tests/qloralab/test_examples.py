@@ -73,6 +73,39 @@ def test_alpaca_without_input(file, extra):
     )
 
 
+@pytest.mark.parametrize("history", [[], [["One?", "1"], ["Two?", "2"]]], ids=["alone", "history"])
+@pytest.mark.parametrize("system", [None, "", "Be brief."], ids=["null", "empty", "system"])
+def test_alpaca_with_a_system_message_and_earlier_turns(file, system, history):
+    (example,) = read_jsonl(file({"instruction": "Three?", "output": "3", "system": system, "history": history}))
+    before = [Message("system", system)] if system else []
+    turns = [Message(role, said) for pair in history for role, said in zip(("user", "assistant"), pair, strict=True)]
+    assert example.messages == (*before, *turns, Message("user", "Three?"), Message("assistant", "3"))
+    assert (example.plain_prompt is None) == bool(history)  # Alpaca's prompt has no place for turns
+    assert history or str(example.plain_prompt).startswith("Be brief.\n\nBelow is" if system else "Below is")
+
+
+def test_chat_with_all_that_a_template_may_use(file):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 3}'}}
+    messages = [
+        {"role": "user", "content": "2 + 3?", "name": "Ada", "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "weight": 0},
+        {"role": "tool", "content": "5", "tool_call_id": "1", "name": "add"},
+        {"role": "assistant", "content": "5", "reasoning_content": "It said 5.", "weight": 1.0, "rating": 3},
+    ]
+    tool = {"name": "add", "parameters": {"type": "object"}}
+    (example,) = read_jsonl(file({"system": "Add.", "messages": messages, "tools": [tool], "id": 7, "parallel": None}))
+    function = {"name": "add", "arguments": {"a": 2, "b": 3}}
+    assert example.messages == (
+        Message("system", "Add."),
+        Message("user", "2 + 3?", False, {"name": "Ada"}),
+        Message("assistant", "", False, {"tool_calls": [{"id": "1", "type": "function", "function": function}]}),
+        Message("tool", "5", True, {"tool_call_id": "1", "name": "add"}),
+        Message("assistant", "5", True, {"reasoning_content": "It said 5."}),
+    )
+    assert example.tools == [{"type": "function", "function": tool}]
+    assert example.unused == ("messages.rating", "id")
+
+
 def test_text(file):
     path = file(TEXT)
     assert read_jsonl(path) == [Example(f"{path}:1", text="Two and three make five.")]
@@ -201,7 +234,7 @@ MISTAKES = {
     "no role": ([CHAT, {"messages": [ASSISTANT, {"content": "5"}]}], ":2: no field 'messages[1].role'"),
     "unknown role": (
         [{"messages": [{"role": "human", "content": "a"}, ASSISTANT]}],
-        ":1: messages[0] has the unknown role 'human'; the roles are system, user, assistant",
+        ":1: messages[0] has the unknown role 'human'; the roles are system, developer, user, assistant, tool",
     ),
     "content is null": (
         [{"messages": [{"role": "user", "content": None}, ASSISTANT]}],
@@ -210,6 +243,50 @@ MISTAKES = {
     "empty answer": (
         [{"messages": [*CHAT["messages"], {"role": "assistant", "content": ""}]}],
         ":1: field 'messages[2].content' is empty",
+    ),
+    "weight of half": (
+        [{"messages": [CHAT["messages"][0], ASSISTANT | {"weight": 0.5}]}],
+        ":1: field 'messages[1].weight' is 0.5; 0 and 1 are supported",
+    ),
+    "weight of a question": (
+        [{"messages": [CHAT["messages"][0] | {"weight": 1}, ASSISTANT]}],
+        ":1: field 'messages[0].weight' is 1; only answers are learned, so 0 is supported",
+    ),
+    "nothing has weight": (
+        [{"messages": [CHAT["messages"][0], ASSISTANT | {"weight": 0}]}],
+        ":1: every message of the assistant has weight 0, so there is nothing to learn",
+    ),
+    "weight of a record": (
+        [TEXT | {"weight": 0.1}],
+        ":1: field 'weight' would change what is learned, and is not supported here",
+    ),
+    "trained elsewhere": (
+        [{"messages": [CHAT["messages"][0], ASSISTANT | {"train": False}]}],
+        ":1: field 'messages[1].train' would change what is learned, and is not supported here",
+    ),
+    "pictures": (
+        [ALPACA | {"images": ["a.png"]}],
+        ":1: field 'images' would change what is learned, and is not supported here",
+    ),
+    "history of strings": ([ALPACA | {"history": ["a"]}], ":1: history[0] is not [instruction, output]"),
+    "history of one": ([ALPACA | {"history": [["a"]]}], ":1: history[0] is not [instruction, output]"),
+    "empty history": ([ALPACA | {"history": [["a", " "]]}], ":1: field 'history[0].output' is empty"),
+    "tools as text": ([CHAT | {"tools": "[]"}], ":1: field 'tools' is a string, not a list"),
+    "tool without name": (
+        [CHAT | {"tools": [{"type": "function", "function": {}}]}],
+        ":1: no field 'tools[0].function.name'",
+    ),
+    "call without object": (
+        [{"messages": [CHAT["messages"][0], {"role": "assistant", "tool_calls": [{"name": "add", "arguments": "2"}]}]}],
+        ":1: field 'messages[1].tool_calls[0].arguments' is not an object, nor the text of one",
+    ),
+    "twice": (
+        ['{"instruction": "a", "output": "b", "output": "c"}'],
+        ":1: field 'output' is there twice in one object",
+    ),
+    "twice below": (
+        ['{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}'],
+        ":1: field 'role' is there twice in one object",
     ),
     "empty file": ([], " holds no record"),
     "blank file": (["", " ", ""], " holds no record"),
