@@ -36,7 +36,7 @@ from benchmarks.timing import quantiles
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.memory import peak_mb, resident_mb
-from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quantize_loaded_, quiet
+from qloralab.models import default_model, load_model, load_tokenizer, quantize_loaded_, quiet
 from qloralab.nf4.processor import compute_dtype, processor_class
 from qloralab.stdlib_corpus import stdlib_examples
 from qloralab.trainer import LENGTH_MULTIPLE, schedule
@@ -98,7 +98,6 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
     tokenizer = load_tokenizer(default_model())
     encoded = encode_all(stdlib_examples(), tokenizer, MAX_LENGTH, "skip")
     train, held_out = split(encoded, HELD_OUT, SEED)
-    pad = pad_id(tokenizer)
     order = length_grouped_batches([len(example.input_ids) for example in train], BATCH, SEED, epoch=0)
 
     torch.manual_seed(SEED)
@@ -107,7 +106,7 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     loaded = resident_mb()
-    before = validate(model, loss, held_out, pad)
+    before = validate(model, loss, held_out)
     losses, seconds, tokens = [], [], []
     model.train()
     for step in range(steps):
@@ -115,7 +114,7 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = LR * schedule(step, steps)
-        value = loss(collate(examples, pad, multiple))
+        value = loss(collate(examples, multiple))
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -124,7 +123,7 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(example.input_ids) for example in examples))
     peak = peak_mb()
-    after = validate(model, loss, held_out, pad)
+    after = validate(model, loss, held_out)
     rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
     return {
         "benchmark": "finetune",
@@ -144,7 +143,7 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
 
 
 @torch.no_grad()
-def validate(model: Any, loss: Loss, held_out: Sequence[Encoded], pad: int) -> float:
+def validate(model: Any, loss: Loss, held_out: Sequence[Encoded]) -> float:
     """Mean loss of the held-out answers. Only the dropouts are put in evaluation mode: an evaluation-mode forward of
     bitsandbytes on an AVX512 CPU rearranges its weights in place."""
     for module in model.modules():
@@ -152,7 +151,7 @@ def validate(model: Any, loss: Loss, held_out: Sequence[Encoded], pad: int) -> f
     total, count = 0.0, 0
     rows = sorted(held_out, key=lambda example: len(example.input_ids))
     for start in range(0, len(rows), 2 * BATCH):
-        batch = collate(rows[start : start + 2 * BATCH], pad)
+        batch = collate(rows[start : start + 2 * BATCH])
         labels = int((batch["labels"][:, 1:] != NO_LABEL).sum())
         total += loss(batch).item() * labels
         count += labels

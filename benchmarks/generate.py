@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
 from benchmarks.timing import interleave, quantiles
 from qloralab.kernels import dispatch
-from qloralab.models import default_model, load_model, load_tokenizer, pad_id, quantize_loaded_
+from qloralab.models import default_model, load_model, load_tokenizer, quantize_loaded_
 from qloralab.nf4.processor import compute_dtype, processor_class
 
 PROMPT = "Explain in three sentences why the sky is blue."
@@ -69,13 +69,12 @@ def check(model: Any, prompt: torch.Tensor) -> float:
     return error
 
 
-def measure(models: Mapping[str, Any], prompt: torch.Tensor, pad: int, new_tokens: int = NEW_TOKENS) -> list[dict]:
+def measure(models: Mapping[str, Any], prompt: torch.Tensor, new_tokens: int = NEW_TOKENS) -> list[dict]:
     """Time each model on the same prompt.
 
     Args:
         models: by provider, one of PROVIDERS.
         prompt: int64 [1, tokens].
-        pad: a token to pad with; none is.
         new_tokens: of each answer; the end-of-text token does not end it.
 
     Returns:
@@ -86,7 +85,7 @@ def measure(models: Mapping[str, Any], prompt: torch.Tensor, pad: int, new_token
     """
     served = {row["operator"]: row["implementation"] for row in dispatch.report()}
     checked = {"ours": {"error": check(models["ours"], prompt), "implementation": served["linear"]}}
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad}
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     answer = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **options}
     contenders = {name: [lambda model=model: model.generate(**answer)] for name, model in models.items()}
     with torch.no_grad():
@@ -136,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quantized = quantize_loaded_(copy.deepcopy(model), compute_dtype("cpu").dtype)
         models = {"bf16": model, "f32": copy.deepcopy(model).float(), "ours": quantized}
         prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-        records = measure(models, prompt, pad_id(tokenizer), args.tokens)
+        records = measure(models, prompt, args.tokens)
         args.out.mkdir(parents=True, exist_ok=True)
         text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
         record_file(args.out, "generate").write_text(text)

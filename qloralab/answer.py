@@ -13,6 +13,7 @@ from .encoding import prompt_text
 from .errors import UserError
 from .examples import Example
 from .generate import generate
+from .limits import Limits
 from .models import (
     DENSE_DTYPE,
     check_adapter,
@@ -64,8 +65,13 @@ def answer(
     to_quantize = quantized and not packed
     with display.busy("reading the tokenizer"):
         tokenizer, config = load_tokenizer_and_config(model)
+        limits = Limits.of_directory(model)
     if adapter is not None and (other_model := check_adapter_fits(adapter, config)):
         display.fact("note", other_model)
+    example = Example.from_instruction(prompt, "…", source="prompt")  # also has a form for no chat template
+    ids = tokenizer(prompt_text(example, tokenizer), add_special_tokens=False).input_ids
+    if limits:
+        limits.check([("the prompt", ids)], tokenizer)
     with display.busy(f"reading {model_name(model)}"):
         loaded = load_model(model, DENSE_DTYPE if to_quantize else chosen.dtype)
     if quantized:
@@ -76,7 +82,5 @@ def answer(
     if adapter is not None:
         load_adapter(loaded, adapter)
     loaded.to(run_device())
-    example = Example.from_instruction(prompt, "…", source="prompt")  # also has a form for no chat template
-    ids = tokenizer(prompt_text(example, tokenizer), add_special_tokens=False).input_ids
     with display.busy("answering", "tokens") as progress:
         return generate(loaded, tokenizer, [ids], max_new_tokens, progress)[0].strip()

@@ -24,12 +24,12 @@ T = TypeVar("T")
 _MEGABATCH = 50  # batches; transformers' group_by_length, which the paper's code uses, takes as many
 
 
-def split(examples: Sequence[T], held_out: int = 64, seed: int = 0) -> tuple[list[T], list[T]]:
+def split(examples: Sequence[T], held_out: int | None = None, seed: int = 0) -> tuple[list[T], list[T]]:
     """Hold some examples out of training, drawn at random.
 
     Args:
         examples: all of them.
-        held_out: how many to hold out.
+        held_out: how many to hold out; by default a tenth, at least 1 and at most 64.
         seed: of the draw.
 
     Returns:
@@ -38,6 +38,8 @@ def split(examples: Sequence[T], held_out: int = 64, seed: int = 0) -> tuple[lis
     Raises:
         UserError: no example would be left to train on.
     """
+    if held_out is None:
+        held_out = min(64, max(1, len(examples) // 10))
     if len(examples) <= held_out:
         raise UserError(
             f"{len(examples)} examples are too few to hold {held_out} out and train on the rest; "
@@ -65,22 +67,26 @@ def length_grouped_batches(lengths: Sequence[int], batch_size: int, seed: int, e
     return _shuffled(batches, rng)
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
-    """The tensors of a batch, padded on the right to its longest example.
+def collate(encoded: Sequence[Encoded], multiple: int = 1, most: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a batch, padded on the right to its longest example with token 0, which every embedding has.
+
+    What is padding is told by its position. It has no label, and no token sees it.
 
     Args:
         encoded: the examples of the batch, at least one.
-        pad_id: the token to pad with. It may be a token that texts use: what is padding is told by its position.
         multiple: the length is rounded up to a multiple of it.
+        most: but not beyond this; None: no end. No example is longer.
 
     Returns:
         input_ids, labels and attention_mask, each int64 [examples, tokens of the longest]. Padding has label -100 and
         mask 0.
     """
-    width = -(-max(len(one.input_ids) for one in encoded) // multiple) * multiple
+    longest = max(len(one.input_ids) for one in encoded)
+    width = -(-longest // multiple) * multiple
+    width = width if most is None else max(longest, min(width, most))
     masks = [[1] * len(one.input_ids) for one in encoded]
     return {
-        "input_ids": torch.tensor([_pad(one.input_ids, width, pad_id) for one in encoded]),
+        "input_ids": torch.tensor([_pad(one.input_ids, width, 0) for one in encoded]),
         "labels": torch.tensor([_pad(one.labels, width, NO_LABEL) for one in encoded]),
         "attention_mask": torch.tensor([_pad(mask, width, 0) for mask in masks]),
     }

@@ -97,7 +97,9 @@ def finetune(
     lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = Settings.lora_alpha,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = Settings.lora_dropout,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
-    held_out: Annotated[int, typer.Option(help="Examples kept for validation.")] = Settings.held_out,
+    held_out: Annotated[
+        int | None, typer.Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
+    ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = Settings.eval_every,
     state_bits: Annotated[int, typer.Option(help="Of AdamW's moments: 32 or 8.")] = Settings.state_bits,
     state_budget: Annotated[

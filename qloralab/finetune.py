@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .errors import UserError
 from .examples import Example, read_jsonl
 from .generate import generate
 from .interrupt import StopRequest
+from .limits import Limits
 from .memory import peak_mb, resident_mb
 from .models import (
     DENSE_DTYPE,
@@ -89,7 +91,8 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     tokenizer, train, held_out = _read_data(settings, display)
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, chosen, display)
-    settings = dataclasses.replace(_as_trained(settings, model), dtype=chosen.name)
+    _check_limits(Limits.of(model), [*train, *held_out], tokenizer, display)
+    settings = dataclasses.replace(_as_trained(settings, model), dtype=chosen.name, held_out=len(held_out))
     try:
         trainer = Trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
     except (OSError, MemoryError) as error:  # no room for the state of the optimizer
@@ -161,15 +164,41 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
         examples: list[Example] = stdlib_examples() if stdlib else read_jsonl(Path(settings.data), settings.format)
     with display.busy("reading the tokenizer"):
         tokenizer = load_tokenizer(settings.model)
+        limits = Limits.of_directory(settings.model)
+    positions = limits and limits.positions
     with display.busy("tokenizing", "examples") as progress:
         # The standard library is there to be sampled: what is too long in it is left out.
         too_long = "skip" if stdlib else settings.too_long
-        encoded = encode_all(examples, tokenizer, settings.max_length, too_long, progress)
-        train, held_out = split(encoded, settings.held_out, settings.seed)
+        encoded = encode_all(examples, tokenizer, settings.max_length, too_long, progress, positions)
+    if limits:
+        limits.check(((one.source, one.input_ids) for one in encoded), tokenizer)
+    of_an_example = [list(group) for _, group in groupby(encoded, key=lambda one: one.source)]
+    halves = split(of_an_example, settings.held_out, settings.seed)  # the answers of a conversation stay together
+    train, held_out = (list(chain.from_iterable(half)) for half in halves)
     source = "docstrings of the Python standard library" if stdlib else settings.data
-    left_out = f"; {len(examples) - len(encoded):,} left out as too long" if len(encoded) < len(examples) else ""
-    display.fact("data", f"{source}: {len(train):,} examples + {len(held_out)} held out{left_out}")
+    counts = {
+        "left out as too long": len(examples) - len(of_an_example),
+        f"cut to {min(settings.max_length, positions or settings.max_length)} tokens": sum(
+            group[0].cut for group in of_an_example
+        ),
+        "conversations as one example for each answer": sum(len(group) > 1 for group in of_an_example),
+        "duplicates": len(encoded) - len({tuple(one.input_ids) for one in encoded}),
+    }
+    said = [f"{source}: {len(train):,} examples + {len(held_out)} held out"]
+    said += [f"{count:,} {what}" for what, count in counts.items() if count]
+    if unused := dict.fromkeys(name for example in examples for name in example.unused):
+        said.append(f"fields that are not used: {', '.join(unused)}")
+    display.fact("data", "; ".join(said))
     return tokenizer, train, held_out
+
+
+def _check_limits(limits: Limits, encoded: Sequence[Encoded], tokenizer: Any, display: Display) -> None:
+    limits.check(((one.source, one.input_ids) for one in encoded), tokenizer)
+    longer = sum(len(one.input_ids) > (limits.context or len(one.input_ids)) for one in encoded)
+    if longer:
+        display.fact(
+            "note", f"{longer:,} examples are longer than the {limits.context:,} tokens the model was made for"
+        )
 
 
 def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, display: Display) -> Any:

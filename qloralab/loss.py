@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from qloralab.nf4.processor import emulates
 
 from .encoding import NO_LABEL
+from .errors import UserError
 
 _CHUNK_BYTES = 32 * 2**20  # of float32 logits
 
@@ -32,30 +33,56 @@ _CHUNK_BYTES = 32 * 2**20  # of float32 logits
 class AnswerLoss:
     """The loss of a causal language model where labels are, without the logits of other positions.
 
+    Two things are tried out once, on a few tokens, without dropout. Does the model see the future? Where it is causal,
+    no logit depends on a later token: that derivative is exactly 0, whatever is rounded on the way. Does it scale or
+    cap its logits after the head, as some architectures do? If so, its own forward gives them, of all positions.
+
     Args:
-        model: a Hugging Face causal language model. Some architectures scale or cap their logits after the head;
-            whether this one does is tried out once, on a few tokens. If so, its own forward gives the logits, of all
-            positions.
+        model: a Hugging Face causal language model.
+
+    Raises:
+        UserError: logits depend on later tokens.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.decoder = model.base_model
         self.head = model.get_output_embeddings()
-        self.fused = self._head_is_plain()
-
-    @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        if self.decoder is self.model or type(self.head) is not nn.Linear:
-            return False
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        ids = torch.arange(min(8, len(self.head.weight)), device=self.head.weight.device)[None]
-        logits = self.model(input_ids=ids, use_cache=False).logits
-        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        embeddings = model.get_input_embeddings()
+        words, device = len(embeddings.weight), embeddings.weight.device
+        ids = torch.arange(words // 2, min(words // 2 + 8, words), device=device)[None]  # special tokens are at an end
+        self._check_causal(ids, embeddings)
+        self.fused = self._head_is_plain(ids)
         for module in training:
             module.training = True
-        return torch.equal(self.head(hidden), logits)
+
+    @torch.enable_grad()
+    def _check_causal(self, ids: Tensor, embeddings: nn.Module) -> None:
+        seen: list[Tensor] = []
+
+        def watch(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+            seen.append(embedded.detach().requires_grad_())
+            return seen[-1].clone()  # some models scale it in place
+
+        with embeddings.register_forward_hook(watch):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        (grad,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), seen[0], allow_unused=True)
+        if grad is not None and (grad[:, -1].abs() > 0).any():
+            raise UserError(
+                f"{type(self.model).__name__} sees the tokens that follow, so it cannot learn to predict them; "
+                'give --model a causal language model (BERT and its kind: "is_decoder": true in config.json)'
+            )
+
+    @torch.no_grad()
+    def _head_is_plain(self, ids: Tensor) -> bool:
+        if self.decoder is self.model or type(self.head) is not nn.Linear:
+            return False
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        plain = self.head(hidden.to(self.head.weight.dtype))  # Mamba's residual stream is in float32
+        return torch.equal(plain.float(), logits.float())
 
     def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss of a batch and how many labels it has.

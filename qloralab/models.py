@@ -238,14 +238,6 @@ def model_name(path: Path) -> str:
     return name[: -len(GGUF)] if name.lower().endswith(GGUF) and not path.is_dir() else name
 
 
-def pad_id(tokenizer: Any) -> int:
-    """A token to pad with. Which one is of no consequence: padding has no label, and no token sees it."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
 def check_model(path: Path) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` for the model at path.
 

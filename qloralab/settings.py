@@ -41,7 +41,7 @@ class Settings:
         lr: the largest learning rate; by default 1e-3, and 1e-4 for "full".
         r, lora_alpha, lora_dropout: see ``LoraConfig``.
         max_grad_norm: gradients are scaled down to this norm.
-        held_out: examples kept from training, for the validation loss and the samples.
+        held_out: examples kept from training, for the validation loss and the samples; by default a tenth, at most 64.
         eval_every: steps between validations; there is one before the first step and one after the last in any case.
         state_bits: of the moments of AdamW, 32 or 8.
         state_budget: of them, 10**6 bytes that may be in memory at a time; the rest pages. None: all.
@@ -66,7 +66,7 @@ class Settings:
     lora_alpha: float = 32
     lora_dropout: float = 0.05
     max_grad_norm: float = 0.3
-    held_out: int = 64
+    held_out: int | None = None
     eval_every: int = 50
     state_bits: int = 32
     state_budget: int | None = None
@@ -75,8 +75,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{_option(name)} is {value}; it must be at least 1")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
         for name in ("learning_rate", "max_grad_norm"):

@@ -23,9 +23,10 @@ from qloralab.optim.paged_adamw import PagedAdamW
 from .batches import collate, length_grouped_batches
 from .encoding import NO_LABEL, Encoded
 from .errors import UserError
+from .limits import Limits
 from .loss import AnswerLoss
 from .memory import resident_mb
-from .models import pad_id, quiet
+from .models import quiet
 from .run_directory import Metrics
 from .settings import Settings
 
@@ -61,6 +62,7 @@ class Trainer:
         self.dtype = dtype
         self.device = next(model.parameters()).device
         self.loss = AnswerLoss(model)
+        self.positions = Limits.of(model).positions
         self.parameters = trainable(model)
         budget = None if settings.state_budget is None else settings.state_budget * 10**6
         self.optimizer = PagedAdamW(
@@ -84,7 +86,7 @@ class Trainer:
             epoch += 1
 
     def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(examples, pad_id(self.tokenizer), LENGTH_MULTIPLE)
+        batch = collate(examples, LENGTH_MULTIPLE, self.positions)
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
 
     def _autocast(self) -> torch.autocast:

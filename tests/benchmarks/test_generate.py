@@ -34,7 +34,7 @@ def test_all_models_are_timed_on_the_whole_answer(tmp_path, capsys, dtype):
         "f32": copy.deepcopy(plain).float(),
         "ours": quantize_loaded_(copy.deepcopy(plain), dtype),
     }
-    records = measure(models, PROMPT, pad=0, new_tokens=4)
+    records = measure(models, PROMPT, new_tokens=4)
     assert tuple(record["provider"] for record in records) == PROVIDERS
     for record in records:
         assert (record["prompt_tokens"], record["new_tokens"], record["reps"]) == (3, 4, REPETITIONS)

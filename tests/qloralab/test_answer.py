@@ -14,6 +14,7 @@ from qloralab.answer import answer
 from qloralab.display import Display
 from qloralab.errors import UserError
 from qloralab.generate import generate
+from qloralab.limits import Limits
 from qloralab.lora.inject import adapters
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import load_model, load_tokenizer
@@ -99,6 +100,13 @@ def test_without_chat_template_the_prompt_is_that_of_training(model_without_temp
     )
     found = answer(model_without_template, None, "Colour?", 8, True)
     assert found == expected(model_without_template, written)
+
+
+def test_a_prompt_beyond_the_positions_is_told_before_the_model_is_read(model_dir, refusal, monkeypatch):
+    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    monkeypatch.setattr(module.Limits, "of_directory", lambda path: Limits(260, 50, 50))
+    message = refusal(answer, model_dir, None, "Colour?" * 8, 8, True)
+    assert message == "the prompt: 75 tokens, and the model has 50 positions"
 
 
 def test_a_wrong_adapter_is_one_line(model_dir, adapter, tmp_path):

@@ -37,6 +37,11 @@ def test_split_of_too_few(number):
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize(("number", "expected"), [(2, 1), (19, 1), (20, 2), (65, 6), (640, 64), (5_000, 64)])
+def test_a_tenth_is_held_out_and_at_most_64(number, expected):
+    assert [len(part) for part in split(range(number))] == [number - expected, expected]
+
+
 def test_split_may_leave_one():
     train, held_out = split("ab", 1, seed=0)
     assert sorted(train + held_out) == ["a", "b"]
@@ -85,8 +90,13 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 def test_collate():
-    batch = collate([Encoded([5, 2, 2], [-100, 2, 2], "a"), Encoded([7], [7], "b")], pad_id=2)
-    assert batch["input_ids"].tolist() == [[5, 2, 2], [7, 2, 2]]
+    batch = collate([Encoded([5, 2, 2], [-100, 2, 2], "a"), Encoded([7], [7], "b")])
+    assert batch["input_ids"].tolist() == [[5, 2, 2], [7, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 2], [7, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(("most", "width"), [(None, 16), (16, 16), (11, 11), (9, 9)])
+def test_padding_stays_within_the_positions_of_the_model(most, width):
+    assert collate([Encoded([5] * 9, [5] * 9, "a")], 16, most)["input_ids"].shape == (1, width)

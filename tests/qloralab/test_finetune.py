@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from qloralab import compute, loss, outlook, quantize_, save_quantized
 from qloralab import finetune as module
@@ -40,6 +40,11 @@ def results(metrics_of):
     return lambda path: [
         {name: value for name, value in line.items() if name not in MEASURED} for line in metrics_of(path)
     ]
+
+
+def _write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def config_of(path) -> dict:
@@ -356,6 +361,69 @@ def test_what_is_known_is_shown(settings):
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
 
+def test_small_data_is_split_and_described(settings, tmp_path):
+    """A tenth is held out; what was cut, is there twice or is not used is said."""
+    records = [{"text": f"Number {i}. " + "." * 60 * (i == 3), "id": i} for i in range(28)]
+    data = _write(tmp_path / "data.jsonl", [*records, *records[4:6]])
+    file = io.StringIO()
+    chosen = settings(data=str(data), steps=1, held_out=None, too_long="cut", max_length=40)
+    path = finetune(chosen, Display(Console(file=file, width=200))).path
+    expected = "27 examples + 3 held out; 1 cut to 40 tokens; 2 duplicates; fields that are not used: id\n"
+    assert f"     data  {data}: {expected}" in file.getvalue()
+    assert config_of(path)["held_out"] == 3
+
+
+def test_examples_beyond_what_the_model_was_made_for_are_counted(settings, model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    data = _write(tmp_path / "data.jsonl", [{"text": "x" * (36 + i)} for i in range(10)])  # and an end
+    file = io.StringIO()
+    finetune(settings(model=model, data=str(data), steps=1), Display(Console(file=file, width=200)))
+    assert "     note  6 examples are longer than the 40 tokens the model was made for\n" in file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def learned_positions(tmp_path_factory, byte_tokenizer) -> Path:
+    """A model with a table of 50 positions, not a multiple of 16; its tokenizer pads with a token it has no row for."""
+    path = tmp_path_factory.mktemp("models") / "gpt-neo"
+    config = GPTNeoConfig(
+        vocab_size=258, hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=2,
+        max_position_embeddings=50, eos_token_id=257, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_nothing_is_wrong_with_examples_as_long_as_the_table_of_positions(
+    settings, silent, learned_positions, tmp_path
+):
+    """Padding to 16, the held-out prompt and 32 tokens would be beyond it, and the tokenizer's padding has no row."""
+    data = _write(tmp_path / "data.jsonl", [{"text": "x" * (49 - i % 2)} for i in range(12)])
+    chosen = settings(model=learned_positions, data=str(data), steps=2, method="lora")
+    assert finetune(chosen, silent).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x" * 50, ": 51 tokens, and the limit is 50; 12 of 12 examples are too long. The model has 50 positions"),
+        ("a <|pad|>", ": token 258 ('<|pad|>') of the tokenizer is beyond the 258 rows of the model's embedding"),
+    ],
+    ids=["position", "token"],
+)
+def test_what_the_model_has_no_room_for_is_said_before_it_is_read(
+    settings, silent, refusal, learned_positions, tmp_path, monkeypatch, text, expected
+):
+    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    data = _write(tmp_path / "data.jsonl", [{"text": text}] * 12)
+    message = refusal(finetune, settings(model=learned_positions, data=str(data)), silent)
+    assert message.startswith(f"{data}:1{expected}")
+
+
 def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch):
     long = [Example.from_instruction("a" * (90 * i), "An answer.", f"module.py:{i}") for i in range(8)]
     monkeypatch.setattr(module, "stdlib_examples", lambda: long)
@@ -376,7 +444,7 @@ def test_a_directory_that_cannot_be_written(settings, silent, refusal, monkeypat
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(model_dir):
     tokenizer = load_tokenizer(model_dir)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    example = encode(Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns)), tokenizer)
+    (example,) = encode(Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns)), tokenizer)
     prompt, answer = prompt_and_answer(example)
     before = "<|start|>user\na<|end|>\n<|start|>assistant\nb<|end|>\n<|start|>user\nc<|end|>\n<|start|>assistant\n"
     assert tokenizer.decode(prompt) == before

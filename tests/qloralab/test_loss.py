@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from qloralab import loss as module
 from qloralab.lora.config import LoraConfig
@@ -265,6 +272,44 @@ def test_trying_the_head_out_leaves_the_model_as_it_was(training):
     AnswerLoss(model)
     assert {m.training for m in model.modules()} == {training}
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+TINY = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "d_inner": 48, "state_size": 4, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "changes", "causal"),
+    [
+        ("bert", {"is_decoder": False}, False),
+        ("bert", {"is_decoder": True}, True),
+        ("xlm", {}, False),
+        ("xlnet", {"d_head": 8}, False),
+        ("roberta", {"is_decoder": False}, False),
+        ("gpt2", {}, True),  # with dropout
+        ("mixtral", {}, True),
+        ("mamba", {}, True),
+    ],
+)
+def test_a_model_that_sees_the_future_is_refused(refusal, family, changes, causal, dtype):
+    """The oracle is the definition: another last token moves earlier logits, or not."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY, **changes))
+    first, second = torch.tensor([[60, 61, 62, 63]]), torch.tensor([[60, 61, 62, 70]])
+    with torch.no_grad():
+        logits, others = (model.eval()(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (first, second))
+    assert torch.allclose(logits, others, atol=1e-6) == causal
+    model = model.to(dtype).train()
+    if causal:
+        AnswerLoss(model)
+    else:
+        assert refusal(AnswerLoss, model) == (
+            f"{type(model).__name__} sees the tokens that follow, so it cannot learn to predict them; "
+            'give --model a causal language model (BERT and its kind: "is_decoder": true in config.json)'
+        )
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -32,7 +32,6 @@ from qloralab.models import (
     load_tokenizer,
     load_tokenizer_and_config,
     model_name,
-    pad_id,
     quantize_loaded_,
 )
 
@@ -150,11 +149,6 @@ def test_a_tokenizer_belongs_to_the_model(model_dir):
     tokenizer = load_tokenizer(model_dir)
     assert tokenizer.decode(tokenizer("Ω?<|end|>").input_ids) == "Ω?<|end|>"
     assert "<|start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-
-
-@pytest.mark.parametrize(("pad", "eos", "expected"), [(7, 9, 7), (0, 9, 0), (None, 9, 9), (None, None, 0)])
-def test_there_is_something_to_pad_with(pad, eos, expected):
-    assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == expected
 
 
 @pytest.mark.parametrize(

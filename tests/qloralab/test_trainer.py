@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_transformers(make, method):
     trainer = make(method)
     for layer in adapters(trainer.model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)  # or the adapters would be nothing yet
-    batch = collate(next(batches(trainer)), pad_id=5)
+    batch = collate(next(batches(trainer)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=method == "full"):
         expected = trainer.model(**batch).loss.item()
     assert trainer.train_step().loss == pytest.approx(expected, rel=BF16)
@@ -151,7 +151,7 @@ def test_dropout_is_on_in_training(make, dropout):
     for layer in adapters(trainer.model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     with torch.no_grad():
-        expected = trainer.model.eval()(**collate(next(batches(trainer)), pad_id=0)).loss.item()
+        expected = trainer.model.eval()(**collate(next(batches(trainer)))).loss.item()
     assert (trainer.train_step().loss == pytest.approx(expected, rel=FLOAT32)) == (dropout == 0.0)
 
 
@@ -169,7 +169,7 @@ def test_parts_of_a_batch_add_up(make, batch_size, accumulate):
 @pytest.mark.parametrize("limit", [0.01, 1e6])
 def test_the_norm_is_that_before_clipping(make, limit):
     trainer = make("lora", torch.float32, max_grad_norm=limit)
-    batch = collate(next(batches(trainer)), pad_id=0)
+    batch = collate(next(batches(trainer)))
     trainer.model(**batch).loss.backward()
     norm = math.sqrt(sum(parameter.grad.double().square().sum() for parameter in trainer.parameters))
     trainer.model.zero_grad()
@@ -208,7 +208,7 @@ def test_a_budget_changes_no_bit_of_a_run(make):
 def test_a_step_is_adamw_without_decay(make):
     trainer = make("lora", torch.float32, lr=1e-3, steps=1, max_grad_norm=1e9)
     before = tensors(trainer)
-    trainer.model(**collate(next(batches(trainer)), pad_id=0)).loss.backward()
+    trainer.model(**collate(next(batches(trainer)))).loss.backward()
     grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
     trainer.train_step()
