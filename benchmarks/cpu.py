@@ -42,7 +42,7 @@ from benchmarks.cpu_check import WrongResultError, check
 from benchmarks.cpu_problem import EMULATED, SEED, Problem, Weight
 from benchmarks.cpu_providers import PROVIDERS, Provider
 from benchmarks.cpu_views import plot, tables
-from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
+from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
 from benchmarks.timing import Run, interleave, quantiles
 from qloralab.kernels import dispatch
 from qloralab.nf4.processor import processor_class
@@ -195,11 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure in a process for each kind of memory, write the records, show them."""
     parser = argparse.ArgumentParser(description="The CPU operators beside bitsandbytes and PyTorch's dense layers.")
     parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a provider and point")
     parser.add_argument("--worker", choices=MEMORY, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.worker:
         shapes = [(N, K) for N, K in args.shape or SHAPES]
         for record in measure(shapes, POINTS, roofline(), seconds=args.seconds, heap=HEAP, memory=args.worker):

@@ -20,7 +20,7 @@ COLOURS = {
     "bf16": "#555555",
     "f32": "#b0883a",
 }
-# Of a table; bitsandbytes is the faster of its two. A column that no record has is left out.
+# Of a table, before those of other providers; bitsandbytes is the faster of its two. What no record has is left out.
 COLUMNS = ("ours", "ours, f32", "reference", "bitsandbytes", "bf16", "f32")
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
 
@@ -89,7 +89,7 @@ def points(records: Sequence[Record]) -> Iterator[dict[str, Record]]:
 
 def columns(point: Mapping[str, Record]) -> dict[str, Record]:
     """A point's records by column, and the faster dense one: bitsandbytes is the faster of its modes that is right."""
-    chosen = {name: record for name, record in point.items() if name in COLUMNS}
+    chosen = {name: record for name, record in point.items() if name != "bitsandbytes, eval"}
     modes = [record for name, record in point.items() if name.startswith("bitsandbytes")]
     if right := [record for record in modes if record["ms"]]:
         chosen["bitsandbytes"] = min(right, key=_median)
@@ -125,8 +125,8 @@ def _table(memory: str, records: Sequence[Record]) -> Table:
         + "".join(f"{dtype} product {rate:.0f} GFLOP/s, " for dtype, rate in rates.items() if rate)
         + "bound: the least time at these rates over ours",
     )
-    there = {record["provider"].partition(", eval")[0] for record in records}
-    shown = [name for name in COLUMNS if name in there]
+    there = dict.fromkeys(record["provider"].partition(", eval")[0] for record in records)
+    shown = [name for name in dict.fromkeys([*COLUMNS, *there]) if name in there]
     for heading in ("operation", "weight", "M", *shown, "bound", "goal", "reached"):
         left = heading in ("operation", "weight", "goal")
         view.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -203,13 +203,14 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 def _lines(axes: Any, panel: Sequence[Record]) -> None:
-    for name, colour in COLOURS.items():
+    for name in dict.fromkeys([*COLOURS, *(record["provider"] for record in panel)]):
         mine = sorted((r for r in panel if r["provider"] == name), key=lambda record: record["M"])
         rows = [record["M"] for record in mine]
         p20, p50, p80 = ([record["ms"][q] for record in mine] for q in ("p20", "p50", "p80"))
         if not rows:
             continue
-        axes.plot(rows, p50, "o-", color=colour, label=name, markersize=4)
+        (line,) = axes.plot(rows, p50, "o-", color=COLOURS.get(name), label=name, markersize=4)
+        colour = line.get_color()
         axes.fill_between(rows, p20, p80, color=colour, alpha=0.2, linewidth=0)
         if name.startswith("ours"):
             axes.plot(rows, [record["bound_ms"] for record in mine], ":", color=colour)
@@ -224,7 +225,7 @@ def _lines(axes: Any, panel: Sequence[Record]) -> None:
 def _bars(axes: Any, panel: Sequence[Record]) -> None:
     for place, record in enumerate(panel):
         p20, p50, p80 = (record["ms"][q] for q in ("p20", "p50", "p80"))
-        axes.bar(place, p50, color=COLOURS[record["provider"]], yerr=[[p50 - p20], [p80 - p50]])
+        axes.bar(place, p50, color=COLOURS.get(record["provider"]), yerr=[[p50 - p20], [p80 - p50]])
         axes.annotate(f"{p50:.3g}", (place, p80), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
         if record["provider"] == "ours":
             axes.hlines(record["bound_ms"], place - 0.4, place + 0.4, color="black", linestyle=":")

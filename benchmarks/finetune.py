@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
+from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
 from benchmarks.timing import quantiles
 from qloralab.batches import collate, length_grouped_batches, split
 from qloralab.encoding import NO_LABEL, Encoded, encode_all
@@ -192,9 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
     parser.add_argument("--steps", type=int, default=60, help="two at least")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="to compute in")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.worker:
         library, directory = args.worker
         dtype = compute_dtype("cpu").dtype if args.dtype == "auto" else getattr(torch, args.dtype)

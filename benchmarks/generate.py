@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.provenance import RECORDS, lower_mkl, provenance, record_file, record_files
+from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
 from benchmarks.timing import interleave, quantiles
 from qloralab.kernels import dispatch
 from qloralab.models import default_model, load_model, load_tokenizer, quantize_loaded_
@@ -125,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
     parser.add_argument("--model", type=Path, help="Hugging Face directory or GGUF file; by default SmolLM2-135M")
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of each answer")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if not args.view:
         lower_mkl()
         path = args.model or default_model()

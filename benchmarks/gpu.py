@@ -42,7 +42,7 @@ from benchmarks.gpu_providers import PROVIDERS, Provider
 from benchmarks.gpu_timing import Clock, CudaClock, Timer, interleave
 from benchmarks.gpu_views import points as by_point
 from benchmarks.gpu_views import tables, with_ratios
-from benchmarks.provenance import RECORDS, commit
+from benchmarks.provenance import commit, parse
 from benchmarks.timing import quantiles
 from qloralab.kernels.gpu import choice
 
@@ -389,11 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--save", action="store_true", help="let the measured decisions count on this machine")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.view:
         view(args.view)
         return

@@ -43,7 +43,7 @@ import qloralab as ql
 from benchmarks.gpu import Device, cuda_device, facts, record_file, view, write
 from benchmarks.gpu_optimizer_views import tables
 from benchmarks.gpu_timing import Timer, interleave
-from benchmarks.provenance import RECORDS
+from benchmarks.provenance import parse
 from benchmarks.timing import quantiles
 from qloralab.optim.unified_memory import HOST, Runtime, load_runtime, pointer_attributes
 
@@ -338,8 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure AdamW with state in unified memory.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.view:
         view(args.view, tables)
         return

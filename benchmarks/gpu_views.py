@@ -10,8 +10,7 @@ from rich.table import Table
 
 Record = Mapping[str, Any]
 
-OURS = ("ours", "ours, fused", "ours, canonical")
-COLUMNS = (*OURS, "bf16", "bitsandbytes", "unsloth")
+COLUMNS = ("ours", "ours, fused", "ours, canonical", "bf16", "bitsandbytes", "unsloth")  # then every other provider
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,18 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         caption=f"{rates}; bound: the least time at these rates over ours; e: with launches, not from a CUDA graph; "
         "/ours: that provider's time over ours; of our times, the least",
     )
-    for heading in ("operation", "weight", "M", *COLUMNS, "bound", "bf16/ours", "goal", "bnb/ours", "goal"):
+    shown = dict.fromkeys([*COLUMNS, *(name for point in measured for name in point)])
+    for heading in ("operation", "weight", "M", *shown, "bound", "bf16/ours", "goal", "bnb/ours", "goal"):
         view.add_column(heading, justify="left" if heading in ("operation", "weight") else "right", no_wrap=True)
     for point in measured:
         some = next(iter(point.values()))
-        ours = [point[name] for name in OURS if name in point and point[name]["ms"]]
+        ours = [record for name, record in point.items() if name.startswith("ours") and record["ms"]]
         timed = min(ours, key=lambda record: record["ms"]["p50"], default=None)
         view.add_row(
             some["operation"],
             "x".join(map(str, some["shape"])),
             str(some["M"] or ""),
-            *(_cell(point.get(name)) for name in COLUMNS),
+            *(_cell(point.get(name)) for name in shown),
             f"{timed['roofline_share']:.0%}" if timed and timed["roofline_share"] else "",
             *_against(some, timed, "bf16"),
             *_against(some, timed, "bitsandbytes"),

@@ -35,7 +35,7 @@ from rich.console import Console
 
 from benchmarks.optimizer_jobs import SPARE, TOO_LATE
 from benchmarks.optimizer_views import goals, plot, tables
-from benchmarks.provenance import RECORDS, ROOT, provenance
+from benchmarks.provenance import ROOT, parse, provenance
 
 STATE, BUDGET, STEPS = 4 * 10**9, 256 * 10**6, 5
 SMALLEST = 1 << 24  # bytes of a budget
@@ -147,14 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or show what was measured."""
     parser = argparse.ArgumentParser(description="Watch and measure the paged optimizer.")
     parser.add_argument("--view", action="store_true", help="show the records, measure nothing")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--state", type=float, default=STATE, help="bytes of state")
     parser.add_argument("--budget", type=float, default=BUDGET, help="bytes of it that may be in memory")
     parser.add_argument("--steps", type=int, default=STEPS, help="that are watched")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of steps and disk, in turns")
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="of each set where all is in memory")
     parser.add_argument("--directory", default="/var/tmp", help="on the disk that is paged to")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     file = args.out / f"{FILE}.json"
     if not args.view:
         sizes = int(args.state), int(args.budget)

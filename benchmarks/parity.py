@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.provenance import RECORDS, provenance
+from benchmarks.provenance import parse, provenance
 from qloralab.errors import UserError
 from qloralab.models import default_model
 from qloralab.parity.compare import Report, compare
@@ -50,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=int, default=WEIGHTS, help="random ones, in each dtype and codebook")
     parser.add_argument("--model", type=Path, help="Hugging Face directory or GGUF file; by default SmolLM2-135M")
     parser.add_argument("--no-model", action="store_true", help="random and hostile weights only")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the record")
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     file, console = args.out / FILE, Console()
     if not args.view:
         report = measure(args.weights, None if args.no_model else args.model or _default_model())

@@ -12,9 +12,11 @@ They do not reach MKL, which multiplies float32 for PyTorch: ``lower_mkl`` does.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,25 @@ from qloralab.run_directory import versions
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
+TRIALS = ROOT / "runs" / "benchmarks"
 LOWERING = ("QLORALAB_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _MKL = {"avx2": "AVX2", "portable": "SSE4_2"}  # what it calls the classes below AVX512
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a benchmark, and where its records go: ``out``.
+
+    That is ``RECORDS``, which is committed, only where everything is measured as it always is. With another option it
+    is ``TRIALS``, so that a trial overwrites no record. ``--out`` has the last word.
+    """
+    parser.add_argument(
+        "--out", type=Path, help="folder of the records; by default benchmarks/records, of a trial runs/benchmarks"
+    )
+    args = parser.parse_args(arguments)
+    if args.out is None:
+        measured = vars(args).keys() - {"out", "view", "save"}
+        args.out = TRIALS if any(getattr(args, name) != parser.get_default(name) for name in measured) else RECORDS
+    return args
 
 
 def provenance() -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import RECORDS, ROOT, provenance
+from benchmarks.provenance import ROOT, parse, provenance
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.nf4.checkpoint import Checkpoint, write_index
 from qloralab.nf4.safetensors_writer import SafetensorsWriter
@@ -227,9 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory of qloralab quantize.")
     parser.add_argument("--view", action="store_true", help="show the records, measure nothing")
     parser.add_argument("--layers", type=int, default=Shape.layers, help="of the model, 0.4 GB each")
-    parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args = parse(parser, arguments)
     if args.worker:
         job, dense, shape, quantized = args.worker
         if job == "make":

@@ -117,6 +117,20 @@ def test_every_goal_belongs_to_a_point_that_is_measured():
         assert {(goal.operation, goal.M) for goal in goals} <= set(POINTS)
 
 
+def test_a_provider_that_was_added_is_shown(tmp_path):
+    added = [record("linear", 1, "mine", 0.7), record("dequantize", None, "mine", 0.9)]
+    (table,) = tables([*RECORDED, *added])
+    assert [str(column.header) for column in table.columns][3:8] == [
+        "ours",
+        "reference",
+        "bitsandbytes",
+        "bf16",
+        "mine",
+    ]
+    assert list(table.columns[7].cells) == ["0.9", "0.7", ""]
+    plot([*RECORDED, *added], tmp_path / "drawn.png")
+
+
 def test_the_picture_is_drawn_without_what_is_wrong_or_missing(tmp_path):
     plot(RECORDED, tmp_path / "all.png")
     plot([r for r in RECORDED if r["operation"] == "linear"], tmp_path / "some.png")

@@ -8,7 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks.finetune import LIBRARIES, RECORDS, main, table
+from benchmarks.finetune import LIBRARIES, main, table
+from benchmarks.provenance import RECORDS
 
 
 def record(library: str, speed: float, memory: float, loss: float = 2.5, kind: str = "avx2") -> dict:

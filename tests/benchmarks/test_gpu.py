@@ -434,6 +434,12 @@ def test_the_goals_are_for_the_fastest_of_ours():
     assert row[10:12] == ["4.00", "≥ 2.8 yes"]
 
 
+def test_a_provider_that_was_added_is_shown():
+    point = [record("ours", 0.010), record("mine", 0.007), record("ours, another", 0.005), record("bf16", 0.02)]
+    (row,) = rows(with_ratios(point))
+    assert row[3:13] == ["10.0", "", "", "20.0", "", "", "7.0", "5.0", "50%", "4.00"]  # the fastest of ours counts
+
+
 def test_what_was_not_timed_reaches_nothing():
     point = [record("ours", None), record("bf16", 0.025), record("unsloth", None, status="missing")]
     assert rows(with_ratios(point)) == [

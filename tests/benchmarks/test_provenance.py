@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import provenance as module
-from benchmarks.provenance import LOWERING, lower_mkl, lowered, provenance, record_file, record_files
+from benchmarks.provenance import LOWERING, lower_mkl, lowered, parse, provenance, record_file, record_files
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,26 @@ def test_a_class_that_pytorch_does_not_follow_is_refused(monkeypatch):
     monkeypatch.setenv("QLORALAB_ISA", "avx2")
     with pytest.raises(SystemExit, match="set ATEN_CPU_CAPABILITY"):
         lower_mkl()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], module.RECORDS),
+        (["--view", "--save", "--steps", "60"], module.RECORDS),
+        (["--steps", "2"], module.TRIALS),
+        (["--shape", "64", "64"], module.TRIALS),
+        (["--steps", "2", "--out", "there"], Path("there")),
+    ],
+    ids=["all as always", "the default said", "fewer steps", "another shape", "asked for"],
+)
+def test_a_trial_overwrites_no_record(arguments, folder):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--view", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--shape", type=int, nargs=2, action="append")
+    assert parse(parser, arguments).out == folder
 
 
 def test_a_class_has_a_file_of_its_own(tmp_path, monkeypatch):

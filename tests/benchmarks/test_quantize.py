@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.quantize import KERNELS, RECORDS, Shape, WrongResultError, check, main, make, measure, run, table
+from benchmarks.provenance import RECORDS
+from benchmarks.quantize import KERNELS, Shape, WrongResultError, check, main, make, measure, run, table
 from qloralab.display import Display
 from qloralab.nf4.checkpoint import Checkpoint
 from qloralab.quantize_checkpoint import quantize_model
