@@ -1,11 +1,11 @@
-"""The commands, as typer reads them from the functions' signatures, and what becomes of a mistake.
+"""The commands, as typer reads them from the functions' signatures.
 
 Nothing here imports torch before a command runs: ``--help`` and a mistyped option are answered at once.
 """
 
 from __future__ import annotations
 
-import datetime
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,10 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
-from qloralab.nf4.errors import FormatError
-
 from . import __version__
 from .errors import UserError
 from .interrupt import STATUS, stopping_at_once
-from .settings import STDLIB, Dtype, Method, Settings
+from .settings import ADAPTERS, STDLIB, Dtype, Method, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
@@ -84,18 +82,26 @@ def finetune(
     out: Annotated[
         Path | None, typer.Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="To start from; it sets r, alpha, dropout.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="To start from; it sets r, alpha, dropout.", show_default="none: new ones")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = Settings.batch_size,
     accumulate: Annotated[
         int, typer.Option(help="Parts a batch is computed in, to save memory.")
     ] = Settings.accumulate,
     max_length: Annotated[int, typer.Option(help="Tokens per example, at most.")] = Settings.max_length,
-    too_long: Annotated[str, typer.Option(help="Longer examples: error, skip or cut.")] = Settings.too_long,
+    too_long: Annotated[
+        str | None, typer.Option(help="Longer examples: error, skip or cut.", show_default="error; stdlib: skip")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.", show_default="1e-3; full: 1e-4")] = None,
-    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = Settings.r,
-    lora_alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = Settings.lora_alpha,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = Settings.lora_dropout,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapters.", show_default=str(ADAPTERS["r"]))] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Adapters are scaled by alpha / r.", show_default=str(ADAPTERS["lora_alpha"]))
+    ] = None,
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Dropout before the adapters.", show_default=str(ADAPTERS["lora_dropout"]))
+    ] = None,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
     held_out: Annotated[
         int | None, typer.Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
@@ -119,7 +125,7 @@ def finetune(
         from .models import default_model
 
     settings = Settings(
-        out=out or Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}",
+        out=out,
         model=model or default_model(),
         data=data,
         format=format,
@@ -149,7 +155,12 @@ def finetune(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to ask; '-' reads it from standard input.")],
+    words: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="What to ask, in quotes.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The same; '-' reads it from standard input.", show_default=False)
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Directory of the adapter.", show_default="none: the model alone")
     ] = None,
@@ -161,14 +172,30 @@ def generate(
     dtype: DtypeOption = Settings.dtype,
 ) -> None:
     """Answer a prompt with a model and an adapter."""
+    if words is not None and prompt is not None:
+        raise UserError("there are two prompts; give one, as a word in quotes or with --prompt")
+    text = _text(words if prompt is None else prompt)
     with _loading(sys.stderr):
         from .answer import answer
         from .models import default_model
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
+    if lost := getattr(sys.stdout, "failure", None):
+        raise UserError(f"the answer cannot be written: {lost}")
+
+
+def _text(prompt: str | None) -> str:
+    """A prompt as it was given, or from standard input: UTF-8, whatever the locale says."""
+    if prompt is None:
+        raise UserError("there is no prompt; give it in quotes, or with '--prompt'")
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
+    try:
+        text = given.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 (byte {error.start + 1})") from None
     if not text.strip():
         raise UserError("the prompt is empty")
-    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
+    return text
 
 
 @app.command()
@@ -240,6 +267,8 @@ def sass(
     Compiles the Triton kernels, without a GPU, and disassembles bitsandbytes' beside them. Exit status 1 when a kernel
     exceeds its budget.
     """
+    if kernel and explain:
+        raise UserError("--kernel would be ignored: --explain prints one kernel, and no table")
     with _loading(sys.stderr):
         from .sass_report import sass as count_and_show
 
@@ -251,15 +280,16 @@ def run() -> int:
     """Do what the command line says.
 
     Returns:
-        the exit status: 0, 2 after one line on stderr about what the user can mend, ``interrupt.STATUS`` after Ctrl-C.
+        the exit status: 0; 1 where a command says no; ``interrupt.STATUS`` after Ctrl-C.
+
+    Raises:
+        UserError: an option is wrong; and whatever a command raises.
     """
     try:
         return app(standalone_mode=False) or 0  # that of a typer.Exit; typer also makes one of Ctrl-C
     except _UsageError as error:
-        message = error.format_message()
-    except (UserError, FormatError) as error:
-        message = str(error)
-    except typer.Abort:  # what becomes of Ctrl-C depends on the version of typer
-        return STATUS
-    print(f"qloralab: error: {message}", file=sys.stderr)
-    return 2
+        raise UserError(error.format_message()) from error
+    except typer.Abort as error:  # which typer makes of Ctrl-C, or not, depending on its version; and of an EOFError
+        raise error.__cause__ or KeyboardInterrupt from None
+    except SystemExit as error:  # which it makes of any broken pipe
+        raise error.__context__ or error from None

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column
 from rich.text import Text
 
+from .terminal import Lasting
+
 if TYPE_CHECKING:
     from .run_directory import Metrics
 
@@ -30,7 +32,7 @@ Update = Callable[[int, int], None]  # how much is done, how much there is
 
 
 class Display:
-    """Prints facts and progress.
+    """Prints facts and progress. That what it writes to fails is no error.
 
     Args:
         console: where to; by default standard output.
@@ -47,6 +49,9 @@ class Display:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.console = console or Console()
+        file = self.console.file
+        self._output = file if isinstance(file, Lasting) else Lasting(file)
+        self.console.file = self._output  # type: ignore[assignment]
         self._patience = patience
         self._pace = pace
         self._clock = clock
@@ -57,7 +62,12 @@ class Display:
 
     def fact(self, name: str, value: str) -> None:
         """One line of what is known now."""
-        self.console.print(f"[bold]{name:>9}[/]  {escape(value)}", highlight=False, soft_wrap=True)
+        self.console.print(Text.assemble((f"{name:>9}", "bold"), f"  {value}"), soft_wrap=True)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a line was lost; None where none was."""
+        return self._output.failure
 
     @contextmanager
     def busy(self, what: str, unit: str = "") -> Iterator[Update]:

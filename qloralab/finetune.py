@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,22 @@ from .memory import peak_mb, resident_mb
 from .models import (
     DENSE_DTYPE,
     check_adapter,
+    check_adapter_fits,
     check_model,
     holds_4bit,
     is_default,
     load_adapter,
     load_model,
-    load_tokenizer,
+    load_tokenizer_and_config,
     model_name,
     quantize_loaded_,
 )
 from .outlook import LONG, note, seconds_left
-from .output_directory import check_writable
+from .output_directory import check_writable, count_text, size_text
 from .quantized_model import parameter_count
 from .report import plot_loss, write_samples
 from .run_directory import Metrics, RunDirectory
-from .settings import STDLIB, Settings
+from .settings import ADAPTERS, STDLIB, Settings
 from .stdlib_corpus import stdlib_examples
 from .trainer import Trainer
 
@@ -60,7 +62,7 @@ class Result:
     Attributes:
         path: the run directory.
         steps: done; fewer than asked for when interrupted.
-        interrupted: by Ctrl-C.
+        interrupted: by a signal, or an error.
         val_before, val_after: mean loss of the held-out answers, in nats per token; val_after is None when interrupted.
         tokens_per_s: over all steps, padding not counted, validation left out.
         peak_mb: the largest resident memory of the process, in 10**6 bytes.
@@ -80,6 +82,9 @@ class Result:
 def finetune(settings: Settings, display: Display | None = None) -> Result:
     """Run a fine-tuning. Nothing is written before the data and the model have been read and the model was measured.
 
+    Whatever ends the training later, what was trained is saved first: Ctrl-C, SIGTERM, SIGHUP, an error that nobody
+    expects. That samples or pictures cannot be made, or nobody reads the display, ends nothing, and is noted.
+
     Raises:
         UserError: the data, the model, the adapter or a setting is not usable, the loss became infinite, or the run
             directory cannot be written.
@@ -92,29 +97,37 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     torch.manual_seed(settings.seed)
     model = _prepare_model(settings, config, chosen, display)
     _check_limits(Limits.of(model), [*train, *held_out], tokenizer, display)
-    settings = dataclasses.replace(_as_trained(settings, model), dtype=chosen.name, held_out=len(held_out))
-    try:
-        trainer = Trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
-    except (OSError, MemoryError) as error:  # no room for the state of the optimizer
-        raise UserError(getattr(error, "strerror", None) or str(error)) from error
-    samples = [prompt_and_answer(example) for example in held_out[:_SAMPLES]]
-    before = _answer(trainer, samples, "before", display)
+    trainer = Trainer(model, tokenizer, train, held_out, settings, chosen.dtype)
+    reports = _Reports(trainer, display)
+    reports.answer("before")
     start = time.perf_counter()
     val_before = _validate(trainer, display)
     validation_s = time.perf_counter() - start
 
-    try:
-        run = RunDirectory(settings, dtype_reason=chosen.why)
-    except OSError as error:
-        raise UserError(f"{settings.out} cannot be written: {error.strerror}") from error
+    with _writing(settings.out or Path("runs")):
+        run = RunDirectory(
+            settings,
+            dtype=chosen.name,
+            dtype_reason=chosen.why,
+            held_out=len(held_out),
+            **_adapters_of(model),
+        )
     display.fact("run", str(run.path))
     try:
-        run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
-        return _train(trainer, run, samples, before, validation_s, chosen, display)
-    except (OSError, SafetensorError) as error:  # mostly a full disk
-        raise UserError(f"{settings.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        with _writing(run.path):
+            run.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
+        return _train(trainer, run, reports, validation_s, chosen, display)
     finally:
         run.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Writing what a run is for: that it fails, mostly because the disk is full, ends the run."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def prompt_and_answer(example: Encoded) -> Sample:
@@ -130,7 +143,7 @@ def prompt_and_answer(example: Encoded) -> Sample:
 
 def _lora_config(settings: Settings) -> LoraConfig:
     try:
-        return LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout)
+        return LoraConfig(**settings.new_adapters)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -146,16 +159,14 @@ def _check_paths(settings: Settings) -> None:
         )
     if settings.adapter:
         check_adapter(settings.adapter)
-    check_writable(settings.out, settings.out.absolute())
+    out = settings.out or Path("runs")
+    check_writable(out, out.absolute())
 
 
-def _as_trained(settings: Settings, model: Any) -> Settings:
-    """The settings with the rank, alpha and dropout of the adapters that are there, read or new."""
-    layers = adapters(model)
-    if not layers:
-        return settings
-    config = next(iter(layers.values())).config
-    return dataclasses.replace(settings, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+def _adapters_of(model: Any) -> dict[str, Any]:
+    """The fields of config.json about the adapters that are there, read or new."""
+    configs = [layer.config for layer in adapters(model).values()]
+    return {name: getattr(configs[0], name) for name in ADAPTERS} if configs else {}
 
 
 def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded], list[Encoded]]:
@@ -163,13 +174,13 @@ def _read_data(settings: Settings, display: Display) -> tuple[Any, list[Encoded]
         stdlib = settings.data == STDLIB
         examples: list[Example] = stdlib_examples() if stdlib else read_jsonl(Path(settings.data), settings.format)
     with display.busy("reading the tokenizer"):
-        tokenizer = load_tokenizer(settings.model)
+        tokenizer, config = load_tokenizer_and_config(settings.model)
         limits = Limits.of_directory(settings.model)
+    if settings.adapter and (other_model := check_adapter_fits(settings.adapter, config)):
+        display.fact("note", other_model)
     positions = limits and limits.positions
     with display.busy("tokenizing", "examples") as progress:
-        # The standard library is there to be sampled: what is too long in it is left out.
-        too_long = "skip" if stdlib else settings.too_long
-        encoded = encode_all(examples, tokenizer, settings.max_length, too_long, progress, positions)
+        encoded = encode_all(examples, tokenizer, settings.max_length, settings.treats_too_long, progress, positions)
     if limits:
         limits.check(((one.source, one.input_ids) for one in encoded), tokenizer)
     of_an_example = [list(group) for _, group in groupby(encoded, key=lambda one: one.source)]
@@ -207,7 +218,7 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
     with display.busy(f"reading {name}"):
         dtype = torch.float32 if settings.method == "full" else chosen.dtype
         model = load_model(settings.model, DENSE_DTYPE if to_quantize else dtype)
-    display.fact("model", f"{name}, {parameter_count(model) / 1e6:.1f} M parameters")
+    display.fact("model", f"{name}, {count_text(parameter_count(model))} parameters")
     display.fact("dtype", chosen.described(settings.method))
     prepare_kernels(display)
     prepare_memory(display)
@@ -220,7 +231,7 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
         bits = 8 * size / count
         display.fact(
             "4 bits",
-            f"{len(weights)} linear layers, {count / 1e6:.1f} M weights at {bits:.3f} bits: {size / 1e6:.1f} MB",
+            f"{len(weights)} linear layers, {count_text(count)} weights at {bits:.3f} bits: {size_text(size)}",
         )
     if settings.method != "full":
         if settings.adapter:
@@ -232,7 +243,7 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
         count = sum(p.numel() for p in trainable(model))
         display.fact(
             "adapters",
-            f"r = {used.r}, alpha = {used.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters{start}",
+            f"r = {used.r}, alpha = {used.lora_alpha:g}: {count_text(count)} trainable parameters{start}",
         )
     if settings.checkpointing:
         # transformers renames it; the old name goes in version 6
@@ -248,10 +259,56 @@ def _inject(model: Any, config: LoraConfig) -> None:
         raise UserError(str(error)) from error
 
 
-def _answer(trainer: Trainer, samples: Sequence[Sample], when: str, display: Display) -> list[str]:
-    prompts = [prompt for prompt, _ in samples]
-    with display.busy(f"answering held-out prompts {when} training", "tokens") as progress:
-        return generate(trainer.model, trainer.tokenizer, prompts, _SAMPLE_TOKENS, progress)
+class _Reports:
+    """What a run tells beside its numbers. That a part of it cannot be made ends no run, and is a note.
+
+    Args:
+        trainer: of the run.
+        display: shows the notes too.
+
+    Attributes:
+        notes: for config.json.
+    """
+
+    def __init__(self, trainer: Trainer, display: Display):
+        self.notes: list[str] = []
+        self._trainer, self._display = trainer, display
+        self._examples = trainer.held_out[:_SAMPLES]
+        self._samples = [prompt_and_answer(example) for example in self._examples]
+        self._answers: dict[str, list[str]] = {}
+
+    def answer(self, when: str) -> None:
+        """Answer the held-out prompts, "before" or "after" training."""
+        trainer, prompts = self._trainer, [prompt for prompt, _ in self._samples]
+        with (
+            self._optional(f"answers {when} training"),
+            self._display.busy(f"answering held-out prompts {when} training", "tokens") as progress,
+        ):
+            self._answers[when] = generate(trainer.model, trainer.tokenizer, prompts, _SAMPLE_TOKENS, progress)
+
+    def write(self, run: RunDirectory) -> None:
+        """Write loss.png and samples.md."""
+        settings, decode = self._trainer.settings, self._trainer.tokenizer.decode
+        title = f"{model_name(settings.model)}, {settings.method}, {self._trainer.step} steps"
+        with self._optional("loss.png"):
+            plot_loss(run.metrics, title, run.path / "loss.png")
+        with self._optional("samples.md"):
+            prompts, references = zip(*self._samples, strict=True)
+            write_samples(
+                run.path / "samples.md",
+                [decode(prompt, skip_special_tokens=False) for prompt in prompts],
+                {**self._answers, "reference": [decode(one, skip_special_tokens=False) for one in references]},
+                [example.source for example in self._examples],
+                title,
+            )
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.notes.append(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}")
+            self._display.fact("note", self.notes[-1])
 
 
 def _validate(trainer: Trainer, display: Display) -> float:
@@ -262,39 +319,66 @@ def _validate(trainer: Trainer, display: Display) -> float:
 def _train(
     trainer: Trainer,
     run: RunDirectory,
-    samples: Sequence[Sample],
-    before: list[str],
+    reports: _Reports,
     validation_s: float,
     chosen: Precision,
     display: Display,
 ) -> Result:
     settings = trainer.settings
-    val_before = val_after = run.metrics[0].val_loss
+    unexpected: Exception | None = None
+    with StopRequest(lambda: display.fact("stopping", "and saving; Ctrl-C again to stop at once")) as stop:
+        try:
+            with display.training(settings.steps):
+                display.step(run.metrics[-1], settings.steps)
+                while trainer.step < settings.steps and not stop.requested:
+                    _train_step(trainer, run, stop, display)
+                    if not (trainer.step == settings.steps or stop.requested):
+                        _tell_if_long(trainer, run.metrics[-1], validation_s, chosen, display)
+        except UserError:
+            raise
+        except Exception as error:
+            unexpected = error
+            reports.notes.append(f"unexpected {type(error).__name__}: {error}")
+        interrupted = trainer.step < settings.steps or unexpected is not None
+        try:
+            if trainer.saved_at != trainer.step:
+                _save(trainer, run, display)
+            if not interrupted:
+                reports.answer("after")
+            with display.busy("drawing the losses"):
+                reports.write(run)
+            if display.failure:
+                reports.notes.append(f"the display could not be written: {display.failure}")
+            result = _result(trainer, run, interrupted)
+            with _writing(run.path):
+                run.update_config(result={**dataclasses.asdict(result), "path": str(run.path)}, notes=reports.notes)
+            _summarize(result, trainer.place(run.path), settings, display)
+        finally:
+            if unexpected is not None:
+                raise unexpected
+    return result
+
+
+def _train_step(trainer: Trainer, run: RunDirectory, stop: StopRequest, display: Display) -> None:
+    """A step; a validation where one is due, and what was trained so far on the disk."""
+    settings, metrics = trainer.settings, trainer.train_step()
+    if metrics.step == settings.steps or (metrics.step % settings.eval_every == 0 and not stop.requested):
+        metrics = dataclasses.replace(metrics, val_loss=_validate(trainer, display))
+        _save(trainer, run, display)
+    with _writing(run.path):
+        run.log(metrics)
+    display.step(metrics, settings.steps, trainer.paging())
+
+
+def _save(trainer: Trainer, run: RunDirectory, display: Display) -> None:
+    with display.busy("saving"), _writing(run.path):
+        trainer.save(run.path)
+
+
+def _result(trainer: Trainer, run: RunDirectory, interrupted: bool) -> Result:
+    val_before, val_after = run.metrics[0].val_loss, run.metrics[-1].val_loss
     assert val_before is not None
-    stop = StopRequest(lambda: display.fact("stopping", "after this step; Ctrl-C again to stop at once"))
-    with stop, display.training(settings.steps):
-        display.step(run.metrics[-1], settings.steps)
-        while trainer.step < settings.steps and not stop.requested:
-            metrics = trainer.train_step()
-            last = metrics.step == settings.steps
-            if last or (metrics.step % settings.eval_every == 0 and not stop.requested):
-                val_after = _validate(trainer, display)
-                metrics = dataclasses.replace(metrics, val_loss=val_after)
-                with display.busy("saving"):
-                    trainer.save(run.path)
-            run.log(metrics)
-            display.step(metrics, settings.steps, trainer.paging())
-            if not (last or stop.requested):
-                _tell_if_long(trainer, metrics, validation_s, chosen, display)
-    with display.busy("saving"):
-        saved = trainer.save(run.path)
-    interrupted = trainer.step < settings.steps
-    answers = {"before": before}
-    if not interrupted:
-        answers["after"] = _answer(trainer, samples, "after", display)
-    with display.busy("drawing the losses"):
-        _write_reports(trainer, run, samples, answers)
-    result = Result(
+    return Result(
         path=run.path,
         steps=trainer.step,
         interrupted=interrupted,
@@ -304,9 +388,6 @@ def _train(
         peak_mb=peak_mb(),
         seconds=trainer.seconds,
     )
-    run.update_config(result={**dataclasses.asdict(result), "path": str(result.path)})
-    _summarize(result, saved, settings, display)
-    return result
 
 
 def _tell_if_long(trainer: Trainer, metrics: Metrics, validation_s: float, chosen: Precision, display: Display) -> None:
@@ -321,34 +402,13 @@ def _tell_if_long(trainer: Trainer, metrics: Metrics, validation_s: float, chose
         display.fact("note", note(settings, metrics.step, left, chosen, device))
 
 
-def _write_reports(
-    trainer: Trainer,
-    run: RunDirectory,
-    samples: Sequence[Sample],
-    answers: dict[str, list[str]],
-) -> None:
-    settings = trainer.settings
-    title = f"{model_name(settings.model)}, {settings.method}, {trainer.step} steps"
-    plot_loss(run.metrics, title, run.path / "loss.png")
-
-    def decode(tokens: Sequence[int]) -> str:
-        return trainer.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    write_samples(
-        run.path / "samples.md",
-        [decode(prompt) for prompt, _ in samples],
-        {**answers, "reference": [decode(answer) for _, answer in samples]},
-        [example.source for example in trainer.held_out[: len(samples)]],
-        title,
-    )
-
-
 def _summarize(result: Result, saved: Path, settings: Settings, display: Display) -> None:
-    after = "not measured: interrupted" if result.val_after is None else f"{result.val_after:.2f}"
+    after = "not measured" if result.val_after is None else f"{result.val_after:.2f}"
     display.fact("val loss", f"{result.val_before:.2f} -> {after}")
     memory = f"{result.peak_mb / 1000:.2f} GB of memory"
     display.fact("speed", f"{result.tokens_per_s:,.0f} tokens/s, {result.seconds:.0f} s of training, {memory}")
-    display.fact("saved", f"{saved}, {result.path / 'loss.png'}, {result.path / 'samples.md'}")
+    reports = (result.path / name for name in ("loss.png", "samples.md"))
+    display.fact("saved", ", ".join(map(str, [saved, *filter(Path.exists, reports)])))
     model = f"--model {settings.model} " if not is_default(settings.model) else ""
     what = f"--model {saved} --dense" if settings.method == "full" else f"{model}--adapter {saved}"
     what += " --dense" if settings.method == "lora" else ""

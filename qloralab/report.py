@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,13 +34,16 @@ def plot_loss(metrics: Sequence[Metrics], title: str, path: Path) -> None:
         axes.plot(tokens, losses, "o-", color="#c0392b", linewidth=1.8, markersize=5, label="validation")
         for x, y in (validated[0], validated[-1]):
             axes.annotate(f"{y:.2f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", color="#c0392b")
-    axes.set(title=title, xlabel="tokens trained on", ylabel="loss of the answer (nats per token)")
+    axes.set_title(title, parse_math=False)  # the name of a model may hold "$"
+    axes.set(xlabel="tokens trained on", ylabel="loss of the answer (nats per token)")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a box is drawn for it
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -70,7 +74,7 @@ def write_samples(
         lines += [f"## {source}", "", _quote(prompt), ""]
         for name, texts in answers.items():
             lines += [f"**{name}**", "", _quote(texts[i]), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")  # a path may be no UTF-8
 
 
 def _quote(text: str) -> str:

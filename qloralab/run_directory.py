@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import platform
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 
 from qloralab.nf4.processor import processor_class
 
+from .errors import UserError
 from .settings import Settings
 
 
@@ -51,23 +53,23 @@ class Metrics:
 
 
 class RunDirectory:
-    """Creates the directory and writes into it as the run goes.
+    """Takes the directory for this run alone, and writes into it as the run goes.
 
     Args:
         settings: of the run.
         fields: more of config.json.
 
     Raises:
+        UserError: another run has taken it.
         OSError: it cannot be written.
     """
 
     def __init__(self, settings: Settings, **fields: Any):
-        self.path = settings.out
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path, self._lines = _take(settings.out)
         self.metrics: list[Metrics] = []
-        self._config = {**_plain(settings), "lr": settings.learning_rate, **fields, "versions": versions()}
+        resolved = {"out": str(self.path), "lr": settings.learning_rate, "too_long": settings.treats_too_long}
+        self._config = {**_plain(settings), **resolved, **fields, "versions": versions()}
         self.update_config()
-        self._lines: TextIO = (self.path / "metrics.jsonl").open("w", encoding="utf-8")
 
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
@@ -89,6 +91,21 @@ class RunDirectory:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
         with contextlib.suppress(OSError):
             self._lines.close()
+
+
+def _take(out: Path | None) -> tuple[Path, TextIO]:
+    """The directory, and metrics.jsonl in it: the run that makes this file has the directory."""
+    start = out or Path("runs", f"{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    path, number = start, 1
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            return path, (path / "metrics.jsonl").open("x", encoding="utf-8")
+        except FileExistsError:
+            if out is not None:
+                raise UserError(f"{out} was taken by another run in the meantime; give --out a new name") from None
+        number += 1
+        path = start.with_name(f"{start.name}-{number}")
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import UserError
 
@@ -14,6 +14,7 @@ METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
 DTYPES: tuple[Dtype, ...] = ("auto", "bfloat16", "float32")
 STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
+ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
 
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
 _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
@@ -21,10 +22,10 @@ _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a run.
+    """The settings of a run. One that another makes meaningless is refused, not ignored.
 
     Attributes:
-        out: the run directory; it must not exist, or be empty.
+        out: the run directory; it must not exist, or be empty. None: runs/DATE-TIME, with a number where that is taken.
         model: a Hugging Face directory or a GGUF file.
         data: a JSONL file, or "stdlib": the docstrings of the running interpreter's standard library.
         format: of the JSONL file, "alpaca", "chat" or "text"; None detects it.
@@ -32,14 +33,14 @@ class Settings:
             float32, train).
         dtype: of the products, and of the weights that are neither in 4 bits nor train: "bfloat16", "float32", or
             "auto", what the device multiplies in hardware.
-        adapter: directory of an adapter to start from; it sets r, lora_alpha and lora_dropout.
+        adapter: directory of an adapter to start from; it has its own r, lora_alpha and lora_dropout.
         steps: optimizer steps.
         batch_size: examples per step.
         accumulate: parts that a batch is computed in, one after the other, to save memory.
         max_length: tokens per example, at most.
-        too_long: what happens to a longer example: "error", "skip" or "cut".
+        too_long: what happens to a longer example: "error", "skip" or "cut"; by default an error, and "stdlib" skips.
         lr: the largest learning rate; by default 1e-3, and 1e-4 for "full".
-        r, lora_alpha, lora_dropout: see ``LoraConfig``.
+        r, lora_alpha, lora_dropout: see ``LoraConfig``; by default those of ``ADAPTERS``.
         max_grad_norm: gradients are scaled down to this norm.
         held_out: examples kept from training, for the validation loss and the samples; by default a tenth, at most 64.
         eval_every: steps between validations; there is one before the first step and one after the last in any case.
@@ -49,7 +50,7 @@ class Settings:
         seed: of the split, the order, the adapters and the dropout.
     """
 
-    out: Path
+    out: Path | None
     model: Path
     data: str = STDLIB
     format: str | None = None
@@ -60,11 +61,11 @@ class Settings:
     batch_size: int = 4
     accumulate: int = 1
     max_length: int = 256
-    too_long: str = "error"
+    too_long: str | None = None
     lr: float | None = None
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.05
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
     max_grad_norm: float = 0.3
     held_out: int | None = None
     eval_every: int = 50
@@ -89,12 +90,20 @@ class Settings:
             raise UserError(f"--state-bits is {self.state_bits}; it must be 32 or 8")
         if self.state_budget is not None and self.state_budget < LEAST_STATE_BUDGET:
             raise UserError(f"--state-budget is {self.state_budget} MB; it must be at least {LEAST_STATE_BUDGET}")
-        if self.method == "full" and self.adapter:
-            raise UserError("--adapter goes with --method qlora or lora; full fine-tuning has no adapter")
+        for ignores, names, why in (
+            (self.method == "full", ("adapter", *ADAPTERS), "--method full trains all weights, without adapters"),
+            (self.adapter is not None, tuple(ADAPTERS), f"the adapter in {self.adapter} has its own"),
+            (self.data == STDLIB, ("format",), f"--data {STDLIB} is no JSONL file"),
+        ):
+            for name in names if ignores else ():
+                if getattr(self, name) is not None:
+                    raise UserError(f"{_option(name)} would be ignored: {why}; leave it out")
         if not -(2**63) <= self.seed < 2**64:
             raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
         if not self.data:
             raise UserError(f"--data is empty; give a JSONL file or {STDLIB!r}")
+        if self.out is None:
+            return
         if self.out.is_file():
             raise UserError(f"{self.out} is a file; give --out the name of a new directory")
         if self.out.is_dir() and any(self.out.iterdir()):
@@ -106,6 +115,19 @@ class Settings:
     def learning_rate(self) -> float:
         """lr, or the default of the method."""
         return self.lr if self.lr is not None else _LEARNING_RATES[self.method]
+
+    @property
+    def new_adapters(self) -> dict[str, Any]:
+        """r, lora_alpha and lora_dropout, or their defaults."""
+        given = {name: getattr(self, name) for name in ADAPTERS}
+        return {name: ADAPTERS[name] if value is None else value for name, value in given.items()}
+
+    @property
+    def treats_too_long(self) -> str:
+        """too_long, or its default. The standard library is there to be sampled."""
+        if self.too_long is not None:
+            return self.too_long
+        return "skip" if self.data == STDLIB else "error"
 
 
 def _option(name: str) -> str:

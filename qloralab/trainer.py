@@ -27,6 +27,7 @@ from .limits import Limits
 from .loss import AnswerLoss
 from .memory import resident_mb
 from .models import quiet
+from .output_directory import size_text
 from .run_directory import Metrics
 from .settings import Settings
 
@@ -43,6 +44,13 @@ class Trainer:
         held_out: those to validate with.
         settings: of the run.
         dtype: what is computed in. The model has it already, but for "full": there it is that of autocast.
+
+    Attributes:
+        step, tokens, seconds: done so far.
+        saved_at: the step after which it was saved last; None before that.
+
+    Raises:
+        UserError: there is no room for the optimizer's state.
     """
 
     def __init__(
@@ -64,18 +72,34 @@ class Trainer:
         self.loss = AnswerLoss(model)
         self.positions = Limits.of(model).positions
         self.parameters = trainable(model)
-        budget = None if settings.state_budget is None else settings.state_budget * 10**6
-        self.optimizer = PagedAdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            weight_decay=0.0,
-            state_bits=32 if settings.state_bits == 32 else 8,
-            budget=budget,
-        )
+        self.optimizer = self._optimizer()
         self.step = 0
+        self.saved_at: int | None = None
         self.tokens = 0
         self.seconds = 0.0
         self._order = self._batches()
+
+    def _optimizer(self) -> PagedAdamW:
+        settings = self.settings
+        budget = None if settings.state_budget is None else settings.state_budget * 10**6
+        bits = 32 if settings.state_bits == 32 else 8
+        try:
+            return PagedAdamW(
+                self.parameters, lr=settings.learning_rate, weight_decay=0.0, state_bits=bits, budget=budget
+            )
+        except OSError as error:  # in the words of the command, whose directory for temporary files it is
+            why = str(error.strerror or error).replace("state_dir=", "TMPDIR")
+            raise UserError(f"--state-budget {settings.state_budget}: {why}") from error
+        except ImportError as error:  # what a budget needs on a GPU
+            raise UserError(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):  # which is what PyTorch says
+                raise
+            size = size_text(sum(parameter.numel() for parameter in self.parameters) * bits / 4)
+            raise UserError(
+                f"there is no memory for the optimizer's state ({size}); give --state-budget the MB of it that may be "
+                "in memory, or --state-bits 8"
+            ) from error
 
     def _batches(self) -> Iterator[list[Encoded]]:
         lengths = [len(example.input_ids) for example in self.train]
@@ -125,7 +149,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         if not (total < float("inf") and norm < float("inf")):
             raise UserError(
-                f"the loss is {total:.4g} and the gradient {norm:.4g} at step {self.step + 1}; try a smaller --lr"
+                f"the loss is {total:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,31 +199,45 @@ class Trainer:
             if progress:
                 progress(done, tokens)
         if not total < float("inf"):
-            raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}; try a smaller --lr")
+            raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}{self._advice()}")
         return total / count
+
+    def _advice(self) -> str:
+        return "; try a smaller --lr" if self.step else ", before --lr was used: the model overflows"
+
+    def place(self, path: Path) -> Path:
+        """Where ``save`` writes below the run directory."""
+        return path / ("model" if self.settings.method == "full" else "adapter")
 
     def save(self, path: Path) -> Path:
         """Write what was trained below the run directory: the adapter, or the whole model.
 
-        An earlier one stays until the new one is complete.
+        An earlier one stays until the new one is complete. A model is then put aside, and removed behind the new one.
 
         Raises:
             OSError, SafetensorError: it cannot be written; what there was of it is removed.
         """
-        if self.settings.method != "full":
-            save_adapter(self.model, path / "adapter")
-            return path / "adapter"
-        place, part = path / "model", path / ".model.part"
+        place = self.place(path)
+        if self.settings.method == "full":
+            self._save_model(place, path / ".model.part", path / ".model.old")
+        else:
+            save_adapter(self.model, place)
+        self.saved_at = self.step
+        return place
+
+    def _save_model(self, place: Path, part: Path, old: Path) -> None:
         try:
             with quiet():
                 self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
             if place.exists():
-                shutil.rmtree(place)
+                place.rename(old)
             part.rename(place)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-        return place
+            if old.exists() and not place.exists():
+                old.rename(place)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def schedule(step: int, steps: int) -> float:

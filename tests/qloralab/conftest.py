@@ -123,7 +123,9 @@ def settings(tmp_path: Path, model_dir: Path, colours: Path) -> Callable[..., Se
 
     def make(**changes: Any) -> Settings:
         small = {"out": tmp_path / "run", "model": model_dir, "data": str(colours), "steps": 6, "held_out": 4}
-        return Settings(**{**small, "eval_every": 3, "lora_dropout": 0.0, **changes})
+        has_new_adapters = changes.get("method") != "full" and "adapter" not in changes
+        dropout = {"lora_dropout": 0.0} if has_new_adapters else {}
+        return Settings(**{**small, "eval_every": 3, **dropout, **changes})
 
     return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import io
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from qloralab import __version__
 from qloralab import answer as answer_module
 from qloralab.kernels import dispatch
 from qloralab.nf4 import processor
@@ -73,7 +76,14 @@ BAD_OPTIONS = {
     "no model": (["--model", "none"], "none does not exist; --model takes a Hugging Face directory or a .gguf file"),
     "no config": (["--model", "."], ". holds no config.json: it is not a Hugging Face model directory"),
     "no adapter": (["--adapter", "none"], "none/adapter_config.json"),
-    "full and adapter": (["--method", "full", "--adapter", "x"], "--adapter goes with --method qlora or lora"),
+    "full and adapter": (
+        ["--method", "full", "--adapter", "x"],
+        "--adapter would be ignored: --method full trains all",
+    ),
+    "a rank beside that of an adapter": (
+        ["--adapter", "x", "--r", 16],
+        "--r would be ignored: the adapter in x has its",
+    ),
     "below a file": (["--out", "file/run"], "file/run cannot be written: "),
     "no place": (["--out", "/proc/run"], "/proc/run cannot be written"),
 }
@@ -152,7 +162,7 @@ def test_a_loss_that_is_not_finite(program, options, eval_every):
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_an_empty_prompt(program, prompt, monkeypatch):
     refused(program("generate", "--prompt", prompt), "the prompt is empty")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     refused(program("generate", "--prompt", "-"), "the prompt is empty")
 
 
@@ -182,7 +192,7 @@ def test_an_implementation_that_is_none(program, monkeypatch, command):
 
 
 def test_other_mistakes(program):
-    refused(program("generate"), "'--prompt'")
+    refused(program("generate"), "there is no prompt; give it in quotes, or with '--prompt'")
     refused(program("finetun"), "finetun")
     refused(program("generate", "--prompt", "a", "--max-new-tokens", 0), "'--max-new-tokens'")
 
@@ -193,6 +203,78 @@ def test_ctrl_c_is_status_130(program, model_dir, monkeypatch):
 
     monkeypatch.setattr(answer_module, "answer", interrupt)
     assert program("generate", "--model", model_dir, "--prompt", "Hi") == (130, "", "\nqloralab: stopped\n")
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), EOFError("Ran out of input"), BrokenPipeError(errno.EPIPE, "Broken pipe")], ids=repr
+)
+def test_an_error_that_nobody_expects_is_one_line_and_a_file(program, model_dir, monkeypatch, tmp_path, error):
+    """What typer makes of some of them is a silent end, or Ctrl-C."""
+
+    def fail(*values):
+        raise error
+
+    monkeypatch.setattr(answer_module, "answer", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    status, out, err = program("generate", "--model", model_dir, "Hi")
+    assert (status, out) == (1, "")
+    expected = rf"\n?qloralab: unexpected {type(error).__name__}: {re.escape(str(error))}; (\S+) has the traceback\n"
+    (file,) = tmp_path.glob("qloralab-*.txt")
+    assert re.fullmatch(expected, err)[1] == str(file)  # type: ignore[index]
+    text = file.read_text()
+    assert text.startswith(f"qloralab {__version__}: ['generate', '--model', ")
+    assert f"{type(error).__name__}: {error}\n" in text
+    assert "in fail\n    raise error\n" in text
+
+
+def test_without_a_place_for_the_file_the_traceback_is_shown(program, model_dir, monkeypatch):
+    monkeypatch.setattr(answer_module, "answer", lambda *values: [][0])
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
+    status, _, err = program("generate", "--model", model_dir, "Hi")
+    assert status == 1
+    assert err.startswith(
+        "qloralab: unexpected IndexError: list index out of range\nTraceback (most recent call last):\n"
+    )
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", LONG],
+        ["--out", "run", "--model", LONG],
+        ["--out", "run", "--data", LONG],
+        ["--out", "run", "--adapter", LONG],
+    ],
+    ids=lambda words: words[-2],
+)
+def test_a_name_that_is_too_long(program, options, words):
+    refused(program(*options, *words), f"{LONG}")
+    status, _, err = program(*options, *words)
+    assert (status, err.count("File name too long")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "command", [["quantize", "--out", LONG], ["parity", "--weights", 1, "--json", LONG]], ids=lambda c: c[0]
+)
+def test_a_name_that_is_too_long_elsewhere(program, model_dir, command):
+    refused(program(*command, "--model", model_dir), "File name too long")
+
+
+def test_an_answer_that_cannot_be_written_is_no_success(program, model_dir, monkeypatch):
+    monkeypatch.setattr(answer_module, "answer", lambda *values: "the answer")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        status, _, err = program("generate", "--model", model_dir, "Hi")
+    assert (status, err.splitlines()[1:]) == (
+        2, ["qloralab: error: the answer cannot be written: No space left on device"]
+    )  # fmt: skip
+
+
+def test_an_option_beside_one_that_ignores_it(program):
+    refused(program("sass", "--kernel", "linear", "--explain", "linear"), "--kernel would be ignored: --explain prints")
 
 
 def test_an_interrupt_is_not_lost_in_a_callback(program, model_dir, monkeypatch):

@@ -27,29 +27,40 @@ def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeyp
     monkeypatch.setattr(finetune_module, "finetune", stop)
     changed = {
         "model": model_dir, "data": "d", "format": "chat", "method": "lora", "dtype": "float32", "out": Path("o"),
-        "adapter": Path("a"),
         "steps": 7, "batch_size": 6, "accumulate": 3, "max_length": 99, "too_long": "cut", "lr": 0.5, "r": 3,
         "lora_alpha": 5.0, "lora_dropout": 0.25, "max_grad_norm": 0.75, "held_out": 11, "eval_every": 13, "seed": 17,
     }  # fmt: skip
     words = [word for name, value in changed.items() for word in ("--" + name.replace("_", "-"), value)]
     program("finetune", *words, "--checkpointing")
     program("finetune", "--model", model_dir, "--out", "o")
-    assert seen == [Settings(**changed, checkpointing=True), Settings(out=Path("o"), model=model_dir)]
-    program("finetune", "--model", model_dir)
-    assert seen[2].out.parent == Path("runs")
+    program("finetune", "--model", model_dir, "--adapter", "a", "--state-bits", 8, "--state-budget", 20)
+    assert seen == [
+        Settings(**changed, checkpointing=True),
+        Settings(out=Path("o"), model=model_dir),
+        Settings(out=None, model=model_dir, adapter=Path("a"), state_bits=8, state_budget=20),
+    ]
 
 
 def test_generate_hands_on_its_options(program, model_dir, monkeypatch):
     calls = []
     monkeypatch.setattr(answer_module, "answer", lambda *values: calls.append(values) or "the answer")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from\na file\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from\na file: Ω\n".encode()), "ascii"))
     start = ["generate", "--model", model_dir]
-    assert program(*start, "--prompt", "Hi") == (0, "the answer\n", "")
+    assert program(*start, "--prompt", "Hi") == program(*start, "Hi") == (0, "the answer\n", "")
     more = ["--adapter", "a", "--dense", "--max-new-tokens", 5, "--dtype", "bfloat16"]
     assert program(*start, "--prompt", "-", *more)[0] == 0
     assert calls == [
-        (model_dir, None, "Hi", 96, True, "auto"), (model_dir, Path("a"), "from\na file\n", 5, False, "bfloat16")
-    ]  # fmt: skip
+        *[(model_dir, None, "Hi", 96, True, "auto")] * 2,
+        (model_dir, Path("a"), "from\na file: Ω\n", 5, False, "bfloat16"),
+    ]
+    refusals = {
+        ("generate", "a", "--prompt", "b"): "there are two prompts",
+        ("generate", "a\udcff"): "the prompt is not UTF-8 (byte 2)",
+    }
+    for words, message in refusals.items():
+        status, out, err = program(*words)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"qloralab: error: {message}")
 
 
 def test_help(program):

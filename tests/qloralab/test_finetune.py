@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from qloralab.kernels.cpu.build import BuildError
 from qloralab.lora.layer import LoRALinear
 from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import load_model, load_tokenizer
+from qloralab.quantize_checkpoint import quantize_model
 from qloralab.settings import METHODS
 from qloralab.trainer import Trainer
 
@@ -141,7 +143,7 @@ def test_what_takes_time_is_said(settings):
     phases = [line.removeprefix("…  ") for line in lines if line.startswith("…") and ":" not in line]
     assert phases == [
         "reading the examples", "reading the tokenizer", "tokenizing", "reading tiny", "preparing the CPU kernels",
-        "quantizing", "answering held-out prompts before training", "validating", "validating", "saving", "saving",
+        "quantizing", "answering held-out prompts before training", "validating", "validating", "saving",
         "answering held-out prompts after training", "drawing the losses",
     ]  # fmt: skip
     answering = [line for line in lines if "before training: " in line]
@@ -226,11 +228,14 @@ def test_a_run_goes_on_from_an_adapter(settings, silent, metrics_of, tmp_path, m
 
 def test_the_config_says_what_trained(settings, silent, tmp_path):
     first = finetune(settings(out=tmp_path / "first", r=4, lora_alpha=12.0, lora_dropout=0.125, steps=1), silent)
-    again = settings(out=tmp_path / "second", adapter=first.path / "adapter", r=8, lora_alpha=3.0, steps=1)
-    for path in (first.path, finetune(again, silent).path):
+    again = settings(out=tmp_path / "second", adapter=first.path / "adapter", steps=1)
+    saved, shown = first.path / "adapter" / "adapter_config.json", io.StringIO()
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"base_model_name_or_path": "another/model"}))
+    for path in (first.path, finetune(again, Display(Console(file=shown))).path):
         config = config_of(path)
         assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12.0, 0.125)
     assert config["adapter"] == str(first.path / "adapter")
+    assert f"     note  {first.path / 'adapter'} says that it is for another/model, and this is " in shown.getvalue()
 
 
 def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, refusal, tmp_path):
@@ -259,7 +264,7 @@ def test_a_model_has_its_whole_name(settings, model_dir, tmp_path):
     shutil.copytree(model_dir, model)
     file = io.StringIO()
     path = finetune(settings(model=model, steps=1), Display(Console(file=file))).path
-    assert "    model  my-model-v1.5, 0.1 M parameters" in file.getvalue()
+    assert "    model  my-model-v1.5, 95.0 k parameters" in file.getvalue()
     assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 1 steps\n")
 
 
@@ -355,8 +360,8 @@ def test_what_is_known_is_shown(settings):
     path = finetune(settings(steps=2), Display(Console(file=file))).path
     facts = dict(line.strip().split("  ", 1) for line in file.getvalue().splitlines() if " step " not in line)
     assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
-    assert facts["4 bits"].startswith("14 linear layers, 0.1 M weights at 4.1")
-    assert facts["adapters"].startswith("r = 16, alpha = 32: 0.03 M trainable parameters")
+    assert facts["4 bits"].startswith("14 linear layers, 61.4 k weights at 4.1")
+    assert facts["adapters"].startswith("r = 16, alpha = 32: 29.7 k trainable parameters")
     model = config_of(path)["model"]
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
@@ -459,3 +464,127 @@ def test_a_text_is_cut_after_16_tokens(length, cut):
 
 def test_an_answer_that_begins_right_after_the_first_token():
     assert prompt_and_answer(Encoded([7, 8, 9], [NO_LABEL, 8, NO_LABEL], "x")) == ([7], [8])
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_an_unexpected_error_saves_what_was_trained(settings, silent, metrics_of, monkeypatch, method):
+    """Just as Ctrl-C, and then it comes out."""
+    train_step = Trainer.train_step
+
+    def step(self):
+        if self.step == 2:
+            raise KeyError("nobody expects it")
+        return train_step(self)
+
+    chosen = settings(method=method, steps=50)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(KeyError, match="nobody expects it"):
+        finetune(chosen, silent)
+    config = config_of(chosen.out)
+    assert config["notes"] == ["unexpected KeyError: 'nobody expects it'"]
+    assert (config["result"]["steps"], config["result"]["interrupted"], config["result"]["val_after"]) == (
+        2,
+        True,
+        None,
+    )
+    assert [line["step"] for line in metrics_of(chosen.out)] == [0, 1, 2]
+    (weights,) = (chosen.out / {"full": "model"}.get(method, "adapter")).glob("*.safetensors")
+    assert all(tensor.count_nonzero() for tensor in load_file(weights).values())
+    assert (chosen.out / "samples.md").is_file()
+
+
+def test_a_disk_that_is_full_then_hides_no_error(settings, silent, monkeypatch):
+    def fail(*values):
+        raise OSError(28, "No space left on device") if len(values) == 2 else KeyError("first")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    monkeypatch.setattr(Trainer, "save", fail)
+    with pytest.raises(KeyError, match="first"):
+        finetune(settings(), silent)
+
+
+@pytest.mark.parametrize("broken", ["generate", "plot_loss", "write_samples"])
+def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, broken):
+    def fail(*values):
+        raise IndexError("out of\nrange")
+
+    monkeypatch.setattr(module, broken, fail)
+    file = io.StringIO()
+    result = finetune(settings(steps=2), Display(Console(file=file), patience=60))
+    missing = {
+        "generate": ["answers before training", "answers after training"],
+        "plot_loss": ["loss.png"],
+        "write_samples": ["samples.md"],
+    }[broken]
+    notes = [f"no {what}: out of range" for what in missing]
+    assert config_of(result.path)["notes"] == notes
+    assert [line.strip() for line in file.getvalue().splitlines() if "  note  " in line] == [
+        f"note  {n}" for n in notes
+    ]
+    saved = next(line for line in file.getvalue().splitlines() if line.startswith("    saved"))
+    assert [name for name in ("loss.png", "samples.md") if name not in saved] == [n for n in missing if "." in n]
+    samples = result.path / "samples.md"
+    assert ("**before**" in samples.read_text() if samples.exists() else False) == (broken == "plot_loss")
+
+
+def test_a_display_in_ascii_that_then_fails(settings, model_dir, tmp_path, capsys):
+    """And a name that matplotlib would take for a formula."""
+
+    class Disk(io.BytesIO):
+        def write(self, data) -> int:
+            if b"train" in data:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    model = tmp_path / "a$x_{$ 模型"
+    model.symlink_to(model_dir)
+    disk = Disk()
+    display = Display(Console(file=io.TextIOWrapper(disk, "ascii", write_through=True)), patience=60)
+    result = finetune(settings(model=model, steps=2), display)
+    assert rb"    model  a$x_{$ \u6a21\u578b, 95.0 k parameters" in disk.getvalue()
+    assert config_of(result.path)["notes"] == ["the display could not be written: No space left on device"]
+    told = "qloralab: the output cannot be written: No space left on device; going on without it\n"
+    assert capsys.readouterr() == ("", told)
+    assert (result.path / "samples.md").read_text().startswith("# a$x_{$ 模型, qlora, 2 steps\n")
+    assert (result.path / "loss.png").stat().st_size > 1000
+
+
+def test_all_of_it_works_in_a_thread(settings, silent, model_dir, tmp_path):
+    """As in a web server: only the main thread is told of signals."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(finetune, settings(steps=2), silent).result()
+        packed = pool.submit(quantize_model, model_dir, tmp_path / "4bit", None, silent).result()
+    assert (result.steps, result.interrupted, packed.layers) == (2, False, 14)
+
+
+def test_a_tokenizer_of_more_words_than_the_model_has(settings, silent, refusal, model_dir, tmp_path, monkeypatch):
+    shutil.copytree(model_dir, tmp_path / "mixed")
+    tokenizer = load_tokenizer(model_dir)
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(3)])  # 258, 259, and 260, which the model has no row for
+    tokenizer.save_pretrained(tmp_path / "mixed")
+    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    for word, known in ((1, True), (2, False)):
+        data = tmp_path / "data.jsonl"
+        data.write_text((json.dumps({"text": f"one <|{word}|>"}) + "\n") * 9)
+        call = (finetune, settings(model=tmp_path / "mixed", data=str(data)), silent)
+        if known:
+            with pytest.raises(pytest.fail.Exception, match="the model was read"):
+                call[0](*call[1:])
+        else:
+            message = "the tokenizer's token 260, '<|2|>', is unknown to the model, which has 260; do the two belong"
+            assert message in refusal(*call)
+
+
+@pytest.mark.parametrize(("context", "shown"), [(44, True), (45, False)])
+def test_examples_beyond_what_the_model_was_made_for_are_a_note(
+    settings, model_dir, tmp_path, monkeypatch, context, shown
+):
+    shutil.copytree(model_dir, tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": context}))
+    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    output = io.StringIO()
+    with pytest.raises(pytest.fail.Exception):
+        finetune(settings(model=tmp_path / "short"), Display(Console(file=output), patience=60))
+    note = "     note  examples have up to 45 tokens, and the model was made for 44\n"
+    assert (note in output.getvalue()) == shown

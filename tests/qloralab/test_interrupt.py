@@ -68,6 +68,27 @@ def test_the_second_raises(first, second, before):
     assert handlers() == before
 
 
+def test_a_terminal_that_goes_away_says_so_twice():
+    with StopRequest(lambda: None) as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.requested
+        signal.raise_signal(signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP], ids=lambda number: number.name)
+def test_what_is_ignored_is_no_request(number):
+    real = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest(lambda: None) as stop:
+            signal.raise_signal(number)
+        assert not stop.requested
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, real)
+
+
 def test_handlers_come_back(before):
     with StopRequest(lambda: None):
         assert all(handlers()[number] is not before[number] for number in SIGNALS)

@@ -49,6 +49,8 @@ def broken(kind: str, model_dir: Path, folder: Path) -> Path:
         weights.write_text("not a tensor")
     elif kind == "config that is no JSON":
         config.write_text("{")
+    elif kind == "config with null for a number":
+        config.write_text(config.read_text().replace('"hidden_size": 64', '"hidden_size": null'))
     elif kind == "config of an unknown model":
         config.write_text('{"model_type": "no-such-model"}')
     return copy
@@ -158,6 +160,7 @@ def test_a_tokenizer_belongs_to_the_model(model_dir):
         "no weights",
         "weights that are text",
         "config that is no JSON",
+        "config with null for a number",
         "config of an unknown model",
     ],
 )

@@ -69,4 +69,4 @@ def test_what_is_below_a_file_cannot_be_written(tmp_path):
 
 
 def test_sizes_are_read_in_mb_or_gb():
-    assert [size_text(count) for count in (5e5, 1.5e6, 2.25e9)] == ["0.5 MB", "1.5 MB", "2.25 GB"]
+    assert [size_text(count) for count in (5e5, 1.5e6, 2.25e9)] == ["500.0 kB", "1.5 MB", "2.25 GB"]

@@ -371,7 +371,7 @@ class TestRefused:
         monkeypatch.setattr(
             command_module.shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=12_345)
         )
-        assert re.search(r"out needs 0\.\d MB, and 0\.0 MB are free on its disk$", refusal(run, dense))
+        assert re.search(r"out needs 137\.\d kB, and 12\.3 kB are free on its disk$", refusal(run, dense))
         assert seen == [dense.parent]
 
     def test_a_disk_that_is_full(self, dense, run, refusal, full_disk):
@@ -423,9 +423,9 @@ def test_facts_and_a_bar(dense, tmp_path):
     quantize_model(dense, tmp_path / "out", None, Display(Console(file=text, width=200)))
     facts = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", text.getvalue(), re.MULTILINE))
     assert list(facts) == ["model", "4 bits", "size", "speed", "saved", "try it"]
-    assert facts["model"] == "dense, 0.1 M parameters in 1 file"
-    assert re.match(r"14 linear layers, 0\.1 M weights at 4\.\d\d\d bits: 0\.0 MB$", facts["4 bits"])
-    assert re.match(r"0\.\d MB -> 0\.\d MB$", facts["size"])
+    assert facts["model"] == "dense, 115.5 k parameters in 1 file"
+    assert re.match(r"14 linear layers, 81.9 k weights at 4\.\d\d\d bits: 42\.\d kB$", facts["4 bits"])
+    assert re.match(r"231\.0 kB -> 127\.\d kB$", facts["size"])
     assert facts["try it"] == f'qloralab generate --model {tmp_path / "out"} --prompt "…"'
     shutil.rmtree(tmp_path / "out")
     text = io.StringIO()

@@ -46,7 +46,7 @@ def test_the_average_of_one_value_is_the_value():
 @pytest.mark.parametrize("metrics", [[START], [START, *training(1)], [START, *training(25)]], ids=["0", "1", "25"])
 def test_the_plot_is_a_picture_with_curves(tmp_path, metrics):
     path = tmp_path / "loss.png"
-    plot_loss(metrics, "a_title with $ and [brackets]", path)
+    plot_loss(metrics, r"a_title with $x_{$, [brackets], \frac, 模型, \udcff, 😀", path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     picture = plt.imread(path)[..., :3]
     assert picture.shape == (600, 1050, 3)
@@ -72,6 +72,12 @@ def test_each_answer_is_code_and_nothing_else(tmp_path):
     code = [token.content.strip() for token in tokens if token.type == "code_block"]
     expected = [one for rows in zip(prompts, ANSWERS, ANSWERS[::-1], strict=True) for one in rows]
     assert code == [one.strip() or "(nothing)" for one in expected]
+
+
+def test_a_title_that_is_no_unicode(tmp_path):
+    """A path, with bytes that are not UTF-8."""
+    write_samples(tmp_path / "samples.md", ["a"], {}, ["\udcff.jsonl:1"], "模型\udcff")
+    assert (tmp_path / "samples.md").read_text(encoding="utf-8").startswith("# 模型\\udcff\n\n## \\udcff.jsonl:1\n")
 
 
 def test_as_many_sources_as_prompts(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -30,7 +31,8 @@ def test_the_config_says_the_settings_again(run):
     (run.path / "metrics.jsonl").unlink()  # settings ask for an empty directory
     fields = {name: config[name] for name in Settings.__dataclass_fields__}
     again = Settings(**{**fields, "out": Path(fields["out"]), "model": Path(fields["model"])})
-    assert again == Settings(out=run.path, model=Path("model"), lora_alpha=8.0, lr=1e-3)  # lr: the one that was used
+    resolved = {"lr": 1e-3, "too_long": "skip"}
+    assert again == Settings(out=run.path, model=Path("model"), lora_alpha=8.0, **resolved)
 
 
 def test_the_config_has_the_versions(run):
@@ -95,3 +97,31 @@ def test_a_path_below_a_file_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
         RunDirectory(Settings(out=tmp_path / "file" / "run", model=Path("model")))
+
+
+def test_a_directory_is_taken_once(run, refusal):
+    """Both runs have seen that it was free."""
+    settings = Settings(out=run.path.parent / "other", model=Path("model"))
+    first = RunDirectory(settings)
+    before = (first.path / "config.json").read_bytes()
+    message = f"{settings.out} was taken by another run in the meantime; give --out a new name"
+    assert refusal(RunDirectory, settings) == message
+    first.close()
+    assert (first.path / "config.json").read_bytes() == before
+
+
+def test_runs_of_one_second_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Stopped(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2023, 5, 23, 9, 5, 1)
+
+    monkeypatch.setattr(datetime, "datetime", Stopped)
+    runs = [RunDirectory(Settings(out=None, model=Path("model"))) for _ in range(3)]
+    names = ["20230523-090501", "20230523-090501-2", "20230523-090501-3"]
+    assert [run.path for run in runs] == [Path("runs", name) for name in names]
+    assert [json.loads((run.path / "config.json").read_text())["out"] for run in runs] == [f"runs/{n}" for n in names]
+    for run in runs:
+        run.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qloralab.optim.paged_adamw import PagedAdamW
-from qloralab.settings import DTYPES, METHODS, Settings
+from qloralab.settings import ADAPTERS, DTYPES, METHODS, Settings
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def refused(refusal, tmp_path) -> Callable[..., str]:
 def test_the_defaults_are_accepted(tmp_path):
     settings = Settings(out=tmp_path / "run", model=Path("model"))
     assert settings.method == "qlora"
-    assert not settings.out.exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -84,10 +84,29 @@ def test_the_smallest_budget_is_that_of_the_optimizer(refused, tmp_path):
         PagedAdamW([param], budget=16 * 10**6)
 
 
-def test_full_fine_tuning_has_no_adapter(refused, tmp_path):
-    assert refused(method="full", adapter=Path("a")).startswith("--adapter goes with --method qlora or lora")
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "lora_dropout"])
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"method": "full"}, "--method full trains all weights, without adapters"),
+        ({"adapter": Path("a")}, "the adapter in a has its own"),
+    ],
+)
+def test_what_another_option_makes_meaningless_is_refused(refused, tmp_path, name, other, why):
+    """Also where it has the value that it has by default."""
+    option, value = "--" + name.replace("_", "-"), ADAPTERS[name]
+    assert refused(**{name: value}, **other) == f"{option} would be ignored: {why}; leave it out"
+    Settings(out=tmp_path / "run", model=Path("model"), **{name: value})
+
+
+def test_nothing_else_is_ignored(refused, tmp_path):
+    assert refused(method="full", adapter=Path("a")).startswith("--adapter would be ignored: --method full")
+    assert refused(format="chat") == "--format would be ignored: --data stdlib is no JSONL file; leave it out"
     for method in METHODS:
         Settings(out=tmp_path / "run", model=Path("model"), method=method)
+    defaults = [Settings(out=None, model=Path("model"), data=data).treats_too_long for data in ("stdlib", "a.jsonl")]
+    assert defaults == ["skip", "error"]
+    assert Settings(out=None, model=Path("model"), too_long="cut").treats_too_long == "cut"
 
 
 def test_a_run_does_not_write_over_another(refused, tmp_path):

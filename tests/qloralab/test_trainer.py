@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
+import os
+import resource
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -47,7 +51,7 @@ def make(settings) -> Make:
         if method == "qlora":
             quantize_(model, compute_dtype=dtype)
         if method != "full":
-            inject_(model, LoraConfig(chosen.r, chosen.lora_alpha, chosen.lora_dropout))
+            inject_(model, LoraConfig(**chosen.new_adapters))
         return Trainer(model, tokenizer, train, held_out, chosen, dtype)
 
     return trainer
@@ -313,6 +317,63 @@ def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, monkeypatch, tm
     monkeypatch.setattr(trainer.tokenizer, "save_pretrained", interrupt)  # the weights are written by then
     trainer.train_step()
     with pytest.raises(KeyboardInterrupt):
+        trainer.save(tmp_path)
+    assert {file: file.read_bytes() for file in place.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.fixture
+def large(make) -> Trainer:
+    """A trainer with a parameter whose moments take 160 MB."""
+    trainer = make(state_bits=32)
+    trainer.parameters = [torch.nn.Parameter(torch.zeros(20_000_000))]
+    return trainer
+
+
+def test_no_memory_for_the_state(large):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 50_000_000, before[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            large._optimizer()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert str(caught.value) == (
+        "there is no memory for the optimizer's state (160.0 MB); give --state-budget the MB of it that may be in "
+        "memory, or --state-bits 8"
+    )
+
+
+def test_no_disk_for_the_state_names_what_the_command_has(large, monkeypatch, tmp_path):
+    def full(*values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    large.settings = dataclasses.replace(large.settings, state_budget=17)
+    with pytest.raises(UserError) as caught:
+        large._optimizer()
+    message = str(caught.value)
+    assert message.startswith(f"--state-budget 17: the optimizer's state needs a file of 0.16 GB in {tmp_path}, which")
+    assert message.endswith(" GB left: No space left on device. TMPDIR names another directory")
+
+
+@pytest.mark.parametrize("fails", ["old", "model"])
+def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(make, monkeypatch, tmp_path, fails):
+    trainer = make("full")
+    place = trainer.save(tmp_path)
+    before = {file: file.read_bytes() for file in place.iterdir()}
+    rename = Path.rename
+
+    def failing(self, target):
+        assert any(tmp_path.glob("*model*/model.safetensors")), "a moment without a model"
+        if target.name.endswith(fails) and self.name.startswith((".model.part", "model")):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
         trainer.save(tmp_path)
     assert {file: file.read_bytes() for file in place.iterdir()} == before
     assert list(tmp_path.iterdir()) == [place]

@@ -88,25 +88,31 @@ def long_run(launch, model_dir, colours, tmp_path) -> subprocess.Popen[str]:
     return launch("finetune", *words)
 
 
-def interrupt(process: subprocess.Popen[str], when: Callable[[], object]) -> tuple[int, str, str]:
-    """Send what Ctrl-C sends, as soon as it is time."""
+def interrupt(
+    process: subprocess.Popen[str], when: Callable[[], object], *numbers: signal.Signals
+) -> tuple[int, str, str]:
+    """Send signals, by default what Ctrl-C sends, as soon as it is time."""
     try:
         end = time.monotonic() + 90
         while not when():
             assert process.poll() is None
             assert time.monotonic() < end
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        for number in numbers or (signal.SIGINT,):
+            process.send_signal(number)
+            time.sleep(0.05)  # else two of one kind are one
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return process.returncode, out, err
 
 
-def test_ctrl_c_keeps_what_was_trained(long_run, model_dir, metrics_of, tmp_path):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGHUP] * 2], ids=["SIGINT", "SIGHUP"])
+def test_a_signal_keeps_what_was_trained(long_run, model_dir, metrics_of, tmp_path, numbers):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"
-    status, shown, err = interrupt(long_run, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    trained = lambda: metrics.exists() and metrics.read_text().count("\n") >= 2  # noqa: E731
+    status, shown, err = interrupt(long_run, trained, *numbers)
     assert (status, err) == (130, "\nqloralab: stopped\n")
     assert "stopping" in shown
     lines = metrics_of(out)
@@ -137,3 +143,43 @@ def test_ctrl_c_while_a_library_is_imported(long_run, tmp_path, library):
     status, _, err = interrupt(long_run, lambda: first in maps.read_text())
     assert (status, err) == (130, "\nqloralab: stopped\n")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def words(model_dir, colours) -> list[object]:
+    """A run of three steps."""
+    return ["finetune", "--model", model_dir, "--data", colours, "--held-out", 4, "--steps", 3]
+
+
+def test_two_runs_into_one_directory(launch, words, metrics_of, tmp_path):
+    runs = [launch(*words, "--out", "run", cwd=tmp_path) for _ in range(2)]
+    ends = sorted((run.communicate(timeout=120)[1], run.returncode) for run in runs)
+    assert ends[0] == ("", 0)
+    refusal, status = ends[1]
+    assert status == 2
+    assert re.fullmatch(r"qloralab: error: run (was taken by another|exists and is not empty).*\n", refusal)
+    assert_complete(tmp_path / "run", metrics_of)
+
+
+def assert_complete(run: Path, metrics_of) -> list[str]:
+    """All of a run of three steps is there. Returns its notes."""
+    files = {"config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter"}
+    assert {file.name for file in run.iterdir()} == files
+    assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3]
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.count_nonzero() for tensor in weights.values())
+    config = json.loads((run / "config.json").read_text())
+    assert config["result"]["steps"] == 3
+    return config["notes"]
+
+
+def test_nobody_is_left_to_watch(launch, words, metrics_of, tmp_path):
+    """As behind ``|& tee``, which dies: neither stream has a reader."""
+    run = launch(*words, "--out", "run", cwd=tmp_path)
+    for line in run.stdout:
+        if "model" in line:
+            break
+    run.stdout.close()
+    run.stderr.close()
+    assert run.wait(timeout=120) == 0
+    assert assert_complete(tmp_path / "run", metrics_of) == ["the display could not be written: Broken pipe"]
