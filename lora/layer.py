@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qloralab.nf4 import ops
-from qloralab.nf4.product import addmm, matmul
+from qloralab.nf4.product import addmm, matmul, reshaped
 from qloralab.nf4.tensor import converted
 
 from .config import LoraConfig
@@ -136,8 +136,7 @@ class _AddLowRank(torch.autograd.Function):
         h = matmul(_rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
         ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
-        # To autograd no view: one that a function returns cannot be changed in place, as by nn.ReLU(inplace=True).
-        return torch.ops.aten._unsafe_view(addmm(_rows(y), h, B.T, alpha=scaling), y.shape)
+        return reshaped(addmm(_rows(y), h, B.T, alpha=scaling), y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
