@@ -11,7 +11,7 @@ from .errors import FormatError
 from .replacing import replacing
 
 _MAX_BYTES = 100_000_000  # the longest, the index of the largest models, has a few million
-_MAX_DIGITS = 300  # of a whole number: every one of these is a finite float too
+_MAX_INTEGER = 10**308  # a float holds no larger one
 
 
 def parse_object(text: bytes, **place: Any) -> dict[str, Any]:
@@ -22,11 +22,21 @@ def parse_object(text: bytes, **place: Any) -> dict[str, Any]:
         place: file, tensor and field of ``FormatError``.
 
     Raises:
-        FormatError: it is not UTF-8, not JSON, nested too deeply, has a name twice or a number that is none of a
-            computer, or is no object.
+        FormatError: it is not UTF-8, not JSON, nested too deeply, has a name twice or a whole number that no float
+            holds, or is no object.
     """
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, value in pairs:
+            for number in value if isinstance(value, list) else (value,):
+                if isinstance(number, int) and abs(number) > _MAX_INTEGER:
+                    raise FormatError(f"is a number of {len(str(abs(number)))} digits", **{**place, "field": name})
+        return _without_duplicates(pairs)
+
     try:
-        found = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_int=_whole_number)
+        found = json.loads(text.decode(), object_pairs_hook=checked)
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise FormatError(f"is not JSON: {error}", **place) from None
     if not isinstance(found, dict):
@@ -58,12 +68,6 @@ def write_object(path: Path, fields: dict[str, Any]) -> None:
     """Write an object to a file, which is as before until all of it is on disk."""
     with replacing(path) as (part,):
         part.write_text(to_text(fields), encoding="utf-8")
-
-
-def _whole_number(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(text)} digits: {text:.20}...")
-    return int(text)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

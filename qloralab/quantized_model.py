@@ -143,8 +143,13 @@ def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """
     import transformers
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
 
-    config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    except StrictDataclassError as error:
+        message = f"is none that transformers takes: {' '.join(str(error).split()):.200}"
+        raise FormatError(message, file=directory / CONFIG_FILE) from error
     vars(config).pop(FIELD, None)
     named: list[Any] = [getattr(transformers, str(name), None) for name in config.architectures or ()]
     fits = [made for made in named if isinstance(config, getattr(made, "config_class", None) or ())]

@@ -19,8 +19,7 @@ REFUSED = {
     b"[" * 100_000: "is not JSON: maximum recursion depth exceeded",
     b'{"a":' * 100_000: "is not JSON: maximum recursion depth exceeded",
     b'{"a": 1, "b": {"c": 2, "c": 3}}': "is not JSON: the name 'c' occurs twice",
-    b'{"a": [-1%s]}' % (b"0" * 400): "is not JSON: a number has 402 digits: -1000000000000000000...",
-    b'{"a": %s}' % (b"9" * 10_000): "is not JSON: a number has 10000 digits: 99999999999999999999...",
+    b'{"a": %s}' % (b"9" * 10_000): "is not JSON: Exceeds the limit",
 }
 
 
@@ -30,6 +29,13 @@ def test_what_is_refused(text):
         parse_object(text, file="x.json", tensor="w", field="f")
     assert caught.value.message.startswith(REFUSED[text])
     assert (caught.value.file, caught.value.tensor, caught.value.field) == ("x.json", "w", "f")
+
+
+@pytest.mark.parametrize("text", [b'{"a": {"n": 1%s}}', b'{"a": [{"n": [0, -1%s]}]}'], ids=["value", "in a list"])
+def test_a_number_that_no_float_holds_is_named(text):
+    with pytest.raises(FormatError) as caught:
+        parse_object(text % (b"0" * 400), file="x.json", field="header")
+    assert (caught.value.message, caught.value.field) == ("is a number of 401 digits", "n")
 
 
 def test_numbers_that_are_taken_are_floats_too():

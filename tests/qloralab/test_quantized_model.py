@@ -42,7 +42,7 @@ from qloralab import (
 )
 from qloralab.lora import quantized_linear
 from qloralab.lora.quantized_linear import QuantizedLinear
-from qloralab.models import quiet
+from qloralab.models import load_model, quiet
 from qloralab.nf4.processor import ComputeDtype
 from qloralab.quantized_model import parameter_count, quantizable, read_config, skeleton
 
@@ -431,6 +431,16 @@ def test_a_config_that_does_not_fit(text, field, message, tmp_path):
     with pytest.raises(FormatError, match=message) as caught:
         load_quantized(tmp_path)
     assert (caught.value.file, caught.value.field) == (str(tmp_path / "config.json"), field)
+
+
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 10**299}, {"hidden_size": "64"}], ids=str)
+def test_a_config_that_transformers_does_not_take(change, tmp_path, refusal):
+    save_quantized(quantize_(llama()), tmp_path)
+    edit(tmp_path / "config.json", **change)
+    with pytest.raises(FormatError, match=f"none that transformers takes: .*{next(iter(change))}"):
+        load_quantized(tmp_path)
+    edit(tmp_path / "config.json", quantization_config=None)
+    assert refusal(load_model, tmp_path).startswith(f"{tmp_path} cannot be read as a model: Validation error for field")
 
 
 def test_a_config_that_is_not_there_or_no_text(tmp_path):
