@@ -8,6 +8,7 @@ all are aligned, then by name), and so is every byte of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -123,7 +124,8 @@ class SafetensorsWriter:
     def discard(self) -> None:
         """Give the file up: what was written is removed. After ``close`` it does nothing."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written is tried again
+                self._file.close()
             self._part.unlink(missing_ok=True)
         self._file, self._closed = None, True
 
