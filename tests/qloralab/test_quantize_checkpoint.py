@@ -19,11 +19,19 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+)
 
 from qloralab import FormatError, LoraConfig, inject_, load_quantized, quantize, quantize_, save_adapter, save_quantized
 from qloralab import quantize_checkpoint as command_module
 from qloralab.display import Display
+from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.models import load_model, quiet
 from qloralab.nf4.checkpoint import Checkpoint
 from qloralab.quantize_checkpoint import Options, Result, quantize_model, storage_dtype
@@ -195,6 +203,22 @@ def test_layers_that_share_a_weight_stay_dense_as_in_transformers(tmp_path, run,
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(theirs.get_parameter(shared[1]), ours.get_parameter(shared[1]))
     assert sum(isinstance(module, Linear4bit) for module in theirs.modules()) == 2 * PROJECTIONS - 2
+
+
+def test_layers_whose_weight_is_read_stay_dense(tmp_path, run):
+    """As in a Mamba, whose mixer multiplies by the weights of three of its layers itself."""
+    config = MambaConfig(vocab_size=97, hidden_size=64, state_size=16, num_hidden_layers=2, time_step_rank=64)
+    with quiet():
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    assert run(tmp_path / "dense").layers == 2
+    with quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    ours, ids = load_quantized(tmp_path / "out"), torch.arange(20)[None]
+    assert {name.rpartition(".")[2] for name, m in ours.named_modules() if isinstance(m, QuantizedLinear)} == {
+        "in_proj"
+    }
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
 def test_a_file_of_another_name_becomes_model_safetensors(dense, tmp_path, run):
