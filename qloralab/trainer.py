@@ -88,7 +88,7 @@ class Trainer:
                 self.parameters, lr=settings.learning_rate, weight_decay=0.0, state_bits=bits, budget=budget
             )
         except OSError as error:  # in the words of the command, whose directory for temporary files it is
-            why = str(error.strerror or error).replace("state_dir=", "TMPDIR")
+            why = str(error.strerror or error).replace("state_dir= (or TMPDIR)", "TMPDIR")
             raise UserError(f"--state-budget {settings.state_budget}: {why}") from error
         except ImportError as error:  # what a budget needs on a GPU
             raise UserError(str(error)) from error

@@ -555,36 +555,3 @@ def test_all_of_it_works_in_a_thread(settings, silent, model_dir, tmp_path):
         result = pool.submit(finetune, settings(steps=2), silent).result()
         packed = pool.submit(quantize_model, model_dir, tmp_path / "4bit", None, silent).result()
     assert (result.steps, result.interrupted, packed.layers) == (2, False, 14)
-
-
-def test_a_tokenizer_of_more_words_than_the_model_has(settings, silent, refusal, model_dir, tmp_path, monkeypatch):
-    shutil.copytree(model_dir, tmp_path / "mixed")
-    tokenizer = load_tokenizer(model_dir)
-    tokenizer.add_tokens([f"<|{i}|>" for i in range(3)])  # 258, 259, and 260, which the model has no row for
-    tokenizer.save_pretrained(tmp_path / "mixed")
-    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
-    for word, known in ((1, True), (2, False)):
-        data = tmp_path / "data.jsonl"
-        data.write_text((json.dumps({"text": f"one <|{word}|>"}) + "\n") * 9)
-        call = (finetune, settings(model=tmp_path / "mixed", data=str(data)), silent)
-        if known:
-            with pytest.raises(pytest.fail.Exception, match="the model was read"):
-                call[0](*call[1:])
-        else:
-            message = "the tokenizer's token 260, '<|2|>', is unknown to the model, which has 260; do the two belong"
-            assert message in refusal(*call)
-
-
-@pytest.mark.parametrize(("context", "shown"), [(44, True), (45, False)])
-def test_examples_beyond_what_the_model_was_made_for_are_a_note(
-    settings, model_dir, tmp_path, monkeypatch, context, shown
-):
-    shutil.copytree(model_dir, tmp_path / "short")
-    file = tmp_path / "short" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": context}))
-    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
-    output = io.StringIO()
-    with pytest.raises(pytest.fail.Exception):
-        finetune(settings(model=tmp_path / "short"), Display(Console(file=output), patience=60))
-    note = "     note  examples have up to 45 tokens, and the model was made for 44\n"
-    assert (note in output.getvalue()) == shown
