@@ -81,7 +81,7 @@ clean: ## remove .venv, builds and caches; keeps runs/
 	rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv/types is for pyright, which does not run the editable install's finder: one `qloralab` folder made of links.
+# .venv/types is for pyright: one `qloralab` folder of links to folders, where it finds files newer than the install.
 $(READY): pyproject.toml constraints.txt requirements-model.txt
 	@python=""; reason="none of these is here: $(or $(PYTHON),$(CANDIDATES))"; \
 	for candidate in $(or $(PYTHON),$(CANDIDATES)); do \

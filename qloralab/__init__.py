@@ -28,10 +28,11 @@ if _TYPE_CHECKING:
 # on one machine then slow each other more than tenfold.
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# In a checkout, the folders beside this one are subpackages; installed, they already are below it.
-_root = _Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and str(_root) not in __path__:
-    __path__.append(str(_root))
+# In a checkout, the folders beside this one are subpackages; installed, they already are below it. An editable install
+# is made of links, of which a file that is new has none: modules come from where the links point to.
+_here = _Path(__file__).resolve().parent
+if (_here.parent / "pyproject.toml").is_file():
+    __path__[:] = [str(_here), str(_here.parent)]
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,11 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -227,6 +229,20 @@ def test_every_module_loads_once_from_elsewhere(tmp_path):
     assert second_names(files) == {}
     home = Path(os.path.commonpath([files[name] for name in MODULES]))
     assert home == ROOT or home.name == "qloralab"  # an editable install, or one folder that holds all of it
+
+
+def test_an_editable_install_is_found_without_running_it(tmp_path):
+    """By type checkers and editors: one folder, with a link to every module and the mark that they are typed."""
+    for folder in ARROWS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "import json; from setuptools.build_meta import build_editable; print(json.dumps(build_editable('.')))"
+    with zipfile.ZipFile(tmp_path / run_python(code, tmp_path)) as wheel:
+        (links,) = [Path(wheel.read(name).decode().strip()) for name in wheel.namelist() if name.endswith(".pth")]
+    files = [path if path.parts[0] == "qloralab" else "qloralab" / path for path in sources(*ARROWS)]
+    assert not [file for file in [*files, Path("qloralab", "py.typed")] if not (links / file).is_file()]
+    assert [entry.name for entry in links.iterdir()] == ["qloralab"]
 
 
 def test_the_library_needs_none_of_the_programs_packages():
