@@ -28,13 +28,13 @@ def dense_shares(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[
         by "skipped", "output head", "embeddings", "biases" (of layers in 4 bits) or the class of the module. Adapters
         are not counted, shared weights once.
     """
-    head = output_head(model)
+    heads = output_heads(model)
     packed = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, QuantizedLinear)}
     held, seen = Counter[str](), set[int]()
     for module in model.modules():
         kind = (
             "skipped" if module in skipped
-            else "output head" if module is head
+            else "output head" if module in heads
             else "embeddings" if isinstance(module, nn.Embedding)
             else "biases" if isinstance(module, QuantizedLinear)
             else type(module).__name__
@@ -61,6 +61,11 @@ def log_dense(model: nn.Module, skipped: Collection[nn.Module] = ()) -> None:
     LOGGER.log(logging.WARNING if unexpected > _MUCH else logging.INFO, "not in 4 bits: %s", described(model, skipped))
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The output head of a model that can tell it, as Hugging Face models can."""
-    return getattr(model, "get_output_embeddings", lambda: None)()
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """The output head of a model of transformers: what it says itself, and linear layers beside its base model, as
+    classifiers have (``score``, ``classifier``)."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found: set[nn.Module] = set() if head is None else {head}
+    if getattr(model, "base_model_prefix", None) in model._modules:
+        found |= {child for child in model.children() if isinstance(child, nn.Linear)}
+    return found

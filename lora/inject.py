@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from qloralab.nf4.codebook import Codebook
 from qloralab.nf4.tensor import DTYPES, quantize
 
 from .config import LoraConfig, ends_with
-from .dense_shares import log_dense, output_head
+from .dense_shares import LOGGER, log_dense, output_heads
 from .layer import Linear, LoRALinear
 from .own_memory import own_memory_
 from .pretrained import saves_itself_
@@ -31,7 +32,8 @@ def linear_names(model: nn.Module, skip: Sequence[str] | None = None) -> list[st
     """Full paths of the linear layers that QLoRA quantizes and adapts: each ``nn.Linear`` or ``QuantizedLinear`` below
     the model itself, except
 
-    * the output head, where the model can tell it by ``get_output_embeddings()``, as Hugging Face models can;
+    * the output head of Hugging Face models: ``get_output_embeddings()``, and linear layers beside the base model, as
+      classifiers have;
     * layers whose weight another module reads, or shares and is left out, such as an embedding;
     * subclasses with a ``forward`` of their own, and layers whose weight is made from others (weight_norm, pruning,
       parametrizations) or is no plain parameter;
@@ -56,7 +58,7 @@ def left_out(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, s
 
 def quantize_(
     model: Model,
-    codebook: str | torch.Tensor = "nf4",
+    codebook: Codebook = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -123,6 +125,8 @@ def quantize_(
 def inject_(model: Model, config: LoraConfig) -> Model:
     """Put an adapter beside each linear layer that the config targets, in place, and freeze everything else.
 
+    That a classifier's head is frozen with the rest is logged as a warning, by the logger "qloralab".
+
     Args:
         model: dense, or quantized by ``quantize_``. Hooks on a layer see it with its adapter.
         config: ``target_modules`` chooses among ``linear_names(model)``.
@@ -141,7 +145,12 @@ def inject_(model: Model, config: LoraConfig) -> Model:
     names = config.select(
         [n for n, reason in decided.items() if reason is None], {n: r for n, r in decided.items() if r}
     )
-    return wrap_(model, names, config)
+    wrap_(model, names, config)
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_children():
+        if module is not embeddings and module in output_heads(model):
+            LOGGER.warning("%s is frozen like the rest; to train it, set its requires_grad and save it yourself", name)
+    return model
 
 
 def wrap_(model: Model, names: Iterable[str], config: LoraConfig) -> Model:
@@ -193,7 +202,7 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _decided(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, str | None]:
     """Why each module that holds a matrix is left out, by full path; None where it is one of ``linear_names``."""
-    skipped, read, head = _skipped(model, skip or ()), weights_read(model), output_head(model)
+    skipped, read, heads = _skipped(model, skip or ()), weights_read(model), output_heads(model)
     reasons: dict[str, str | None] = {}
     chosen: dict[str, Linear] = {}
     for name, module in outer_modules(model):
@@ -201,7 +210,7 @@ def _decided(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, s
         if isinstance(layer, Linear):
             reasons[name] = (
                 "the model itself, which cannot be replaced in place" if not name
-                else "the output head" if module is head
+                else "the output head" if module in heads
                 else "named in skip" if name in skipped
                 else f"its weight is read by {read[module]}" if module in read
                 else None if isinstance(layer, QuantizedLinear)

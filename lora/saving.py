@@ -92,6 +92,9 @@ def _warn_of_what_is_left_out(model: nn.Module, paths: dict[LoRALinear, list[str
     shared = [" = ".join(names) for names in paths.values() if len(names) > 1]
     if shared:
         _warn(f"a layer stands at several paths, of which PEFT adapts the first alone: {_some(shared)}")
+    idle = [names[0] for layer, names in paths.items() if not layer.lora_B.any()]
+    if 0 < len(idle) < len(paths):
+        _warn(f"these adapters never had a gradient: {_some(idle)}")
     dropped = [names[0] for names in paths.values() if names[0].rpartition(".")[2] in _taken_for_experts(model)]
     if dropped:
         _warn(f"PEFT takes these names for those of experts, and leaves their adapters out: {_some(dropped)}")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from qloralab.lora.config import LoraConfig
+from qloralab.lora.dense_shares import described
 from qloralab.lora.inject import adapters, inject_, trainable
 from qloralab.lora.quantized_linear import QuantizedLinear
 
@@ -233,6 +234,7 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
             "4 bits",
             f"{len(weights)} linear layers, {count_text(count)} weights at {bits:.3f} bits: {size_text(size)}",
         )
+        display.fact("dense", described(model))
     if settings.method != "full":
         if settings.adapter:
             load_adapter(model, settings.adapter)

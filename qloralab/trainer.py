@@ -229,6 +229,8 @@ class Trainer:
         try:
             with quiet():
                 self.model.save_pretrained(part)
+            for weights in part.glob("*.safetensors"):  # which transformers writes for this user alone
+                weights.chmod((part / "config.json").stat().st_mode)
             self.tokenizer.save_pretrained(part)
             if place.exists():
                 place.rename(old)

@@ -314,6 +314,17 @@ def test_what_trains_beside_the_adapters_is_named(tmp_path):
         save_adapter(model, tmp_path)
 
 
+def test_an_adapter_that_never_had_a_gradient_is_named_where_others_had(tmp_path):
+    model = adapted()
+    names = sorted(adapters(model))
+    adapters(model)[names[1]].lora_B.data.zero_()
+    with pytest.warns(UserWarning, match=f"these adapters never had a gradient: {names[1]}$"):
+        save_adapter(model, tmp_path)
+    for layer in adapters(model).values():
+        layer.lora_B.data.zero_()
+    save_adapter(model, tmp_path)  # none of them has: before training
+
+
 def test_a_module_at_two_paths_is_named(tmp_path):
     def model() -> Any:
         torch.manual_seed(0)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations, prune, weight_norm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from qloralab.lora import inject
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_, left_out, linear_names, quantize_, trainable, untrained, wrap_
 from qloralab.lora.layer import LoRALinear
@@ -63,6 +64,20 @@ tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untie
 @tied_or_not
 def test_a_language_model_without_its_head(tied):
     assert linear_names(llama(tied)) == LLAMA_LINEAR
+
+
+def test_the_head_of_a_classifier_is_dense_and_frozen_by_name(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(inject.LOGGER, "warning", lambda text, *names: said.append(text % names))
+    config = llama().config
+    config.num_labels, config.pad_token_id = 3, 0
+    model = inject_(quantize_(LlamaForSequenceClassification(config)), CONFIG)
+    assert linear_names(model) == LLAMA_LINEAR
+    assert left_out(model)["score"] == "the output head"
+    assert type(model.score) is nn.Linear
+    assert said == ["score is frozen like the rest; to train it, set its requires_grad and save it yourself"]
+    inject_(llama(), CONFIG)
+    assert len(said) == 1
 
 
 def test_the_names_do_not_change_as_the_layers_do():
