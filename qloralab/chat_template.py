@@ -20,6 +20,20 @@ A template that prompts for a thought and drops the thoughts of all answers (Dee
 is to say; there the prompt, the answer and its end are put together here.
 
 Whatever the way: what a message says has to be found in what was written, or the example is refused.
+
+What becomes of a conversation with two answers, by the kind of template (``test_chat_template.py``):
+
+=====================================  =============================================================================
+ChatML, Llama 3, Mistral, Gemma        one example; both answers with their ends
+Phi-3                                  one example; ``<|end|>`` is learned, the ``<|endoftext|>`` behind the last is not
+Qwen3                                  an example for each answer, with its thought or the empty one
+gpt-oss                                an example for each answer, its channels included, up to ``<|return|>``
+GLM-4.5                                an example for each answer, with the eos token as its end
+DeepSeek-R1                            an example for each answer, with its thought; without one it is refused
+content as a list of parts (VLMs)      one example; strings are given as parts
+``{% generation %}``                   one example; the blocks, and the end behind each
+no special tokens                      an example for each answer, with the eos token as its end
+=====================================  =============================================================================
 """
 
 from __future__ import annotations
