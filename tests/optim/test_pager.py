@@ -499,3 +499,38 @@ def test_random_orders_keep_to_the_budget_on_a_disk(tmp_path):
         pager.settle()
         assert arena.resident_bytes() <= 8 * mib
     assert arena.bytes.unique().tolist() == [10]
+
+
+class Failing(Recorder):
+    """An arena that cannot read for a while.
+
+    Attributes:
+        failures: how many more waits for a fetch fail.
+    """
+
+    failures = 0
+
+    def wait(self, ticket: Any) -> float:
+        late = super().wait(ticket)
+        if ticket.kind == "fetch" and self.failures:
+            self.failures -= 1
+            raise OSError("the disk does not answer")
+        return late
+
+
+def test_a_prefetch_that_failed_is_fetched_again_and_then_an_error_that_leaves_no_trace():
+    arena = Failing(FEWEST_PLACES)
+    chunks = [Chunk(arena, ((i * SIZE, (i + 1) * SIZE),)) for i in range(8)]
+    pager = Pager(FEWEST_PLACES, Counters())
+    pager.add(chunks)
+    arena.failures = 1
+    pager.acquire(chunks[0])  # a prefetch: once more helps
+    assert [entry[:2] for entry in arena.log if entry[1] == 0][-3:] == [("evict", 0), ("fetch", 0), ("wait", 0)]
+    pager.release(chunks[0])
+    arena.failures = 2
+    with pytest.raises(OSError, match="does not answer"):
+        pager.acquire(chunks[1])
+    for chunk in chunks[1:]:
+        pager.acquire(chunk)
+        assert arena.there(chunk)
+        pager.release(chunk)
