@@ -324,9 +324,12 @@ def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, monkeypatch, tm
 
 @pytest.fixture
 def large(make) -> Trainer:
-    """A trainer with a parameter whose moments take 160 MB."""
+    """A trainer with a parameter whose moments take 4 GB: more than the process can have kept from earlier tests.
+
+    Nobody reads or writes the parameter, so its memory is never there.
+    """
     trainer = make(state_bits=32)
-    trainer.parameters = [torch.nn.Parameter(torch.zeros(20_000_000))]
+    trainer.parameters = [torch.nn.Parameter(torch.empty(500_000_000))]
     return trainer
 
 
@@ -340,7 +343,7 @@ def test_no_memory_for_the_state(large):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert str(caught.value) == (
-        "there is no memory for the optimizer's state (160.0 MB); give --state-budget the MB of it that may be in "
+        "there is no memory for the optimizer's state (4.00 GB); give --state-budget the MB of it that may be in "
         "memory, or --state-bits 8"
     )
 
@@ -355,7 +358,7 @@ def test_no_disk_for_the_state_names_what_the_command_has(large, monkeypatch, tm
     with pytest.raises(UserError) as caught:
         large._optimizer()
     message = str(caught.value)
-    assert message.startswith(f"--state-budget 17: the optimizer's state needs a file of 0.16 GB in {tmp_path}, which")
+    assert message.startswith(f"--state-budget 17: the optimizer's state needs a file of 4.00 GB in {tmp_path}, which")
     assert message.endswith(" GB left: No space left on device. TMPDIR names another directory")
 
 
