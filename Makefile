@@ -42,7 +42,7 @@ test-arm: $(READY) ## run the tests of the CPU kernels, compiled for 64-bit Arm,
 	HF_HUB_OFFLINE=1 ARM_TESTS=all $(BIN)/python -m pytest --numprocesses logical -rs tests/kernels/cpu/test_arm.py $(ARGS)
 
 fuzz: $(READY) ## open 10,000 spoiled checkpoints
-	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/test_fuzz.py $(ARGS)
+	FUZZ_CASES=$${FUZZ_CASES:-10000} $(BIN)/python -m pytest tests/nf4/files/test_fuzz.py $(ARGS)
 
 # The sanitizers' runtime has to be in the process before anything else is, hence LD_PRELOAD; libstdc++ with it, or
 # the first exception of torch's ends the run. Memory that Python holds until its end is no leak of ours.

@@ -19,9 +19,10 @@ from torch import Tensor
 import qloralab as ql
 from benchmarks import peer
 from benchmarks.timing import copies
-from qloralab.nf4 import blockwise, double, processor
+from qloralab.nf4 import blockwise, processor
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
 COMPUTE = processor.compute_dtype("cpu").dtype  # in which this machine multiplies
@@ -184,7 +185,7 @@ def definition_of_quantize(weight: Tensor) -> ql.QuantizedTensor:
     """``ql.quantize`` by the functions that define it, whatever serves the operators."""
     values = codebook_values("nf4")
     packed, absmax = blockwise.quantize_blockwise(weight, values, BLOCK_SIZE)
-    scales, absmax2, offset = double.quantize_scales(absmax)
+    scales, absmax2, offset = quantize_scales(absmax)
     return ql.QuantizedTensor(
         packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook="nf4", block_size=BLOCK_SIZE
     )
@@ -194,6 +195,6 @@ def definition_of_dequantize(weight: ql.QuantizedTensor) -> Tensor:
     """``QuantizedTensor.dequantize`` of double-quantized weights, in float32, by the functions that define it."""
     assert weight.absmax2 is not None
     assert weight.offset is not None
-    absmax = double.dequantize_scales(weight.scales, weight.absmax2, weight.offset)
+    absmax = dequantize_scales(weight.scales, weight.absmax2, weight.offset)
     flat = blockwise.dequantize_blockwise(weight.packed, absmax, weight.values, weight.block_size, weight.numel())
     return flat.view(weight.shape)

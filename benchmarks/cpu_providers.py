@@ -39,7 +39,7 @@ from benchmarks.peer import dequantize_4bit, has_avx512bf16, quantize_4bit
 from benchmarks.timing import Run
 from qloralab.kernels import dispatch
 from qloralab.lora.layer import LoRALinear
-from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4.linear import QuantizedLinear
 
 ROUNDED_ONCE = 0.002  # the output to bfloat16 moves each number by at most 2**-9 of itself; float32 sums add 1e-6
 PRODUCTS = ("linear", "input gradient", "adapted layer")

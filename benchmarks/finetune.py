@@ -33,13 +33,13 @@ from rich.table import Table
 
 from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
 from benchmarks.timing import quantiles
-from qloralab.batches import collate, length_grouped_batches, split
-from qloralab.encoding import NO_LABEL, Encoded, encode_all
-from qloralab.memory import peak_mb, resident_mb
-from qloralab.models import default_model, load_model, load_tokenizer, quantize_loaded_, quiet
+from qloralab.checkpoint.models import default_model, load_model, load_tokenizer, quantize_loaded_, quiet
+from qloralab.data.batches import collate, length_grouped_batches, split
+from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
+from qloralab.data.stdlib_corpus import stdlib_examples
 from qloralab.nf4.processor import compute_dtype, processor_class
-from qloralab.stdlib_corpus import stdlib_examples
-from qloralab.trainer import LENGTH_MULTIPLE, schedule
+from qloralab.resident import peak_mb, resident_mb
+from qloralab.train.trainer import LENGTH_MULTIPLE, schedule
 
 LIBRARIES = ("qloralab", "bitsandbytes+peft")
 R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
@@ -56,7 +56,7 @@ def qloralab_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The model and its loss, as ``qloralab finetune`` sets them up."""
     import qloralab as ql
     from qloralab.kernels.cpu import allocator
-    from qloralab.loss import AnswerLoss
+    from qloralab.train.loss import AnswerLoss
 
     allocator.install()
     model = quantize_loaded_(load_model(directory), dtype)
@@ -227,7 +227,7 @@ def measure(steps: int, dtype: str) -> list[dict[str, Any]]:
 
 _CONVERT = """
 import sys
-from qloralab.models import default_model, load_model, quiet
+from qloralab.checkpoint.models import default_model, load_model, quiet
 model = load_model(default_model())
 with quiet():
     model.save_pretrained(sys.argv[1])

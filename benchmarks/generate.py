@@ -26,8 +26,8 @@ from rich.console import Console
 
 from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
 from benchmarks.timing import interleave, quantiles
+from qloralab.checkpoint.models import default_model, load_model, load_tokenizer, quantize_loaded_
 from qloralab.kernels import dispatch
-from qloralab.models import default_model, load_model, load_tokenizer, quantize_loaded_
 from qloralab.nf4.processor import compute_dtype, processor_class
 
 PROMPT = "Explain in three sentences why the sky is blue."

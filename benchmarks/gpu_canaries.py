@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_problem import relative_error
 from qloralab.kernels.gpu import choice
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 
 if TYPE_CHECKING:
     from qloralab.kernels.gpu.packing import TiledWeight
@@ -164,13 +165,13 @@ def _packed(guard: Guard, shape: tuple[int, int], block_size: int = 64, double_q
     packed, absmax = blockwise.quantize_blockwise(_random(guard, shape), values, block_size)
     if not double_quant:
         return guard.copy(packed), guard.copy(absmax), None, None, values, shape, block_size
-    codes, absmax2, offset = map(guard.copy, double.quantize_scales(absmax))
+    codes, absmax2, offset = map(guard.copy, quantize_scales(absmax))
     return guard.copy(packed), codes, absmax2, offset, values, shape, block_size
 
 
 def _definition(operands: Operands, dtype: torch.dtype) -> Tensor:
     packed, scales, absmax2, offset, values, shape, block_size = operands
-    absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
+    absmax = scales if absmax2 is None or offset is None else dequantize_scales(scales, absmax2, offset)
     flat = blockwise.dequantize_blockwise(packed, absmax, values, block_size, math.prod(shape))
     return flat.to(dtype).view(shape)
 
@@ -184,7 +185,7 @@ def _quantize(guard: Guard, shape: tuple[int, int], dtype: torch.dtype) -> None:
         quantize_blockwise(weight, values, 64), (packed, absmax), ("codes", "scales"), strict=True
     ):
         _expect(result, expected, what)
-    second, names = double.quantize_scales(absmax), ("8-bit scales", "second-level scales", "offset")
+    second, names = quantize_scales(absmax), ("8-bit scales", "second-level scales", "offset")
     for result, expected, what in zip(quantize_scales(guard.copy(absmax)), second, names, strict=True):
         _expect(result, expected, what)
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import qloralab as ql
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.double_quant import quantize_scales
 
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer", "adapted layer, eager")
 BLOCK_SIZE = 64
@@ -215,7 +216,7 @@ def definition_of_quantize(weight: Tensor) -> ql.QuantizedTensor:
     """``ql.quantize`` by the functions that define it, whatever serves the operators."""
     values = codebook_values("nf4").to(weight.device)
     packed, absmax = blockwise.quantize_blockwise(weight, values, BLOCK_SIZE)
-    scales, absmax2, offset = double.quantize_scales(absmax)
+    scales, absmax2, offset = quantize_scales(absmax)
     return ql.QuantizedTensor(
         packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook="nf4", block_size=BLOCK_SIZE
     )

@@ -119,7 +119,7 @@ def _fused(problem: Problem) -> list[Run]:
 def _adapted(problem: Problem, kernel: str) -> list[Run]:
     from qloralab.lora.config import LoraConfig
     from qloralab.lora.layer import LoRALinear
-    from qloralab.lora.quantized_linear import QuantizedLinear
+    from qloralab.nf4.linear import QuantizedLinear
 
     def layer() -> LoRALinear:
         config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=0.0)

@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.provenance import parse, provenance
+from qloralab.checkpoint.models import default_model
 from qloralab.errors import UserError
-from qloralab.models import default_model
 from qloralab.parity.compare import Report, compare
 from qloralab.parity.report import from_json, in_short, show, table, to_json
 

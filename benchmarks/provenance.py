@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from qloralab.nf4.processor import processor_class
-from qloralab.run_directory import versions
+from qloralab.train.run_directory import versions
 
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"

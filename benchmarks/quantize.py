@@ -31,8 +31,8 @@ from rich.table import Table
 
 from benchmarks.provenance import ROOT, parse, provenance
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
-from qloralab.nf4.checkpoint import Checkpoint, write_index
-from qloralab.nf4.safetensors_writer import SafetensorsWriter
+from qloralab.nf4.files.checkpoint import Checkpoint, write_index
+from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.tensor import quantize
 
 KERNELS = ("native", "reference")  # values of QLORALAB_CPU

@@ -1,7 +1,7 @@
 """Which implementation serves an operator, and why; and in which dtype a device multiplies.
 
 Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
-use; on NVIDIA GPUs one in Triton (``gpu/first_use.py``). ``QLORALAB_CPU`` chooses. It is checked at the first use of a
+use; on NVIDIA GPUs one in Triton (``gpu/self_check.py``). ``QLORALAB_CPU`` chooses. It is checked at the first use of a
 public name (``check_environment``), and read when the first operator runs:
 
 =========  ============================================================================================
@@ -56,10 +56,10 @@ def check_environment() -> None:
         ValueError: QLORALAB_CPU, QLORALAB_GPU or QLORALAB_ISA is none of its words, or this machine lacks the
             instruction set.
     """
-    from .gpu import first_use
+    from .gpu import self_check
 
     _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
-    first_use.mode()
+    self_check.mode()
     processor.isa()
 
 

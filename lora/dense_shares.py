@@ -9,8 +9,9 @@ from collections.abc import Collection
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from qloralab.nf4.linear import QuantizedLinear
+
 from .layer import LoRALinear
-from .quantized_linear import QuantizedLinear
 
 LOGGER = logging.getLogger("qloralab")
 _EXPECTED = ("embeddings", "output head", "skipped")

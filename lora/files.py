@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qloralab.nf4.errors import FormatError
-from qloralab.nf4.json_file import read_object
-from qloralab.nf4.safetensors_reader import SafetensorsFile
+from qloralab.nf4.files.errors import FormatError
+from qloralab.nf4.files.json_file import read_object
+from qloralab.nf4.files.safetensors_reader import SafetensorsFile
+from qloralab.nf4.linear import QuantizedLinear
 
 from .config import LoraConfig
 from .inject import adapters, has_adapters, unwrapped, wrap_
 from .layer import LoRALinear
-from .quantized_linear import QuantizedLinear
 from .saving import CONFIG_FILE, PREFIX, WEIGHTS_FILE, keys
 from .wrappers import bare_name
 

@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from qloralab.nf4.codebook import Codebook
+from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.own_memory import own_memory_
 from qloralab.nf4.tensor import DTYPES, quantize
 
 from .config import LoraConfig, ends_with
 from .dense_shares import LOGGER, log_dense, output_heads
 from .layer import Linear, LoRALinear
-from .own_memory import own_memory_
 from .pretrained import saves_itself_
-from .quantized_linear import QuantizedLinear
 from .weight_reads import weights_read
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,7 +70,7 @@ def quantize_(
 
     What stays dense is logged, by the logger "qloralab": as a warning where more than a tenth of the weights are
     neither named in skip nor those of embeddings or the head. Weights in 4 bits are no parameters of the model:
-    ``model.num_parameters()`` does not count them, ``qloralab.quantized_model.parameter_count(model)`` does.
+    ``model.num_parameters()`` does not count them, ``qloralab.checkpoint.quantized_model.parameter_count(model)`` does.
 
     Args:
         model: its layers as ``linear_names(model, skip)`` gives them; those already quantized stay as they are. Hooks

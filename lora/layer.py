@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qloralab.nf4 import ops
+from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.product import addmm, matmul, reshaped
 from qloralab.nf4.tensor import converted
 
 from .config import LoraConfig
-from .quantized_linear import QuantizedLinear
 
 Linear = nn.Linear | QuantizedLinear
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qloralab.nf4 import quantization_config
-from qloralab.nf4.quantization_config import FIELD, QuantizationConfig
+from qloralab.nf4.files import quantization_config
+from qloralab.nf4.files.quantization_config import FIELD, QuantizationConfig
+from qloralab.nf4.linear import QuantizedLinear
 
 from .layer import LoRALinear
-from .quantized_linear import QuantizedLinear
 from .saving import save_adapter
 from .wrappers import bare_name, without_wrappers
 

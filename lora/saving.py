@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from qloralab.nf4.json_file import to_text
-from qloralab.nf4.replacing import replacing
-from qloralab.nf4.safetensors_writer import SafetensorsWriter
+from qloralab.nf4.files.atomic import replacing
+from qloralab.nf4.files.json_file import to_text
+from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 
 from .config import ends_with
 from .layer import LoRALinear

@@ -40,7 +40,7 @@ from torch._library.autograd import make_autograd_impl
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from . import double, reference
+from . import double_quant, reference
 from .blockwise import packed_bytes
 
 
@@ -96,7 +96,7 @@ def _quantize_blockwise_fake(weight, values, block_size):
 
 @_operator
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``double.quantize_scales``."""
+    """See ``double_quant.quantize_scales``."""
     return reference.quantize_scales(absmax)
 
 
@@ -104,7 +104,11 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _quantize_scales_fake(absmax):
     blocks = absmax.shape[0]
     codes = absmax.new_empty(blocks, dtype=torch.uint8)
-    return codes, absmax.new_empty((blocks + double.BLOCK_SIZE - 1) // double.BLOCK_SIZE), absmax.new_empty(())
+    return (
+        codes,
+        absmax.new_empty((blocks + double_quant.BLOCK_SIZE - 1) // double_quant.BLOCK_SIZE),
+        absmax.new_empty(()),
+    )
 
 
 @_operator

@@ -1,8 +1,8 @@
 """The reference of every operator of ``ops.py``, under the operator's name: plain PyTorch, any device.
 
 This is what an operator does where nothing faster is registered, and what a faster implementation calls for the cases
-it leaves out. Quantization is defined in ``blockwise.py`` and ``double.py``, dropout in ``adapter.py``; here are the
-products with a packed weight, alone and with an adapter beside it.
+it leaves out. Quantization is defined in ``blockwise.py`` and ``double_quant.py``, dropout in ``adapter.py``; here are
+the products with a packed weight, alone and with an adapter beside it.
 
 A reference that contains another operator calls it as an operator (``torch.ops.qloralab.…``). So a device that has a
 fast ``dequantize`` and no ``linear`` of its own uses it in ``linear`` too, and one that has ``linear`` uses that in
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blockwise, double, product
+from . import blockwise, double_quant, product
 from .adapter import dropout, kept, mask, rate, rows
 from .autocast import without_autocast
-from .double import quantize_scales
+from .double_quant import quantize_scales
 from .product import addmm, matmul, reshaped
 
 __all__ = [
@@ -80,7 +80,7 @@ def dequantize(
     """
     if not dtype.is_floating_point:
         raise TypeError(f"a weight is dequantized to a floating-point dtype, not to {dtype}")
-    absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
+    absmax = scales if absmax2 is None or offset is None else double_quant.dequantize_scales(scales, absmax2, offset)
     weight = blockwise.dequantize_blockwise(packed, absmax, values, block_size, torch.Size(shape).numel())
     return weight.to(dtype).view(shape)
 

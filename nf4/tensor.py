@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import bitsandbytes, double, ops
+from . import ops
 from .blockwise import BLOCK_SIZES, is_packed, unpack
 from .codebook import CUSTOM, Codebook, codebook_values, custom
+from .double_quant import dequantize_scales
+from .files import bitsandbytes_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,7 +65,7 @@ class QuantizedTensor:
         """The scales, decoded: float32 [blocks]."""
         if self.absmax2 is None or self.offset is None:
             return self.scales
-        return double.dequantize_scales(self.scales, self.absmax2, self.offset)
+        return dequantize_scales(self.scales, self.absmax2, self.offset)
 
     def codes(self) -> Tensor:
         """The codes, one an element: int32, the shape of the weight. ``values[codes()]`` is the weight without its
@@ -148,7 +150,7 @@ class QuantizedTensor:
         return self
 
     def to_bitsandbytes(self, prefix: str = "weight", storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
-        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes.py``.
+        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes_layout.py``.
 
         Args:
             prefix: full name of the weight.
@@ -157,9 +159,11 @@ class QuantizedTensor:
         Raises:
             ValueError: bitsandbytes does not know the codebook, or the bytes do not fill elements of storage.
         """
-        if self.codebook not in bitsandbytes.KNOWN:
-            raise ValueError(f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes.KNOWN)} only")
-        return bitsandbytes.to_state_dict(self, prefix, storage)
+        if self.codebook not in bitsandbytes_layout.KNOWN:
+            raise ValueError(
+                f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
+            )
+        return bitsandbytes_layout.to_state_dict(self, prefix, storage)
 
     @classmethod
     def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
@@ -172,7 +176,7 @@ class QuantizedTensor:
         Raises:
             FormatError: the tensors are missing or do not fit each other.
         """
-        return cls(**bitsandbytes.from_state_dict(tensors, prefix))
+        return cls(**bitsandbytes_layout.from_state_dict(tensors, prefix))
 
     def __copy__(self) -> QuantizedTensor:
         return self  # nothing of it can be changed
@@ -257,7 +261,7 @@ def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.
     """Decoded scales are off by up to a hundredth: one near the end of the dtype's range may be past it."""
     if not len(codes) or codes.is_meta or absmax2.amax() + offset <= torch.finfo(dtype).max:
         return
-    if not double.dequantize_scales(codes, absmax2, offset).to(dtype).isfinite().all():
+    if not dequantize_scales(codes, absmax2, offset).to(dtype).isfinite().all():
         raise ValueError(
             f"{name}: a scale, quantized and decoded, would be infinite in {dtype}, whose range ends near the largest "
             "weight; pass double_quant=False"

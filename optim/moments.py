@@ -13,8 +13,8 @@ from qloralab.kernels.adamw import DTYPES, Rates, adamw_unchecked_
 from qloralab.kernels.adamw_8bit import adamw_8bit_unchecked_
 
 from .arena import Arena, StreamedArena
-from .chunks import BLOCK_SIZE, Layout, Segment
 from .distributed import is_distributed, local
+from .layout import BLOCK_SIZE, Layout, Segment
 from .pager import Chunk
 
 ITEMSIZE = {32: 4, 8: 1}  # bytes of an element of a moment, by the bits of the state

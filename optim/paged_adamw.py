@@ -27,15 +27,15 @@ from torch.optim import Optimizer
 
 from qloralab.kernels.adamw import Rates
 
-from . import states
 from .arena import Arena, Memory
-from .chunks import Layout, lay_out, piece_bytes
 from .distributed import any_of, is_distributed, local, local_beside, shown_like
 from .interrupts import held_interrupts
+from .layout import Layout, lay_out, piece_bytes
 from .mapped_file import MappedFile
 from .moments import ITEMSIZE, PLANS, Batch, Moments, check_param
 from .pager import FEWEST_PLACES, Chunk, Counters, Pager, divide
 from .paging import Paging
+from .state_dict import NAMES, Entry, check_options, copy_, entry_of, nested, read
 
 NONFINITE = ("update", "skip", "raise")
 
@@ -177,7 +177,7 @@ class PagedAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            states.check_options(group, f"group {len(self.param_groups) - 1}")
+            check_options(group, f"group {len(self.param_groups) - 1}")
             self._check_distinct(group["params"])
             if self._parts:
                 self._allocate(param for param in group["params"] if param.requires_grad)
@@ -253,7 +253,7 @@ class PagedAdamW(Optimizer):
         """
         with self._lock, held_interrupts():
             # Between the hooks of others: behind those that change what is loaded, before those that look at it.
-            entries: dict[Tensor, states.Entry] = {}
+            entries: dict[Tensor, Entry] = {}
             handles = [
                 self.register_load_state_dict_pre_hook(lambda _, found: self._take(found, entries)),
                 self.register_load_state_dict_post_hook(lambda _: self._put_all(entries), prepend=True),
@@ -264,14 +264,14 @@ class PagedAdamW(Optimizer):
                 for handle in handles:
                     handle.remove()
 
-    def _take(self, state_dict: dict[str, Any], entries: dict[Tensor, states.Entry]) -> dict[str, Any]:
+    def _take(self, state_dict: dict[str, Any], entries: dict[Tensor, Entry]) -> dict[str, Any]:
         """Read the entries of a state dictionary, and leave the rest of it."""
         self._check_process()
-        entries |= states.read(state_dict, self.param_groups)
+        entries |= read(state_dict, self.param_groups)
         self._allocate(param for param in entries if param not in self._homes)
         return {**state_dict, "state": {}}
 
-    def _put_all(self, entries: Mapping[Tensor, states.Entry]) -> None:
+    def _put_all(self, entries: Mapping[Tensor, Entry]) -> None:
         """Let these be the state of all parameters."""
         self._broken = _MIDWAY
         for part in self._parts:
@@ -279,9 +279,9 @@ class PagedAdamW(Optimizer):
         self._put({param: entries.get(param) for param in self._homes})
         self._end()
 
-    def _put(self, entries: Mapping[Tensor, states.Entry | None]) -> None:
+    def _put(self, entries: Mapping[Tensor, Entry | None]) -> None:
         """Copy the state of parameters, None if they are to have none, chunk by chunk to where it pages."""
-        by_part: dict[int, dict[int, states.Entry | None]] = {}
+        by_part: dict[int, dict[int, Entry | None]] = {}
         for param, entry in entries.items():
             index, number = self._homes[param]
             by_part.setdefault(index, {})[number] = entry
@@ -292,7 +292,7 @@ class PagedAdamW(Optimizer):
                 if chosen:
                     self._use(part, chunk)
                 for segment in chosen:
-                    states.copy_(moments.of_segment(segment), of_part[segment.param], segment)
+                    copy_(moments.of_segment(segment), of_part[segment.param], segment)
             for number, entry in of_part.items():
                 moments.steps[number] = 0 if entry is None else entry.step
         for param, entry in entries.items():
@@ -459,13 +459,13 @@ class PagedAdamW(Optimizer):
     def _rates(self, number: int) -> Rates:
         """Of a group, as they are now."""
         group = self.param_groups[number]
-        states.check_options(group, f"group {number}")
+        check_options(group, f"group {number}")
         try:
             return Rates(*map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"lr, betas, eps and weight_decay of group {number} are no numbers: {error}") from error
 
-    def _replaced(self, params: Iterable[Tensor]) -> dict[Tensor, states.Entry | None]:
+    def _replaced(self, params: Iterable[Tensor]) -> dict[Tensor, Entry | None]:
         """What others have put in the place of the state of these parameters; None: nothing."""
         found = {}
         for param in params:
@@ -475,7 +475,7 @@ class PagedAdamW(Optimizer):
             if entry or shown:
                 # Copied: it may be a view of what another parameter is about to be given.
                 what = f"the state of {self._name(param)}"
-                found[param] = states.entry_of(entry, param, what).copy() if entry else None
+                found[param] = entry_of(entry, param, what).copy() if entry else None
         return found
 
     def _use(self, part: _Part, chunk: Chunk | None) -> None:
@@ -509,7 +509,7 @@ class PagedAdamW(Optimizer):
         index, number = self._homes[param]
         moments = self._parts[index].moments
         views = [shown_like(view, param) for view in moments.of_param(number)]
-        names, values = ("step", *states.NAMES[self._state_bits]), [moments.steps[number], *views]
+        names, values = ("step", *NAMES[self._state_bits]), [moments.steps[number], *views]
         self.state[param] = entry = dict(zip(names, values, strict=True))
         self._shown[param] = entry, values
 
@@ -563,7 +563,7 @@ def _check_rates(lr: float, betas: tuple[float, float], eps: float, weight_decay
 
 def _nested(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dictionary of 8 bits in the layout of bitsandbytes."""
-    return {**state_dict, "state": {key: states.nested(entry) for key, entry in state_dict["state"].items()}}
+    return {**state_dict, "state": {key: nested(entry) for key, entry in state_dict["state"].items()}}
 
 
 def _gradient(param: Tensor) -> Tensor:

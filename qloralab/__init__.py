@@ -18,11 +18,11 @@ if _TYPE_CHECKING:
     from qloralab.lora.inject import inject_, linear_names, quantize_, trainable
     from qloralab.lora.saving import save_adapter
     from qloralab.nf4.codebook import normal_float
-    from qloralab.nf4.errors import FormatError
+    from qloralab.nf4.files.errors import FormatError
     from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
     from qloralab.optim.paged_adamw import PagedAdamW
 
-    from .quantized_model import load_quantized, save_quantized
+    from .checkpoint.quantized_model import load_quantized, save_quantized
 
 # Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
 # on one machine then slow each other more than tenfold.
@@ -60,10 +60,10 @@ _MODULES = {
     "lora.inject": ("inject_", "linear_names", "quantize_", "trainable"),
     "lora.saving": ("save_adapter",),
     "nf4.codebook": ("normal_float",),
-    "nf4.errors": ("FormatError",),
+    "nf4.files.errors": ("FormatError",),
     "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
     "optim.paged_adamw": ("PagedAdamW",),
-    "quantized_model": ("load_quantized", "save_quantized"),
+    "checkpoint.quantized_model": ("load_quantized", "save_quantized"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import traceback
 
-from qloralab.nf4.errors import FormatError
+from qloralab.nf4.files.errors import FormatError
 
 from . import __version__
 from .errors import UserError

@@ -121,8 +121,8 @@ def finetune(
     With the defaults, on this machine's CPU in minutes.
     """
     with _loading(sys.stdout):
-        from .finetune import finetune as run
-        from .models import default_model
+        from .checkpoint.models import default_model
+        from .train.finetune import finetune as run
 
     settings = Settings(
         out=out,
@@ -176,8 +176,8 @@ def generate(
         raise UserError("there are two prompts; give one, as a word in quotes or with --prompt")
     text = _text(words if prompt is None else prompt)
     with _loading(sys.stderr):
-        from .answer import answer
-        from .models import default_model
+        from .checkpoint.models import default_model
+        from .train.answer import answer
 
     typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
     if lost := getattr(sys.stdout, "failure", None):
@@ -217,9 +217,9 @@ def quantize(
     memory follows the largest of them, not the model. A GGUF file is loaded whole first.
     """
     with _loading(sys.stdout):
+        from .checkpoint.models import default_model
+        from .checkpoint.quantize_checkpoint import Options, quantize_model, storage_dtype
         from .compute import check_environment
-        from .models import default_model
-        from .quantize_checkpoint import Options, quantize_model, storage_dtype
 
     check_environment()
     options = Options(codebook, block_size, double_quant, storage_dtype(storage))

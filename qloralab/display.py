@@ -23,7 +23,7 @@ from rich.text import Text
 from .terminal import Lasting
 
 if TYPE_CHECKING:
-    from .run_directory import Metrics
+    from .train.run_directory import Metrics
 
 PATIENCE = 1.0  # seconds before something is worth a line
 PACE = 5.0  # seconds between lines about one thing

@@ -48,7 +48,7 @@ from qloralab.nf4 import ops, reference
 from qloralab.nf4.adapter import rate
 from qloralab.nf4.autocast import without_autocast
 from qloralab.nf4.blockwise import BLOCK_SIZES
-from qloralab.nf4.double import BLOCK_SIZE
+from qloralab.nf4.double_quant import BLOCK_SIZE
 from qloralab.nf4.processor import emulates
 
 from .. import dispatch

@@ -1,4 +1,4 @@
-/* Weights -> packed codes and scales; scales -> 8-bit codes. The steps of nf4/blockwise.py and nf4/double.py. */
+/* Weights -> packed codes and scales; scales -> 8-bit codes. The steps of nf4/blockwise.py and nf4/double_quant.py. */
 #include "weight.h"
 
 #include <float.h>

@@ -1,6 +1,6 @@
 """The check of the AdamW kernels on a device, at first use: a small update by the kernel and by its definition.
 
-Importing this module enters both into ``first_use.py``, which says what the check is for, and what ``QLORALAB_GPU``
+Importing this module enters both into ``self_check.py``, which says what the check is for, and what ``QLORALAB_GPU``
 chooses. It does not import Triton. The definition is `adamw_rounded_`, bit for bit.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adamw import Rates, adamw_rounded_
 from ..adamw_8bit import BLOCK_SIZE, adamw_8bit_reference_
-from . import first_use
+from . import self_check
 
 SIZES = (3000, 1, 255, 4096)  # of the segments of the check: short blocks and short tiles, and aligned whole ones
 RATES = Rates(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -22,8 +22,8 @@ STEPS = (1, 2)  # the second one from moments that are not 0
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., Any] | None:
-    """The launcher of ``adamw`` or ``adamw_8bit``, or None where the reference is to run; see ``first_use.kernel``."""
-    return first_use.kernel(name, device)
+    """The launcher of ``adamw`` or ``adamw_8bit``, or None where the reference is to run; see ``self_check.kernel``."""
+    return self_check.kernel(name, device)
 
 
 def _chunk(device: torch.device, moments: torch.dtype) -> list[list[Tensor]]:
@@ -62,5 +62,5 @@ def _same(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-first_use.MODULES |= {"adamw": "adamw", "adamw_8bit": "adamw_8bit"}
-first_use.CHECKS |= {"adamw": _check_adamw, "adamw_8bit": _check_adamw_8bit}
+self_check.MODULES |= {"adamw": "adamw", "adamw_8bit": "adamw_8bit"}
+self_check.CHECKS |= {"adamw": _check_adamw, "adamw_8bit": _check_adamw_8bit}

@@ -3,8 +3,8 @@
     scale[b]  = map[scale code[b]] * absmax2[b / 256] + offset   two float32 roundings; or as it is stored
     weight[i] = round(values[code[i]] * scale[i / block_size])   the float32 product, rounded once to the result's dtype
 
-The results have the bits of ``nf4/blockwise.py`` and ``nf4/double.py``: any codebook of 16 values, any shape, blocks
-that cross rows, a last block that is short, a last byte of one code.
+The results have the bits of ``nf4/blockwise.py`` and ``nf4/double_quant.py``: any codebook of 16 values, any shape,
+blocks that cross rows, a last block that is short, a last byte of one code.
 
 **The bytes** of a weight, in bfloat16 with double quantization: 1/2 of code, 1/64 of its scale's, 2 of result; 2.516.
 
@@ -49,14 +49,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qloralab.nf4 import double
 from qloralab.nf4.codebook import dynamic_map
+from qloralab.nf4.double_quant import BLOCK_SIZE
 
 from ..offline import Case
 from .rounding import round_to
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
-SCALES_PER_BLOCK = tl.constexpr(double.BLOCK_SIZE)  # of the second level
+SCALES_PER_BLOCK = tl.constexpr(BLOCK_SIZE)  # of the second level
 
 
 @triton.jit

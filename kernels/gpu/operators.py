@@ -15,11 +15,11 @@ dropout                         the reference, on any device
 They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfloat16 and float16; blocks of 32 to
 4,096. Codes of other widths, and operands that do not fit together, go to the reference, which says what is wrong.
 
-Each kernel serves on a device only after it has passed a check there (``first_use.py``); ``QLORALAB_GPU`` chooses.
+Each kernel serves on a device only after it has passed a check there (``self_check.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``fused.py``, and ``canonical.py`` for weights that cannot be tiled) stand behind ``choice.py``.
-No product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the record of it is
-there. Without one, which is how the library comes, all products are two-pass.
+**The fused products** (``tile_cache.py``, and ``canonical.py`` for weights that cannot be tiled) stand behind
+``choice.py``. No product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the
+record of it is there. Without one, which is how the library comes, all products are two-pass.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from qloralab.nf4 import ops, reference
 from qloralab.nf4.adapter import rate
 from qloralab.nf4.autocast import without_autocast
 from qloralab.nf4.blockwise import BLOCK_SIZES
-from qloralab.nf4.double import BLOCK_SIZE
+from qloralab.nf4.double_quant import BLOCK_SIZE
 
-from . import choice, first_use
+from . import choice, self_check
 
 if TYPE_CHECKING:
     from .adapter_operands import LowRank, MaskedLowRank
@@ -89,7 +89,7 @@ def _serves(
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """``quantize.py``."""
     fits = weight.dtype in DTYPES and weight.numel() > 0 and _is_block_size(block_size) and _is_codebook(values, weight)
-    launch = first_use.kernel("quantize_blockwise", weight.device) if fits else None
+    launch = self_check.kernel("quantize_blockwise", weight.device) if fits else None
     if launch is None:
         return reference.quantize_blockwise(weight, values, block_size)
     return launch(weight.contiguous(), values, block_size)
@@ -99,7 +99,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize.py``."""
     fits = absmax.dtype == torch.float32 and absmax.dim() == 1 and len(absmax) > 0
-    launch = first_use.kernel("quantize_scales", absmax.device) if fits else None
+    launch = self_check.kernel("quantize_scales", absmax.device) if fits else None
     return reference.quantize_scales(absmax) if launch is None else launch(absmax.contiguous())
 
 
@@ -116,7 +116,7 @@ def dequantize(
 ) -> Tensor:
     """``dequantize.py``."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
-    launch = first_use.kernel("dequantize", packed.device) if _is_weight(operands, dtype) else None
+    launch = self_check.kernel("dequantize", packed.device) if _is_weight(operands, dtype) else None
     return (launch or reference.dequantize)(*operands, dtype)
 
 
@@ -242,9 +242,9 @@ def _linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank
 
     way, y = _way("linear", x, operands), None
     if way == "fused":
-        from . import fused
+        from . import tile_cache
 
-        y = fused.linear(x, operands, bias, adapter)
+        y = tile_cache.linear(x, operands, bias, adapter)
     elif way == "canonical":
         from . import canonical
 
@@ -258,9 +258,9 @@ def _linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank 
 
     way, dx = _way("linear_grad_input", grad, operands), None
     if way == "fused":
-        from . import fused
+        from . import tile_cache
 
-        dx = fused.linear_grad_input(grad, operands, adapter)
+        dx = tile_cache.linear_grad_input(grad, operands, adapter)
     elif way == "canonical":
         from . import canonical
 
@@ -280,17 +280,17 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
     Raises:
         ValueError: QLORALAB_GPU is none of its three words.
     """
-    mode = first_use.mode()
+    mode = self_check.mode()
     rows = []
     for name in names:
         kernels = KERNELS.get(name, ())
         if device is None:
             implementation, why = "none", "there is no GPU: torch.cuda.is_available() is False"
         elif mode == "reference":
-            implementation, why = "reference", f"it was asked for ({first_use.VARIABLE}=reference)"
+            implementation, why = "reference", f"it was asked for ({self_check.VARIABLE}=reference)"
         elif not kernels:
             implementation, why = "reference", "there is no Triton kernel for it"
-        elif failed := next(filter(None, (first_use.reason(kernel, device) for kernel in kernels)), ""):
+        elif failed := next(filter(None, (self_check.reason(kernel, device) for kernel in kernels)), ""):
             implementation, why = "none" if mode == "triton" else "reference", failed
         elif kernels == (name,):
             implementation, why = "triton", "it agrees with the definition on this device, bit for bit"
@@ -342,7 +342,7 @@ def _multiplies(x: Tensor, operands: Operands, axis: int) -> bool:
 
 def _are_served(name: str, device: torch.device) -> bool:
     """Whether all kernels that an operator needs may run on a device."""
-    return all(first_use.kernel(kernel, device) is not None for kernel in KERNELS[name])
+    return all(self_check.kernel(kernel, device) is not None for kernel in KERNELS[name])
 
 
 def _is_bias(bias: Tensor | None, x: Tensor, shape: Sequence[int]) -> bool:
@@ -368,7 +368,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _way(operation: str, x: Tensor, operands: Operands) -> str:
-    """One of ``choice.KERNELS``; whether a codebook can be ordered for the fused one, ``fused.py`` knows."""
+    """One of ``choice.KERNELS``; whether a codebook can be ordered for the fused one, ``tile_cache.py`` knows."""
     (N, K), block_size = operands[5], operands[6]
     if x.dtype == torch.float32:  # never measured, and bound by arithmetic
         return "two-pass"

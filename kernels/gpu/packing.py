@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise, double_quant
 
 from .lookup import Table, table
 
@@ -127,7 +127,7 @@ def tile(
         raise ValueError(reason)
     N, K = shape
     look_up = table(values)
-    absmax = scales if absmax2 is None or offset is None else double.dequantize_scales(scales, absmax2, offset)
+    absmax = scales if absmax2 is None or offset is None else double_quant.dequantize_scales(scales, absmax2, offset)
     tiled = _tile_scales(absmax / look_up.factor, N, K, block_size)
     order = torch.tensor(look_up.order, device=packed.device)
     kernels_code = order.argsort().to(torch.uint8)

@@ -1,6 +1,6 @@
 """Weights -> packed codes and scales in one pass; scales -> 8-bit codes in a small second kernel.
 
-The steps, and the bits, are those of ``nf4/blockwise.py`` and ``nf4/double.py``::
+The steps, and the bits, are those of ``nf4/blockwise.py`` and ``nf4/double_quant.py``::
 
     absmax[b] = max |w[b, :]|
     code[b, i] = codes[how many thresholds are below w[b, i] * (1 / absmax[b])]
@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qloralab.nf4.codebook import decision_table, dynamic_map
-from qloralab.nf4.double import BLOCK_SIZE as SCALES_PER_BLOCK
+from qloralab.nf4.double_quant import BLOCK_SIZE as SCALES_PER_BLOCK
 
 from ..offline import Case
 from .rounding import to_float32
@@ -231,7 +231,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the scales of a tensor to 8 bits, bit for bit as ``nf4/double.py`` does. The mean is torch's.
+    """Quantize the scales of a tensor to 8 bits, bit for bit as ``nf4/double_quant.py`` does. The mean is torch's.
 
     Args:
         absmax: float32 [blocks], contiguous.

@@ -15,7 +15,7 @@ from torch import Tensor
 from qloralab.nf4 import ops
 from qloralab.nf4.blockwise import divide, in_blocks, nearest, unpack
 from qloralab.nf4.codebook import codebook_values, dynamic_map
-from qloralab.nf4.double import BLOCK_SIZE
+from qloralab.nf4.double_quant import BLOCK_SIZE
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 from . import peer

@@ -120,7 +120,7 @@ def _compare_layers(
 
 def environment() -> dict[str, Any]:
     """The versions and the machine that a result depends on."""
-    from ..run_directory import versions
+    from ..train.run_directory import versions
 
     report = dispatch.report()
     served = sorted({row["implementation"] for row in report})

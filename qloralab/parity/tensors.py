@@ -230,7 +230,7 @@ def linear_weights(path: Path) -> list[tuple[str, Tensor]]:
     Raises:
         UserError: there is no model at path, it cannot be read, or a weight is not finite.
     """
-    from ..models import load_model
+    from ..checkpoint.models import load_model
 
     model: Any = load_model(path, torch.float32)
     found: dict[int, tuple[str, Tensor]] = {}

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.generate import PROVIDERS, REPETITIONS, TOLERANCES, WrongResultError, check, line, main, measure
 from benchmarks.provenance import record_file
+from qloralab.checkpoint.models import quantize_loaded_
 from qloralab.kernels import dispatch
-from qloralab.models import quantize_loaded_
 
 PROMPT = torch.tensor([[1, 5, 9]])
 

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from benchmarks.provenance import RECORDS
 from benchmarks.quantize import KERNELS, Shape, WrongResultError, check, main, make, measure, run, table
+from qloralab.checkpoint.quantize_checkpoint import quantize_model
 from qloralab.display import Display
-from qloralab.nf4.checkpoint import Checkpoint
-from qloralab.quantize_checkpoint import quantize_model
+from qloralab.nf4.files.checkpoint import Checkpoint
 
 SMALL = Shape(hidden=64, intermediate=128, vocabulary=64, layers=2)
 

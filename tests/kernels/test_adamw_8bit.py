@@ -13,13 +13,7 @@ from torch import Tensor
 
 from qloralab.kernels import dispatch
 from qloralab.kernels.adamw import DTYPES, Rates, adamw_, adamw_rounded_
-from qloralab.kernels.adamw_8bit import (
-    BLOCK_SIZE,
-    adamw_8bit_,
-    dequantize_moment,
-    moment_tables,
-    quantize_moment,
-)
+from qloralab.kernels.adamw_8bit import BLOCK_SIZE, adamw_8bit_, dequantize_moment, moment_tables, quantize_moment
 from qloralab.nf4.codebook import dynamic_map, thresholds
 
 DEFAULTS: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}

@@ -17,7 +17,7 @@ from qloralab.lora.config import LoraConfig
 from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, read_adapter
 from qloralab.lora.inject import adapters, inject_
 from qloralab.lora.saving import save_adapter
-from qloralab.nf4.errors import FormatError
+from qloralab.nf4.files.errors import FormatError
 
 
 class Model(nn.Module):

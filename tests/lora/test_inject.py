@@ -22,7 +22,7 @@ from qloralab.lora import inject
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_, left_out, linear_names, quantize_, trainable, untrained, wrap_
 from qloralab.lora.layer import LoRALinear
-from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.processor import compute_dtype
 from qloralab.nf4.tensor import quantize
 

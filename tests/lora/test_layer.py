@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.layer import LoRALinear
-from qloralab.lora.quantized_linear import QuantizedLinear
 from qloralab.nf4.adapter import rate
+from qloralab.nf4.linear import QuantizedLinear
 
 K, N, R = 65, 63, 7  # inputs, outputs, rank
 P = 0.3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qloralab as ql
-from qloralab.lora.quantized_linear import QuantizedLinear
+from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.tensor import QuantizedTensor
 
 K, H, N = 66, 48, 63

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qloralab import QuantizedTensor, linear, quantize
 from qloralab.kernels import dispatch
-from qloralab.nf4 import double
+from qloralab.nf4 import double_quant
 from qloralab.nf4.blockwise import divide, nearest
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 N, K = 46_341, 46_343  # odd; rows begin anywhere in a block
 NUMEL = N * K  # 2**31 + 97,315
 PERIOD = 1_000_003
-GROUP = 64 * double.BLOCK_SIZE  # weights under one second-level scale
+GROUP = 64 * double_quant.BLOCK_SIZE  # weights under one second-level scale
 MEMORY = (
     6_200_000_000  # bytes: the weight in bfloat16, its codes, its scales in float32 and, for their mean, in float64
 )
@@ -83,7 +83,7 @@ def test_codes_and_scales_are_those_of_the_part_alone(q, period, group):
     residual = alone.scales - q.offset
     absmax2 = residual.abs().amax()
     assert q.absmax2[group] == absmax2
-    expected = nearest(divide(residual, absmax2), double.dynamic_map())
+    expected = nearest(divide(residual, absmax2), double_quant.dynamic_map())
     assert torch.equal(q.scales[group * 256 : (group + 1) * 256], expected)
 
 
@@ -107,7 +107,7 @@ def dynamic(q: QuantizedTensor, group: int) -> Tensor:
     assert q.absmax2 is not None
     assert q.offset is not None
     codes = q.scales[group * 256 : (group + 1) * 256]
-    return double.dynamic_map()[codes.int()] * q.absmax2[group] + q.offset
+    return double_quant.dynamic_map()[codes.int()] * q.absmax2[group] + q.offset
 
 
 @pytest.mark.parametrize("column", [0, 1, K // 2, K - 1])

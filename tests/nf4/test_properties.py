@@ -23,7 +23,7 @@ from torch import Tensor
 from qloralab import QuantizedTensor, quantize
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu.build import COMPILERS
-from qloralab.nf4 import double
+from qloralab.nf4 import double_quant
 from qloralab.nf4.blockwise import unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values, dynamic_map
 
@@ -498,7 +498,7 @@ def test_a_decoded_scale_is_within_half_a_gap_of_the_map_around_it(recipe, block
     q = quantize(weight, block_size=block_size)
     assert q.absmax2 is not None
     assert q.offset is not None
-    second = q.absmax2.double().repeat_interleave(double.BLOCK_SIZE)[: len(exact)]
+    second = q.absmax2.double().repeat_interleave(double_quant.BLOCK_SIZE)[: len(exact)]
     values = torch.cat([torch.tensor([-1.0]), dynamic_map(), torch.tensor([1.0])]).double()  # -1 is nobody's: code 0
     here = q.scales.int() + 1
     gap = torch.maximum(values[here + 1] - values[here], values[here] - values[here - 1])
@@ -515,7 +515,7 @@ def test_a_decoded_scale_is_within_half_a_gap_of_the_map_around_it(recipe, block
 def test_no_finite_weight_comes_back_infinite(recipe, block_size):
     weight = recipe.weight()
     assert quantize(weight, block_size=block_size, double_quant=False).dequantize().isfinite().all()
-    decoded = double.dequantize_scales(*double.quantize_scales(absmax(weight, block_size)))
+    decoded = double_quant.dequantize_scales(*double_quant.quantize_scales(absmax(weight, block_size)))
     if decoded.to(weight.dtype).isfinite().all():
         assert quantize(weight, block_size=block_size).dequantize().isfinite().all()
     else:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qloralab import QuantizedTensor, linear, quantize
-from qloralab.nf4.bitsandbytes import from_state_dict, to_state_dict
+from qloralab.nf4.files.bitsandbytes_layout import from_state_dict, to_state_dict
 
 GRID = torch.linspace(-1, 1, 16)
 CODEBOOKS = {

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 NF4 = normal_float(4)
@@ -36,7 +37,7 @@ def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
 def double_quantized(weight: Tensor) -> QuantizedTensor:
     """``quantize(weight)`` without its checks."""
     q = quantize(weight, double_quant=False)
-    codes, absmax2, offset = double.quantize_scales(q.scales)
+    codes, absmax2, offset = quantize_scales(q.scales)
     return dataclasses.replace(q, scales=codes, absmax2=absmax2, offset=offset)
 
 
@@ -56,12 +57,12 @@ def test_it_holds_the_reference_and_gives_it_back(shape, dtype, double_quant):
     packed, absmax = blockwise.quantize_blockwise(weight, NF4, 64)
     assert torch.equal(q.packed, packed)
     if double_quant:
-        codes, absmax2, offset = double.quantize_scales(absmax)
+        codes, absmax2, offset = quantize_scales(absmax)
         assert torch.equal(q.scales, codes)
         assert q.absmax2 is not None
         assert torch.equal(q.absmax2, absmax2)
         assert q.offset == offset
-        absmax = double.dequantize_scales(codes, absmax2, offset)
+        absmax = dequantize_scales(codes, absmax2, offset)
     else:
         assert q.absmax2 is q.offset is None
     assert torch.equal(q.absmax(), absmax)

@@ -9,7 +9,7 @@ from torch import Tensor
 from qloralab.kernels.adamw import Rates, adamw_
 from qloralab.kernels.adamw_8bit import adamw_8bit_
 from qloralab.optim.arena import ALIGNMENT, Memory
-from qloralab.optim.chunks import BLOCK_SIZE, lay_out
+from qloralab.optim.layout import BLOCK_SIZE, lay_out
 from qloralab.optim.moments import ITEMSIZE, Moments
 
 RATES = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 import qloralab as ql
 from qloralab.optim import paged_adamw, unified_memory
 from qloralab.optim.arena import ALIGNMENT
-from qloralab.optim.chunks import lay_out
+from qloralab.optim.layout import lay_out
 
 MIB = 2**20
 CHUNK = 4 * MIB

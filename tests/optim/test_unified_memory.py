@@ -24,7 +24,7 @@ from torch.nn import Parameter
 import qloralab as ql
 from qloralab.optim import unified_memory
 from qloralab.optim.arena import ALIGNMENT
-from qloralab.optim.chunks import lay_out
+from qloralab.optim.layout import lay_out
 from qloralab.optim.unified_memory import (
     HOST,
     PRESSURE,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qloralab import FormatError, load_quantized, quantize_, save_quantized
-from qloralab.lora.quantized_linear import QuantizedLinear
-from qloralab.models import load_model, quiet
+from qloralab.checkpoint.models import load_model, quiet
+from qloralab.nf4.linear import QuantizedLinear
 
 HIDDEN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {"vocab_size": 97, **HIDDEN}

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 
 from qloralab import __version__
-from qloralab import answer as answer_module
 from qloralab.kernels import dispatch
 from qloralab.nf4 import processor
+from qloralab.train import answer as answer_module
 
 ALPACA = {"instruction": "Colour?", "output": "It is red."}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qloralab import __version__
-from qloralab import answer as answer_module
-from qloralab import finetune as finetune_module
 from qloralab.settings import Settings
+from qloralab.train import answer as answer_module
+from qloralab.train import finetune as finetune_module
 
 
 def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeypatch):

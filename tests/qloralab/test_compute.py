@@ -65,7 +65,8 @@ LOWERED = [
 def test_it_follows_a_processor_that_was_lowered(lowered):
     """In a process of its own: torch reads these variables when it is loaded."""
     code = (
-        "import json, torch; from qloralab.compute import precision; from qloralab.run_directory import versions\n"
+        "import json, torch; from qloralab.compute import precision\n"
+        "from qloralab.train.run_directory import versions\n"
         "found = precision('auto', torch.device('cpu'))\n"
         "print(json.dumps([found.name, found.why, versions()['processor']]))"
     )

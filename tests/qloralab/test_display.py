@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from qloralab.display import Display, duration
-from qloralab.run_directory import Metrics
+from qloralab.train.run_directory import Metrics
 
 
 class Clock:

@@ -16,7 +16,16 @@ from qloralab.kernels.gpu.canonical import linear, linear_grad_input
 from qloralab.nf4 import reference
 from qloralab.nf4.adapter import keep_mask
 
-from .test_dequantize import CODEBOOKS, DTYPES, NF4, Operands, any_weight, double_quants, dtypes, same_bits
+from .test_dequantize import (
+    CODEBOOKS,
+    DTYPES,
+    NF4,
+    Operands,
+    any_weight,
+    double_quants,
+    dtypes,
+    same_bits,
+)
 from .test_linear import few
 from .test_linear import guarded_twice as guarded_twice
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.gpu.dequantize import TILE, dequantize
-from qloralab.nf4 import double, reference
+from qloralab.nf4 import double_quant, reference
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values, custom, dynamic_map, normal_float
 
@@ -101,7 +101,7 @@ def test_scales_are_rounded_twice(guarded):
     assert absmax2 is not None
     assert offset is not None
     rounded_once = dynamic_map()[codes.int()].double() * absmax2.double().repeat_interleave(256) + offset.double()
-    assert (rounded_once.float() != double.dequantize_scales(codes, absmax2, offset)).sum() > 10
+    assert (rounded_once.float() != double_quant.dequantize_scales(codes, absmax2, offset)).sum() > 10
     check(operands, torch.float32, guarded)
 
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.gpu.adapter_operands import LowRank
-from qloralab.kernels.gpu.linear import (
-    FEWEST_STEPS,
-    FEWEST_STEPS_OF_FEW_TOKENS,
-    PROGRAMS,
-    linear,
-    split,
-    token_tile,
-)
+from qloralab.kernels.gpu.linear import FEWEST_STEPS, FEWEST_STEPS_OF_FEW_TOKENS, PROGRAMS, linear, split, token_tile
 from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
 from qloralab.nf4 import blockwise, reference

@@ -19,7 +19,7 @@ import qloralab as ql
 from benchmarks import gpu_canaries
 from benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import dispatch
-from qloralab.kernels.gpu import adapter, first_use, operators, two_pass
+from qloralab.kernels.gpu import adapter, operators, self_check, two_pass
 from qloralab.nf4 import ops, reference
 from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
@@ -36,9 +36,9 @@ definition_of_backward: Any = reference.adapted_linear_backward
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.delenv(first_use.VARIABLE, raising=False)
-    monkeypatch.setattr(first_use, "_passed", {})
-    monkeypatch.setattr(first_use, "_warned", set())
+    monkeypatch.delenv(self_check.VARIABLE, raising=False)
+    monkeypatch.setattr(self_check, "_passed", {})
+    monkeypatch.setattr(self_check, "_warned", set())
     yield
     two_pass.release()
 
@@ -47,7 +47,7 @@ def fresh(monkeypatch):
 def served(monkeypatch) -> list[str]:
     """The names of the kernels that were launched, in order."""
     launched: list[str] = []
-    find = first_use._launcher
+    find = self_check._launcher
 
     def launcher(name: str):
         launch = find(name)
@@ -63,10 +63,10 @@ def served(monkeypatch) -> list[str]:
         launched.append("dequantize")
         return find("dequantize")(*args, **kwargs)
 
-    for name in first_use.MODULES:
-        monkeypatch.setitem(first_use._passed, (name, torch.device("cpu")), "")
-        monkeypatch.setitem(first_use._passed, (name, torch.device("cuda", 0)), "")
-    monkeypatch.setattr(first_use, "_launcher", launcher)
+    for name in self_check.MODULES:
+        monkeypatch.setitem(self_check._passed, (name, torch.device("cpu")), "")
+        monkeypatch.setitem(self_check._passed, (name, torch.device("cuda", 0)), "")
+    monkeypatch.setattr(self_check, "_launcher", launcher)
     monkeypatch.setattr(two_pass, "dequantize", dequantize)
     for module, name in ((adapter, "project"), (adapter, "grad_A"), (two_pass, "masked_low_rank")):
         monkeypatch.setattr(module, name, launcher(name))
@@ -319,7 +319,7 @@ def test_autocast_does_not_change_a_product(device, served):
 
 
 def test_the_reference_serves_where_it_is_asked_for(device, served, monkeypatch):
-    monkeypatch.setenv(first_use.VARIABLE, "reference")
+    monkeypatch.setenv(self_check.VARIABLE, "reference")
     quantized = weight(device)
     assert same(operators.dequantize(*quantized.operands(), torch.bfloat16), quantized.dequantize(torch.bfloat16))
     operators.linear(torch.randn(2, 65, device=device), *quantized.operands(), None)
@@ -358,8 +358,8 @@ def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monke
     def broken(*_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setenv(first_use.VARIABLE, choice)
-    monkeypatch.setitem(first_use.CHECKS, "dequantize", broken)
+    monkeypatch.setenv(self_check.VARIABLE, choice)
+    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
     found = rows(torch.device(device))
     for name in ("dequantize", "linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
         assert found[name] == (implementation, "RuntimeError: no such instruction")
@@ -367,9 +367,9 @@ def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monke
 
 
 def test_the_report_where_the_reference_is_asked_for(device, monkeypatch):
-    monkeypatch.setenv(first_use.VARIABLE, "reference")
+    monkeypatch.setenv(self_check.VARIABLE, "reference")
     assert set(rows(torch.device(device)).values()) == {("reference", "it was asked for (QLORALAB_GPU=reference)")}
-    assert first_use._passed == {}
+    assert self_check._passed == {}
 
 
 def test_the_report_without_a_gpu(monkeypatch):
@@ -387,7 +387,7 @@ def test_the_report_of_an_adapters_kernel_that_fails(device, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setitem(first_use.CHECKS, "grad_A", broken)
+    monkeypatch.setitem(self_check.CHECKS, "grad_A", broken)
     found = rows(torch.device(device))
     assert found["adapted_linear_backward"] == ("reference", "RuntimeError: no such instruction")
     assert found["adapted_linear"][0] == found["linear_grad_input"][0] == "two-pass"
@@ -396,7 +396,7 @@ def test_the_report_of_an_adapters_kernel_that_fails(device, monkeypatch):
 def test_importing_and_working_on_the_cpu_does_not_import_triton():
     code = """
 import sys, torch, qloralab as ql
-import qloralab.models
+import qloralab.checkpoint.models
 from qloralab.kernels import dispatch
 from qloralab.kernels.gpu import choice, operators
 ql.linear(torch.randn(2, 64), ql.quantize(torch.randn(8, 64)))

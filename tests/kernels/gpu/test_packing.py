@@ -9,8 +9,9 @@ import torch
 from qloralab.kernels.gpu import packing
 from qloralab.kernels.gpu.lookup import assembly, table
 from qloralab.kernels.gpu.packing import tile, untile, why_not
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import codebook_values, normal_float
+from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 
 from .prmt import run
 
@@ -86,9 +87,9 @@ def test_scales_of_a_tile(N, K, block_size):
 
 def test_double_quantization_is_decoded():
     packed, absmax, *_ = operands(64, 128)
-    codes, absmax2, offset = double.quantize_scales(absmax)
+    codes, absmax2, offset = quantize_scales(absmax)
     tiled = tile(packed, codes, absmax2, offset, NF4, (64, 128), 64)
-    decoded = double.dequantize_scales(codes, absmax2, offset)
+    decoded = dequantize_scales(codes, absmax2, offset)
     assert torch.equal(tiled.scales, tile(packed, decoded, None, None, NF4, (64, 128), 64).scales)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.gpu.quantize import BINS, SPAN, STRETCH, TILE, _search_of, quantize_blockwise, quantize_scales
-from qloralab.nf4 import blockwise, double
+from qloralab.nf4 import blockwise, double_quant
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values, custom, decision_table, dynamic_map, normal_float
 
@@ -220,7 +220,7 @@ def test_an_empty_weight(device):
 
 
 def check_scales(absmax: Tensor, fresh: Guarded, offset: int = 0) -> None:
-    expected = double.quantize_scales(absmax)
+    expected = double_quant.quantize_scales(absmax)
     found = quantize_scales(fresh(absmax, offset=4 * offset))
     assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
     assert [one.dtype for one in found] == [one.dtype for one in expected]
@@ -251,7 +251,7 @@ def test_ties_of_scales(fresh):
     some = torch.nn.functional.pad(some, (0, -len(some) % 127)).view(-1, 127)
     one = torch.ones(len(some), 1)
     scales = torch.cat([one, some, -some, -one], dim=1)  # of 256, which share an absmax2
-    assert double.quantize_scales(scales.flatten())[1].tolist() == [1.0] * len(some)
+    assert double_quant.quantize_scales(scales.flatten())[1].tolist() == [1.0] * len(some)
     check_scales(scales.flatten(), fresh)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qloralab import models
+from qloralab.checkpoint import models
+from qloralab.checkpoint.models import load_model
 from qloralab.errors import UserError
-from qloralab.models import load_model
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values
 from qloralab.parity.tensors import (

@@ -1,0 +1,88 @@
+"""Answering prompts with a language model.
+
+An answer is over at any of the tokens that the model (its generation_config.json), the tokenizer and the chat template
+end one with. They are not always the same, and each may be the one that was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from ..checkpoint.limits import Limits
+from ..data.chat_template import ChatTemplate
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Continue each prompt with the most likely words, all prompts at once.
+
+    Args:
+        model: a Hugging Face causal language model, with or without adapters.
+        tokenizer: of the model.
+        prompts: token ids, at least one each.
+        max_new_tokens: where an answer is cut; earlier where the model has no more positions.
+        progress: called after each token with how many each answer has, and max_new_tokens.
+
+    Returns:
+        the answers, without the prompts and without special tokens.
+
+    Raises:
+        UserError: a prompt is longer than the positions of the model, or has a token without embedding.
+    """
+    length, ends, limits = max(map(len, prompts)), end_ids(model, tokenizer), Limits.of(model)
+    limits.check([("the prompt", prompt) for prompt in prompts], tokenizer)
+    if limits.positions is not None:
+        max_new_tokens = min(max_new_tokens, limits.positions - length + 1)  # nothing is predicted from the last one
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0] * (length - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    counter = None if progress is None else _Counter(progress, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends or None,
+        pad_token_id=0,
+        streamer=counter,
+    )
+    model.train(was_training)
+    answers = [[*takewhile(lambda token: token not in ends, row)] for row in out[:, length:].tolist()]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, see the module."""
+    of_model = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, list | tuple) else [of_model])}
+    if tokenizer.chat_template:
+        ends.update(map(tokenizer.convert_tokens_to_ids, ChatTemplate(tokenizer).ends()))
+    return sorted(ends - {None})
+
+
+class _Counter:
+    """What transformers calls a streamer: it is given the prompts, then each column of tokens as it is known."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int):
+        self._progress, self._total = progress, total
+        self._columns = -1
+
+    def put(self, value: torch.Tensor) -> None:
+        self._columns += 1
+        if self._columns:
+            self._progress(self._columns, self._total)
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,250 @@
+"""The training loop's one step, and the validation: a model, the order of the examples, an optimizer.
+
+AdamW without weight decay, gradients clipped to a norm of 0.3, examples grouped by length and a loss on the answers
+only are the recipe of the paper (QLoRA, appendix B). Its learning rate is constant; here it falls, which a short run
+gains from.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qloralab.lora.inject import trainable
+from qloralab.lora.saving import save_adapter
+from qloralab.optim.paged_adamw import PagedAdamW
+
+from ..checkpoint.limits import Limits
+from ..checkpoint.models import quiet
+from ..checkpoint.output_directory import size_text
+from ..data.batches import collate, length_grouped_batches
+from ..data.encoding import NO_LABEL, Encoded
+from ..errors import UserError
+from ..resident import resident_mb
+from ..settings import Settings
+from .loss import AnswerLoss
+from .run_directory import Metrics
+
+LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a thousand of them
+
+
+class Trainer:
+    """The state of a run: the model, the order of the examples, the optimizer.
+
+    Args:
+        model: with adapters, or, for "full", in float32.
+        tokenizer: of the model.
+        train: the examples to train on.
+        held_out: those to validate with.
+        settings: of the run.
+        dtype: what is computed in. The model has it already, but for "full": there it is that of autocast.
+
+    Attributes:
+        step, tokens, seconds: done so far.
+        saved_at: the step after which it was saved last; None before that.
+
+    Raises:
+        UserError: there is no room for the optimizer's state.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        settings: Settings,
+        dtype: torch.dtype,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.train = train
+        self.held_out = held_out
+        self.settings = settings
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.loss = AnswerLoss(model)
+        self.positions = Limits.of(model).positions
+        self.parameters = trainable(model)
+        self.optimizer = self._optimizer()
+        self.step = 0
+        self.saved_at: int | None = None
+        self.tokens = 0
+        self.seconds = 0.0
+        self._order = self._batches()
+
+    def _optimizer(self) -> PagedAdamW:
+        settings = self.settings
+        budget = None if settings.state_budget is None else settings.state_budget * 10**6
+        bits = 32 if settings.state_bits == 32 else 8
+        try:
+            return PagedAdamW(
+                self.parameters, lr=settings.learning_rate, weight_decay=0.0, state_bits=bits, budget=budget
+            )
+        except OSError as error:  # in the words of the command, whose directory for temporary files it is
+            why = str(error.strerror or error).replace("state_dir= (or TMPDIR)", "TMPDIR")
+            raise UserError(f"--state-budget {settings.state_budget}: {why}") from error
+        except ImportError as error:  # what a budget needs on a GPU
+            raise UserError(str(error)) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):  # which is what PyTorch says
+                raise
+            size = size_text(sum(parameter.numel() for parameter in self.parameters) * bits / 4)
+            raise UserError(
+                f"there is no memory for the optimizer's state ({size}); give --state-budget the MB of it that may be "
+                "in memory, or --state-bits 8"
+            ) from error
+
+    def _batches(self) -> Iterator[list[Encoded]]:
+        lengths = [len(example.input_ids) for example in self.train]
+        epoch = 0
+        while True:
+            for batch in length_grouped_batches(lengths, self.settings.batch_size, self.settings.seed, epoch):
+                yield [self.train[i] for i in batch]
+            epoch += 1
+
+    def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = collate(examples, LENGTH_MULTIPLE, self.positions)
+        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        # Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
+        # faster.
+        wanted = self.settings.method == "full" and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """On average over an epoch, padding not counted."""
+        batches = -(-len(self.train) // self.settings.batch_size)
+        return sum(len(example.input_ids) for example in self.train) / batches
+
+    def train_step(self) -> Metrics:
+        """One optimizer step.
+
+        Raises:
+            UserError: the loss is NaN or infinite; the parameters are as before the step.
+        """
+        start = time.perf_counter()
+        self.model.train()
+        examples = next(self._order)
+        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
+        lr = self._set_lr()
+        total = 0.0
+        for part in range(self.settings.accumulate):
+            micro_batch = examples[part :: self.settings.accumulate]
+            if not micro_batch:
+                continue
+            with self._autocast():
+                loss, _ = self.loss(*self._tensors(micro_batch))
+            loss = loss / answers
+            loss.backward()
+            total += loss.item()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+        if not (total < float("inf") and norm < float("inf")):
+            raise UserError(
+                f"the loss is {total:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - start
+        tokens = sum(len(example.input_ids) for example in examples)
+        self.step += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        return Metrics(self.step, self.tokens, total, None, lr, norm, tokens / seconds, resident_mb())
+
+    def paging(self) -> str:
+        """How much of the optimizer's state is in memory, in words; empty without a budget."""
+        if self.settings.state_budget is None:
+            return ""
+        paging = self.optimizer.paging()
+        return f"state {paging.resident_bytes / 1e6:.0f}/{paging.state_bytes / 1e6:.0f} MB, {paging.stalls} stalls"
+
+    def _set_lr(self) -> float:
+        lr = self.settings.learning_rate * schedule(self.step, self.settings.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    @torch.no_grad()
+    def validate(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """The mean loss of the held-out answers, in nats per token.
+
+        Args:
+            progress: called after each batch with how many tokens are done and how many there are.
+
+        Raises:
+            UserError: it is NaN or infinite.
+        """
+        self.model.eval()
+        order = sorted(self.held_out, key=lambda example: len(example.input_ids))
+        size = 2 * self.settings.batch_size
+        total, count = 0.0, 0
+        tokens, done = sum(len(example.input_ids) for example in order), 0
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            with self._autocast():
+                loss, answers = self.loss(*self._tensors(batch))
+            total += loss.item()
+            count += answers
+            done += sum(len(example.input_ids) for example in batch)
+            if progress:
+                progress(done, tokens)
+        if not total < float("inf"):
+            raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}{self._advice()}")
+        return total / count
+
+    def _advice(self) -> str:
+        return "; try a smaller --lr" if self.step else ", before --lr was used: the model overflows"
+
+    def place(self, path: Path) -> Path:
+        """Where ``save`` writes below the run directory."""
+        return path / ("model" if self.settings.method == "full" else "adapter")
+
+    def save(self, path: Path) -> Path:
+        """Write what was trained below the run directory: the adapter, or the whole model.
+
+        An earlier one stays until the new one is complete. A model is then put aside, and removed behind the new one.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; what there was of it is removed.
+        """
+        place = self.place(path)
+        if self.settings.method == "full":
+            self._save_model(place, path / ".model.part", path / ".model.old")
+        else:
+            save_adapter(self.model, place)
+        self.saved_at = self.step
+        return place
+
+    def _save_model(self, place: Path, part: Path, old: Path) -> None:
+        try:
+            with quiet():
+                self.model.save_pretrained(part)
+            for weights in part.glob("*.safetensors"):  # which transformers writes for this user alone
+                weights.chmod((part / "config.json").stat().st_mode)
+            self.tokenizer.save_pretrained(part)
+            if place.exists():
+                place.rename(old)
+            part.rename(place)
+        finally:
+            if old.exists() and not place.exists():
+                old.rename(place)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of a step (from 0) as a part of the largest: a warm-up of 3 %, then linearly towards 0."""
+    warmup = max(1, round(0.03 * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / max(1, steps - warmup)

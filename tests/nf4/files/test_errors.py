@@ -1,0 +1,36 @@
+"""FormatError says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qloralab.nf4.files.errors import FormatError
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ({}, "is broken"),
+        ({"file": "a.safetensors"}, "a.safetensors: is broken"),
+        ({"tensor": "w"}, "tensor 'w': is broken"),
+        ({"field": "shape"}, "field 'shape': is broken"),
+        ({"tensor": "w", "field": "shape"}, "tensor 'w', field 'shape': is broken"),
+        ({"file": "f", "tensor": "w", "field": "shape"}, "f, tensor 'w', field 'shape': is broken"),
+    ],
+    ids=["nowhere", "file", "tensor", "field", "tensor-field", "all"],
+)
+def test_message_names_what_is_known(where, text):
+    error = FormatError("is broken", **where)
+    assert str(error) == text
+    assert (error.file, error.tensor, error.field) == tuple(where.get(name) for name in ("file", "tensor", "field"))
+
+
+def test_a_path_is_kept_as_text():
+    assert FormatError("is broken", file=Path("a") / "b").file == str(Path("a") / "b")
+
+
+def test_it_is_a_value_error():
+    with pytest.raises(ValueError, match="is broken"):
+        raise FormatError("is broken")

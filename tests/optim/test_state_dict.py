@@ -1,0 +1,391 @@
+"""State dictionaries of AdamW from PyTorch, from bitsandbytes and from here are read alike, and converted as they say.
+
+The dictionaries are those that the optimizers themselves write, after two steps. What codes stand for is computed
+beside the module: the values of bitsandbytes' dynamic maps, times the scale, in NumPy.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import create_dynamic_map
+from bitsandbytes.optim.adamw import AdamW8bit, AdamW32bit
+from torch import Tensor
+from torch.nn import Parameter
+
+import qloralab as ql
+from qloralab.optim import state_dict
+from qloralab.optim.layout import BLOCK_SIZE, Segment
+from qloralab.optim.state_dict import NESTED, Entry, copy_, nested, read
+
+SHAPES = [(70, 64), (4097,), (3, 5)]  # bitsandbytes keeps those below 4,096 elements in 32 bits
+MAPS = [create_dynamic_map(signed=signed).numpy() for signed in (True, False)]
+LENGTH = 1000  # of the parameter of an Entry below; its last block has 232 elements
+
+Optimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+StateDict = dict[str, Any]
+
+
+def ours(state_bits: Any) -> Optimizer:
+    return lambda params: ql.PagedAdamW(params, state_bits=state_bits)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "torch": torch.optim.AdamW,
+    "PagedAdamW, 32 bits": ours(32),
+    "PagedAdamW, 8 bits": ours(8),
+    "bitsandbytes, 32 bits": AdamW32bit,
+    "bitsandbytes, 8 bits": AdamW8bit,
+}
+
+
+def written_by(optimizer: Optimizer) -> StateDict:
+    """The state after two steps. The second parameter had no gradient in the first of them."""
+    params = [Parameter(torch.randn(shape)) for shape in SHAPES]
+    one = optimizer(params)
+    for step in range(2):
+        for i, param in enumerate(params):
+            param.grad = torch.randn_like(param) if step or i != 1 else None
+        one.step()
+    return copy.deepcopy(one.state_dict())
+
+
+def fresh() -> list[dict[str, Any]]:
+    """The groups of an optimizer that wants the state."""
+    return [{"params": [Parameter(torch.zeros(shape)) for shape in SHAPES]}]
+
+
+def in_order(entries: dict[Tensor, Entry], groups: Sequence[dict[str, Any]]) -> list[Entry]:
+    return [entries[param] for group in groups for param in group["params"]]
+
+
+def saved_of(state: StateDict) -> list[StateDict]:
+    """The state of each parameter."""
+    return [state["state"][key] for key in range(len(SHAPES))]
+
+
+def flat(state: StateDict) -> StateDict:
+    """In the layout of bitsandbytes' older files."""
+    return {
+        **state,
+        "state": {key: {**of.get(NESTED, {}), "step": of["step"]} for key, of in state["state"].items()},
+    }
+
+
+def decode(codes: Tensor, absmax: Tensor, which: int) -> Tensor:
+    """What codes stand for: float32, one rounding."""
+    scales = np.repeat(absmax.numpy(), BLOCK_SIZE)[: len(codes)]
+    return torch.from_numpy(MAPS[which][codes.numpy()] * scales)
+
+
+# reading
+
+
+@pytest.mark.parametrize("name", ["torch", "PagedAdamW, 32 bits"])
+def test_moments_by_the_names_of_torch(name):
+    state, groups = written_by(OPTIMIZERS[name]), fresh()
+    entries = in_order(read(state, groups), groups)
+    assert [entry.step for entry in entries] == [2, 1, 2]
+    assert all(type(entry.step) is int for entry in entries)
+    for entry, saved in zip(entries, saved_of(state), strict=True):
+        assert entry.scales is None
+        for moment, key in zip(entry.moments, ("exp_avg", "exp_avg_sq"), strict=True):
+            assert torch.equal(moment, saved[key].flatten())
+            assert moment.any()
+
+
+@pytest.mark.parametrize("layout", [copy.copy, flat], ids=["nested", "flat"])
+def test_moments_by_the_names_of_bitsandbytes(layout):
+    state, groups = written_by(AdamW32bit), fresh()
+    entries = in_order(read(layout(state), groups), groups)
+    assert [entry.step for entry in entries] == [2, 1, 2]
+    for entry, saved in zip(entries, saved_of(state), strict=True):
+        assert entry.scales is None
+        for moment, key in zip(entry.moments, ("state1", "state2"), strict=True):
+            assert torch.equal(moment, saved[NESTED][key].flatten())
+            assert moment.any()
+
+
+@pytest.mark.parametrize("layout", [copy.copy, flat], ids=["nested", "flat"])
+@pytest.mark.parametrize("name", ["bitsandbytes, 8 bits", "PagedAdamW, 8 bits"])
+def test_codes_with_their_scales(name, layout):
+    state, groups = written_by(OPTIMIZERS[name]), fresh()
+    entries = in_order(read(layout(state), groups), groups)
+    assert [entry.step for entry in entries] == [2, 1, 2]
+    kinds = [torch.uint8, torch.uint8, torch.float32 if name.startswith("bitsandbytes") else torch.uint8]
+    assert [entry.moments[0].dtype for entry in entries] == kinds
+    for entry, saved in zip(entries, saved_of(state), strict=True):
+        for moment, key in zip(entry.moments, ("state1", "state2"), strict=True):
+            assert torch.equal(moment, saved[NESTED][key].flatten())
+        assert (entry.scales is None) == (entry.moments[0].dtype != torch.uint8)
+        for scale, key in zip(entry.scales or (), ("absmax1", "absmax2"), strict=bool(entry.scales)):
+            assert torch.equal(scale, saved[NESTED][key])
+            assert scale.all()
+
+
+def test_a_state_of_ours_has_the_keys_shapes_and_maps_of_bitsandbytes():
+    theirs, mine = (written_by(optimizer)["state"][0] for optimizer in (AdamW8bit, ours(8)))
+    assert mine.keys() == theirs.keys() == {"step", NESTED}
+    assert type(mine["step"]) is type(theirs["step"])
+    assert mine[NESTED].keys() == theirs[NESTED].keys()
+    for key, tensor in theirs[NESTED].items():
+        assert (mine[NESTED][key].dtype, mine[NESTED][key].shape) == (tensor.dtype, tensor.shape)
+    for key in ("qmap1", "qmap2"):
+        assert torch.equal(mine[NESTED][key], theirs[NESTED][key])
+
+
+def test_nested_copies_no_moment():
+    entry = {name: torch.zeros(3, dtype=torch.uint8) for name in state_dict.NAMES[8]} | {"step": torch.tensor(7.0)}
+    found = nested(entry)
+    assert found["step"] == 7
+    assert all(found[NESTED][name] is entry[name] for name in state_dict.NAMES[8])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_without_state_have_no_entry(name):
+    state, groups = written_by(OPTIMIZERS[name]), fresh()
+    del state["state"][1]
+    assert list(read(state, groups)) == [groups[0]["params"][0], groups[0]["params"][2]]
+    assert read({**state, "state": {}}, groups) == {}
+
+
+def test_parameters_are_found_by_their_places_in_the_groups():
+    state, (group,) = written_by(torch.optim.AdamW), fresh()
+    first, second, third = group["params"]
+    saved = {"state": {key + 4: of for key, of in state["state"].items()}, "param_groups": [{"params": [6, 4]}]}
+    saved["param_groups"].append({"params": [5]})
+    entries = read(saved, [{"params": [third, first]}, {"params": [second]}])
+    for param, key in ((first, 0), (second, 1), (third, 2)):
+        assert torch.equal(entries[param].moments[0], state["state"][key]["exp_avg"].flatten())
+
+
+def test_what_is_read_needs_no_gradient():
+    state, groups = written_by(torch.optim.AdamW), fresh()
+    state["state"][0]["exp_avg"].requires_grad_()
+    assert not in_order(read(state, groups), groups)[0].moments[0].requires_grad
+
+
+# what is refused
+
+
+def test_groups_of_other_sizes():
+    state, groups = written_by(torch.optim.AdamW), fresh()
+    first, second, third = groups[0]["params"]
+    for other, sizes in (
+        ([{"params": [first, second]}], [2]),
+        ([{"params": [first, second]}, {"params": [third]}], [2, 1]),
+        ([], []),
+    ):
+        message = f"the state has groups of [3] parameters, the optimizer of {sizes}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            read(state, other)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_an_update_that_we_do_not_have(option):
+    options: Any = {option: True}
+    state = written_by(lambda params: torch.optim.AdamW(params, **options))
+    message = f"^group 0 of the state has {option}=True, which PagedAdamW does not have$"
+    with pytest.raises(ValueError, match=message):
+        read(state, fresh())
+
+
+def test_the_state_of_another_optimizer():
+    for kind in (torch.optim.Adagrad, lambda params: torch.optim.SGD(params, lr=1.0, momentum=0.9)):
+        with pytest.raises(ValueError, match=r"^the state of parameter 0 has .*: it is not AdamW's$"):
+            read(written_by(kind), fresh())
+
+
+def without(*path: Any) -> Callable[[StateDict], None]:
+    def spoil(state: StateDict) -> None:
+        *way, last = path
+        for key in way:
+            state = state[key]
+        del state[last]
+
+    return spoil
+
+
+def with_(change: Callable[[Tensor], Tensor], *path: Any) -> Callable[[StateDict], None]:
+    def spoil(state: StateDict) -> None:
+        *way, last = path
+        for key in way:
+            state = state[key]
+        state[last] = change(state[last])
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("torch", without("step"), "has exp_avg, exp_avg_sq: it is not AdamW's"),
+        ("torch", dict.clear, "has nothing: it is not AdamW's"),
+        ("torch", without("exp_avg"), "has exp_avg_sq, step: it is not AdamW's"),
+        ("torch", without("exp_avg_sq"), "has exp_avg without exp_avg_sq: it is not AdamW's"),
+        ("bitsandbytes, 32 bits", without("step"), f"has {NESTED}, state1, state2: it is not AdamW's"),
+        ("bitsandbytes, 32 bits", without(NESTED), "has step: it is not AdamW's"),
+        ("bitsandbytes, 32 bits", without(NESTED, "state2"), "has state1 without state2: it is not AdamW's"),
+        ("bitsandbytes, 8 bits", without(NESTED, "absmax1"), "has no scale for each 256 codes in absmax1"),
+        ("bitsandbytes, 8 bits", without(NESTED, "absmax2"), "has no scale for each 256 codes in absmax2"),
+        ("bitsandbytes, 8 bits", with_(lambda t: t[:-1], NESTED, "absmax2"), "has no scale for each 256 codes in abs"),
+        ("bitsandbytes, 8 bits", with_(lambda t: t[:1], NESTED, "absmax1"), "has no scale for each 256 codes in absm"),
+        ("bitsandbytes, 8 bits", with_(lambda t: t * 2, NESTED, "qmap1"), "has other values than the dynamic map in q"),
+        ("bitsandbytes, 8 bits", with_(lambda t: t.flip(0), NESTED, "qmap2"), "has other values than the dynamic map"),
+        ("PagedAdamW, 8 bits", with_(lambda t: t[:16], NESTED, "qmap2"), "has other values than the dynamic map in qm"),
+    ],
+)
+def test_what_is_missing_or_does_not_fit(name, spoil, message):
+    state = written_by(OPTIMIZERS[name])
+    spoil(state["state"][0])
+    with pytest.raises(ValueError, match=f"^{re.escape('the state of parameter 0 ' + message)}"):
+        read(state, fresh())
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("torch", ("exp_avg",)),
+        ("PagedAdamW, 32 bits", ("exp_avg_sq",)),
+        ("bitsandbytes, 32 bits", (NESTED, "state1")),
+        ("bitsandbytes, 8 bits", (NESTED, "state2")),
+    ],
+)
+def test_moments_of_another_shape(name, path):
+    state = written_by(OPTIMIZERS[name])
+    with_(lambda tensor: tensor.t(), *path)(state["state"][0])
+    message = f"{path[-1]} in the state of parameter 0 is [64, 70]; the parameter is [70, 64]"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        read(state, fresh())
+
+
+def test_without_maps_the_dynamic_ones_are_meant():
+    state, groups = written_by(AdamW8bit), fresh()
+    for key in ("qmap1", "qmap2"):
+        del state["state"][0][NESTED][key]
+    assert in_order(read(state, groups), groups)[0].scales
+
+
+# copying
+
+
+def numbers() -> Entry:
+    """Moments in 32 bits, of magnitudes that differ from block to block; a block of each is zero."""
+    magnitude = torch.logspace(-6, 3, LENGTH)
+    exp_avg, exp_avg_sq = torch.randn(LENGTH) * magnitude, torch.rand(LENGTH) * magnitude.square()
+    for moment in (exp_avg, exp_avg_sq):
+        moment[256:512] = 0
+    return Entry(5, (exp_avg, exp_avg_sq))
+
+
+def codes() -> Entry:
+    """Moments in 8 bits, with every code in them."""
+    exp_avg, exp_avg_sq = (torch.randint(256, (LENGTH,), dtype=torch.uint8) for _ in range(2))
+    exp_avg[:256] = exp_avg_sq[:256] = torch.arange(256)
+    return Entry(5, (exp_avg, exp_avg_sq), (torch.rand(4), torch.rand(4) * 1e-4))
+
+
+def room(state_bits: int, length: int) -> list[Tensor]:
+    """The memory of a segment, full of what was there before."""
+    if state_bits == 32:
+        return [torch.full((length,), torch.nan) for _ in range(2)]
+    blocks = -(-length // BLOCK_SIZE)
+    before = [torch.full((length,), 77, dtype=torch.uint8) for _ in range(2)]
+    return before + [torch.full((blocks,), torch.nan) for _ in range(2)]
+
+
+segments = pytest.mark.parametrize(
+    ("first", "end"), [(0, LENGTH), (0, 512), (256, 768), (768, LENGTH)], ids=["all", "first", "middle", "last"]
+)
+
+
+@segments
+def test_32_bits_are_copied_to_32_bit_for_bit(first, end):
+    entry, into = numbers(), room(32, end - first)
+    copy_(into, entry, Segment(3, first, end, 4096))
+    for moment, source in zip(into, entry.moments, strict=True):
+        assert torch.equal(moment, source[first:end])
+
+
+@segments
+def test_8_bits_are_copied_to_8_code_for_code(first, end):
+    entry, into = codes(), room(8, end - first)
+    copy_(into, entry, Segment(3, first, end, 4096))
+    assert entry.scales
+    blocks = slice(first // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+    parts = [slice(first, end)] * 2 + [blocks] * 2
+    for found, source, part in zip(into, (*entry.moments, *entry.scales), parts, strict=True):
+        assert torch.equal(found, source[part])
+
+
+@segments
+def test_8_bits_become_the_32_that_they_stand_for(first, end):
+    entry, into = codes(), room(32, end - first)
+    copy_(into, entry, Segment(3, first, end, 4096))
+    assert entry.scales
+    for which, moment in enumerate(into):
+        assert torch.equal(moment, decode(entry.moments[which], entry.scales[which], which)[first:end])
+
+
+@segments
+def test_32_bits_become_the_nearest_that_8_can_stand_for(first, end):
+    entry, into = numbers(), room(8, end - first)
+    copy_(into, entry, Segment(3, first, end, 4096))
+    for which in range(2):
+        exact, (found, scales) = entry.moments[which][first:end].double().numpy(), into[which::2]
+        blocks = [block.abs().max().item() for block in entry.moments[which][first:end].split(BLOCK_SIZE)]
+        assert scales.tolist() == blocks
+        scale = np.repeat(scales.double().numpy(), BLOCK_SIZE)[: end - first]
+        error = np.abs(decode(found, scales, which).double().numpy() - exact)
+        least = np.abs(MAPS[which].astype(np.float64)[:, None] * scale - exact).min(axis=0)
+        assert (error <= least + 1e-6 * scale).all()
+        assert error.max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_moments_of_another_dtype_are_those_numbers(dtype, state_bits):
+    source = [moment.clamp(-6e4, 6e4).to(dtype) for moment in numbers().moments]
+    into, expected = room(state_bits, LENGTH), room(state_bits, LENGTH)
+    whole = Segment(0, 0, LENGTH, 0)
+    copy_(into, Entry(1, (source[0], source[1])), whole)
+    copy_(expected, Entry(1, (source[0].float(), source[1].float())), whole)
+    assert all(torch.equal(one, other) for one, other in zip(into, expected, strict=True))
+
+
+@segments
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_no_entry_is_zeros(state_bits, first, end):
+    into = room(state_bits, end - first)
+    copy_(into, None, Segment(3, first, end, 4096))
+    assert not any(tensor.any() for tensor in into)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_each_state_is_loaded_into_each_optimizer(name, state_bits):
+    """What the moments are, decoded, in units of the largest one of a block."""
+    state, groups = written_by(OPTIMIZERS[name]), fresh()
+    optimizer = ours(state_bits)(groups[0]["params"])
+    optimizer.load_state_dict(copy.deepcopy(state))
+    source = in_order(read(state, groups), groups)
+    into = in_order(read(optimizer.state_dict(), groups), groups)
+    assert [entry.step for entry in into] == [2, 1, 2]
+    for one, other in zip(into, source, strict=True):
+        for which in range(2):
+            found, expected = (
+                entry.moments[which]
+                if entry.scales is None
+                else decode(entry.moments[which], entry.scales[which], which)
+                for entry in (one, other)
+            )
+            exact = one.scales is None or other.scales is not None
+            tolerance = 0 if exact else 0.02 * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+            assert expected.any()

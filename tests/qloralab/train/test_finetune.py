@@ -1,0 +1,558 @@
+"""A run from its settings to its directory, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPTNeoConfig
+
+from qloralab import compute, quantize_, save_quantized
+from qloralab.checkpoint.models import load_model, load_tokenizer
+from qloralab.checkpoint.quantize_checkpoint import quantize_model
+from qloralab.data.encoding import NO_LABEL, Encoded, encode
+from qloralab.data.examples import Example, Message
+from qloralab.display import Display
+from qloralab.kernels.cpu.build import BuildError
+from qloralab.lora.layer import LoRALinear
+from qloralab.nf4.linear import QuantizedLinear
+from qloralab.settings import METHODS
+from qloralab.train import finetune as module
+from qloralab.train import loss, outlook
+from qloralab.train.finetune import finetune, prompt_and_answer
+from qloralab.train.trainer import Trainer
+
+MEASURED = {"tokens_per_s", "rss_mb"}  # what differs between two runs of the same settings
+
+
+@pytest.fixture
+def results(metrics_of):
+    """The lines of metrics.jsonl, without what was measured."""
+    return lambda path: [
+        {name: value for name, value in line.items() if name not in MEASURED} for line in metrics_of(path)
+    ]
+
+
+def _write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def config_of(path) -> dict:
+    return json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns(settings, silent, metrics_of, method):
+    result = finetune(settings(method=method, steps=30, eval_every=20, lr=1e-2), silent)
+    lines = metrics_of(result.path)
+    assert [line["step"] for line in lines] == list(range(31))
+    assert lines[-1]["loss"] < 0.5 * lines[1]["loss"]
+    validated = {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
+    assert list(validated) == [0, 20, 30]
+    assert (result.val_before, result.val_after) == (validated[0], validated[30])
+    assert validated[30] < 0.7 * validated[0]
+    assert lines[0]["loss"] is lines[0]["lr"] is lines[0]["grad_norm"] is None
+    assert (result.steps, result.interrupted) == (30, False)
+    saved = {"full": "model"}.get(method, "adapter")
+    assert {file.name for file in result.path.iterdir()} == {
+        "config.json", "metrics.jsonl", "loss.png", "samples.md", saved
+    }  # fmt: skip
+    assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_dtype_follows_the_machine(settings, metrics_of, machine, method, monkeypatch):
+    seen = watch_products(monkeypatch)
+    file = io.StringIO()
+    result = finetune(settings(method=method, steps=1), Display(Console(file=file), patience=60))
+    assert seen == {machine}
+    name = str(machine).removeprefix("torch.")
+    config = config_of(result.path)
+    assert (config["dtype"], config["dtype_reason"]) == (name, "the processor is made up")
+    what = {
+        "bfloat16": "float32 weights, bfloat16 products (autocast)", "float32": "float32, weights and products"
+    }[name] if method == "full" else name  # fmt: skip
+    assert f"    dtype  {what}: the processor is made up\n" in file.getvalue()
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_another_dtype_can_be_asked_for(settings, machine, method, asked, monkeypatch):
+    seen = watch_products(monkeypatch)
+    file = io.StringIO()
+    result = finetune(settings(method=method, steps=1, dtype=asked), Display(Console(file=file), patience=60))
+    assert seen == {getattr(torch, asked)}
+    assert config_of(result.path)["dtype"] == asked
+    slow = (asked, machine) == ("bfloat16", torch.float32)
+    why = f"asked for{', but slow' if slow else ''}; the processor is made up"
+    assert config_of(result.path)["dtype_reason"] == why
+    assert file.getvalue().count(f": {why}\n") == 1
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
+def test_a_model_in_4_bits_computes_in_the_dtype_too(settings, silent, model_dir, tmp_path, asked, monkeypatch):
+    model = quantize_(load_model(model_dir), compute_dtype=torch.float16)  # what the file says is another one
+    save_quantized(model, tmp_path / "4bit")
+    for file in model_dir.glob("*token*"):
+        shutil.copy(file, tmp_path / "4bit")
+    seen = watch_products(monkeypatch)
+    finetune(settings(model=tmp_path / "4bit", steps=1, dtype=asked), silent)
+    assert seen == {getattr(torch, asked)}
+
+
+def watch_products(monkeypatch) -> set[torch.dtype]:
+    """The dtypes of what the adapted or dense layers of a block give, and of what the loss gets."""
+    seen: set[torch.dtype] = set()
+    prepare, cross_entropy = module._prepare_model, loss.linear_cross_entropy
+
+    def prepared(*values):
+        model = prepare(*values)
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                seen.add(layer.compute_dtype)
+        # In training: what tries the head out, and answers, is without autocast.
+        model.model.layers[0].mlp.register_forward_hook(lambda layer, x, y: layer.training and seen.add(y.dtype))
+        return model
+
+    def watched(hidden, *rest):
+        products = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        seen.add(products)
+        return cross_entropy(hidden, *rest)
+
+    monkeypatch.setattr(module, "_prepare_model", prepared)
+    monkeypatch.setattr(loss, "linear_cross_entropy", watched)
+    return seen
+
+
+def test_what_takes_time_is_said(settings):
+    file = io.StringIO()
+    finetune(settings(steps=2), Display(Console(file=file), patience=0.0, pace=0.001))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    phases = [line.removeprefix("…  ") for line in lines if line.startswith("…") and ":" not in line]
+    assert phases == [
+        "reading the examples", "reading the tokenizer", "tokenizing", "reading tiny", "preparing the CPU kernels",
+        "quantizing", "answering held-out prompts before training", "validating", "validating", "saving",
+        "answering held-out prompts after training", "drawing the losses",
+    ]  # fmt: skip
+    answering = [line for line in lines if "before training: " in line]
+    assert any(re.search(r"before training: \d+/32 tokens, 0:0\d left$", line) for line in answering)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "shown"), [(0.5, True), (1e9, False)])
+def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monkeypatch, tokens_per_s, shown):
+    train_step = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer,
+        "train_step",
+        lambda self: dataclasses.replace(train_step(self), tokens_per_s=tokens_per_s),
+    )
+    monkeypatch.setattr(outlook.dispatch, "report", lambda device: [SERVED])
+    file = io.StringIO()
+    finetune(settings(steps=20), Display(Console(file=file), patience=60, pace=0.0))
+    lines = [line.strip() for line in file.getvalue().splitlines()]
+    notes = [line for line in lines if line.startswith("note")]
+    assert len(notes) == shown
+    if shown:
+        assert re.match(r"note  about \d+\S* (minutes|hours) for the 19 steps left; shorter with fewer --st", notes[0])
+        before, after = lines[lines.index(notes[0]) - 1], lines[lines.index(notes[0]) + 1]
+        assert before.startswith("step  1/20")
+        assert after.startswith("step  2/20")
+
+
+SERVED = {"operator": "adapted_linear", "implementation": "native", "why": "C"}
+
+
+def test_nothing_is_said_about_a_run_that_ends(settings, monkeypatch, tmp_path):
+    """After its only step, or after Ctrl-C."""
+    monkeypatch.setattr(module, "LONG", -1.0)
+    for steps, at_step in ((1, 2), (50, 1)):
+        press_ctrl_c(monkeypatch, at_step)
+        file = io.StringIO()
+        finetune(settings(out=tmp_path / str(steps), steps=steps), Display(Console(file=file), patience=60))
+        assert "note" not in file.getvalue()
+
+
+def test_kernels_that_were_asked_for_and_are_not_there_are_one_line(settings, silent, refusal, monkeypatch):
+    def fail():
+        raise BuildError("no C compiler: none of cc, gcc is on PATH")
+
+    monkeypatch.setattr(compute.dispatch, "native", fail)
+    message = refusal(finetune, settings(), silent)
+    assert message == "QLORALAB_CPU=native, but there are no CPU kernels: no C compiler: none of cc, gcc is on PATH"
+
+
+def test_the_same_seed_gives_the_same_run(settings, silent, results, tmp_path):
+    paths = [tmp_path / name for name in ("first", "second", "other")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        torch.rand(seed)  # whatever happened before in the process
+        finetune(settings(out=path, seed=seed, lora_dropout=0.1), silent)
+    first, second, other = map(results, paths)
+    assert first == second
+    assert all(one["loss"] != two["loss"] for one, two in zip(first[1:], other[1:], strict=True))
+    weights = [(path / "adapter" / "adapter_model.safetensors").read_bytes() for path in paths]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_checkpointing_computes_the_same_twice(settings, silent, results, tmp_path, monkeypatch):
+    forward, calls = LoRALinear.forward, []
+    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
+    plain = finetune(settings(out=tmp_path / "plain", lora_dropout=0.1), silent)
+    usual = sum(calls)
+    calls.clear()
+    checkpointed = finetune(settings(out=tmp_path / "less", lora_dropout=0.1, checkpointing=True), silent)
+    assert sum(calls) == 2 * usual
+    assert results(checkpointed.path) == results(plain.path)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_a_run_goes_on_from_an_adapter(settings, silent, metrics_of, tmp_path, method):
+    first = finetune(settings(out=tmp_path / "first", method=method, r=4, steps=20, lr=1e-2), silent)
+    again = settings(out=tmp_path / "second", method=method, adapter=first.path / "adapter", steps=2)
+    second = finetune(again, silent)
+    assert second.val_before == first.val_after
+    assert metrics_of(second.path)[1]["loss"] < 0.7 * first.val_before
+    assert json.loads((second.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_the_config_says_what_trained(settings, silent, tmp_path):
+    first = finetune(settings(out=tmp_path / "first", r=4, lora_alpha=12.0, lora_dropout=0.125, steps=1), silent)
+    again = settings(out=tmp_path / "second", adapter=first.path / "adapter", steps=1)
+    saved, shown = first.path / "adapter" / "adapter_config.json", io.StringIO()
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"base_model_name_or_path": "another/model"}))
+    for path in (first.path, finetune(again, Display(Console(file=shown))).path):
+        config = config_of(path)
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12.0, 0.125)
+    assert config["adapter"] == str(first.path / "adapter")
+    assert f"     note  {first.path / 'adapter'} says that it is for another/model, and this is " in shown.getvalue()
+
+
+def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, refusal, tmp_path):
+    for path in (tmp_path / "none", tmp_path):
+        assert str(path / "adapter_config.json") in refusal(finetune, settings(adapter=path), silent)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ["model", "adapter", "out"])
+def test_wrong_paths_are_refused_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path, wrong):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    path = tmp_path / "file" / "run" if wrong == "out" else tmp_path / "none"
+    assert refusal(finetune, settings(**{wrong: path}), silent).startswith(str(path))
+
+
+def test_no_permission_to_write_is_told_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
+    message = refusal(finetune, settings(out=tmp_path / "a" / "b"), silent)
+    assert message == f"{tmp_path / 'a' / 'b'} cannot be written: no permission to write in {tmp_path}"
+
+
+def test_a_model_has_its_whole_name(settings, model_dir, tmp_path):
+    model = tmp_path / "my-model-v1.5"
+    shutil.copytree(model_dir, model)
+    file = io.StringIO()
+    path = finetune(settings(model=model, steps=1), Display(Console(file=file))).path
+    assert "    model  my-model-v1.5, 95.0 k parameters" in file.getvalue()
+    assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 1 steps\n")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_saved(
+    settings, silent, refusal, full_disk, monkeypatch, method
+):
+    saved = {}
+
+    def save_twice(trainer, path):
+        if not saved:  # the first validation's
+            place = save(trainer, path)
+            saved.update({file: file.read_bytes() for file in place.iterdir()})
+            return place
+        with full_disk(3_000):
+            return save(trainer, path)
+
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", save_twice)
+    chosen = settings(method=method)
+    message = refusal(finetune, chosen, silent)
+    assert message.startswith(f"{chosen.out} cannot be written: ")
+    assert "File too large" in message
+    assert {file: file.read_bytes() for file in saved} == saved
+    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", file_parent(saved)}
+
+
+def file_parent(saved: dict[Path, bytes]) -> str:
+    """The one folder that holds these files."""
+    (folder,) = {file.parent.name for file in saved}
+    return folder
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(settings, silent, refusal, full_disk, monkeypatch):
+    train_step = Trainer.train_step
+    chosen = settings(steps=50, eval_every=50)
+
+    def step(trainer):
+        limit.enter_context(full_disk(300))
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with ExitStack() as limit:
+        assert refusal(finetune, chosen, silent) == f"{chosen.out} cannot be written: File too large"
+
+
+def test_full_fine_tuning_leaves_a_model_that_can_be_tuned_on(settings, silent, tmp_path):
+    first = finetune(settings(method="full", steps=10, lr=1e-2), silent)
+    model = AutoModelForCausalLM.from_pretrained(first.path / "model")
+    start = load_file(settings(out=tmp_path / "x").model / "model.safetensors")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+    second = finetune(settings(out=tmp_path / "on", method="full", model=first.path / "model", steps=1), silent)
+    assert second.val_before == first.val_after
+
+
+def press_ctrl_c(monkeypatch, at_step: int) -> None:
+    """Once, while a step is computed."""
+    train_step = Trainer.train_step
+
+    def step(self):
+        if self.step + 1 == at_step:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def test_ctrl_c_ends_the_run_after_the_step(settings, silent, metrics_of, monkeypatch):
+    press_ctrl_c(monkeypatch, at_step=3)  # where a validation is due
+    result = finetune(settings(steps=50), silent)
+    assert (result.steps, result.interrupted, result.val_after) == (3, True, None)
+    assert [line["step"] for line in metrics_of(result.path)] == [0, 1, 2, 3]
+    assert config_of(result.path)["result"]["interrupted"] is True
+    samples = (result.path / "samples.md").read_text()
+    assert [samples.count(f"**{name}**") for name in ("before", "after", "reference")] == [3, 0, 3]
+    assert (result.path / "loss.png").stat().st_size > 1000
+    weights = load_file(result.path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.count_nonzero() for tensor in weights.values())
+
+
+def test_ctrl_c_in_the_last_step_changes_nothing(settings, silent, results, tmp_path, monkeypatch):
+    expected = finetune(settings(out=tmp_path / "expected"), silent)
+    press_ctrl_c(monkeypatch, at_step=6)
+    result = finetune(settings(), silent)
+    assert not result.interrupted
+    assert results(result.path) == results(expected.path)
+    assert result.val_after == expected.val_after
+
+
+def test_what_is_known_is_shown(settings):
+    file = io.StringIO()
+    path = finetune(settings(steps=2), Display(Console(file=file))).path
+    facts = dict(line.strip().split("  ", 1) for line in file.getvalue().splitlines() if " step " not in line)
+    assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
+    assert facts["4 bits"].startswith("14 linear layers, 61.4 k weights at 4.1")
+    assert facts["adapters"].startswith("r = 16, alpha = 32: 29.7 k trainable parameters")
+    model = config_of(path)["model"]
+    assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
+
+
+def test_small_data_is_split_and_described(settings, tmp_path):
+    """A tenth is held out; what was cut, is there twice or is not used is said."""
+    records = [{"text": f"Number {i}. " + "." * 60 * (i == 3), "id": i} for i in range(28)]
+    data = _write(tmp_path / "data.jsonl", [*records, *records[4:6]])
+    file = io.StringIO()
+    chosen = settings(data=str(data), steps=1, held_out=None, too_long="cut", max_length=40)
+    path = finetune(chosen, Display(Console(file=file, width=200))).path
+    expected = "27 examples + 3 held out; 1 cut to 40 tokens; 2 duplicates; fields that are not used: id\n"
+    assert f"     data  {data}: {expected}" in file.getvalue()
+    assert config_of(path)["held_out"] == 3
+
+
+def test_examples_beyond_what_the_model_was_made_for_are_counted(settings, model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    data = _write(tmp_path / "data.jsonl", [{"text": "x" * (36 + i)} for i in range(10)])  # and an end
+    file = io.StringIO()
+    finetune(settings(model=model, data=str(data), steps=1), Display(Console(file=file, width=200)))
+    assert "     note  6 examples are longer than the 40 tokens the model was made for\n" in file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def learned_positions(tmp_path_factory, byte_tokenizer) -> Path:
+    """A model with a table of 50 positions, not a multiple of 16; its tokenizer pads with a token it has no row for."""
+    path = tmp_path_factory.mktemp("models") / "gpt-neo"
+    config = GPTNeoConfig(
+        vocab_size=258, hidden_size=32, num_layers=2, attention_types=[[["global"], 2]], num_heads=2,
+        max_position_embeddings=50, eos_token_id=257, bos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer = byte_tokenizer(None)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_nothing_is_wrong_with_examples_as_long_as_the_table_of_positions(
+    settings, silent, learned_positions, tmp_path
+):
+    """Padding to 16, the held-out prompt and 32 tokens would be beyond it, and the tokenizer's padding has no row."""
+    data = _write(tmp_path / "data.jsonl", [{"text": "x" * (49 - i % 2)} for i in range(12)])
+    chosen = settings(model=learned_positions, data=str(data), steps=2, method="lora")
+    assert finetune(chosen, silent).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x" * 50, ": 51 tokens, and the limit is 50; 12 of 12 examples are too long. The model has 50 positions"),
+        ("a <|pad|>", ": token 258 ('<|pad|>') of the tokenizer is beyond the 258 rows of the model's embedding"),
+    ],
+    ids=["position", "token"],
+)
+def test_what_the_model_has_no_room_for_is_said_before_it_is_read(
+    settings, silent, refusal, learned_positions, tmp_path, monkeypatch, text, expected
+):
+    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    data = _write(tmp_path / "data.jsonl", [{"text": text}] * 12)
+    message = refusal(finetune, settings(model=learned_positions, data=str(data)), silent)
+    assert message.startswith(f"{data}:1{expected}")
+
+
+def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch):
+    long = [Example.from_instruction("a" * (90 * i), "An answer.", f"module.py:{i}") for i in range(8)]
+    monkeypatch.setattr(module, "stdlib_examples", lambda: long)
+    file = io.StringIO()
+    finetune(settings(data="stdlib", steps=1, held_out=1), Display(Console(file=file)))
+    assert "standard library: 2 examples + 1 held out; 5 left out as too long" in file.getvalue()
+
+
+def test_a_directory_that_cannot_be_written(settings, silent, refusal, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    expected = f"{out} cannot be written: {tmp_path / 'file'} is not a directory"
+    assert refusal(finetune, settings(out=out), silent) == expected
+    monkeypatch.setattr(module, "_check_paths", lambda settings: None)  # it became a file during the run
+    assert refusal(finetune, settings(out=out), silent) == f"{out} cannot be written: Not a directory"
+
+
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(model_dir):
+    tokenizer = load_tokenizer(model_dir)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    (example,) = encode(Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns)), tokenizer)
+    prompt, answer = prompt_and_answer(example)
+    before = "<|start|>user\na<|end|>\n<|start|>assistant\nb<|end|>\n<|start|>user\nc<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(prompt) == before
+    assert tokenizer.decode(answer) == "d<|end|>"
+
+
+@pytest.mark.parametrize(("length", "cut"), [(2, 1), (3, 2), (16, 15), (17, 16), (40, 16)])
+def test_a_text_is_cut_after_16_tokens(length, cut):
+    ids = list(range(100, 100 + length))
+    assert prompt_and_answer(Encoded(ids, ids, "text.jsonl:1")) == (ids[:cut], ids[cut:])
+
+
+def test_an_answer_that_begins_right_after_the_first_token():
+    assert prompt_and_answer(Encoded([7, 8, 9], [NO_LABEL, 8, NO_LABEL], "x")) == ([7], [8])
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_an_unexpected_error_saves_what_was_trained(settings, silent, metrics_of, monkeypatch, method):
+    """Just as Ctrl-C, and then it comes out."""
+    train_step = Trainer.train_step
+
+    def step(self):
+        if self.step == 2:
+            raise KeyError("nobody expects it")
+        return train_step(self)
+
+    chosen = settings(method=method, steps=50)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(KeyError, match="nobody expects it"):
+        finetune(chosen, silent)
+    config = config_of(chosen.out)
+    assert config["notes"] == ["unexpected KeyError: 'nobody expects it'"]
+    assert (config["result"]["steps"], config["result"]["interrupted"], config["result"]["val_after"]) == (
+        2,
+        True,
+        None,
+    )
+    assert [line["step"] for line in metrics_of(chosen.out)] == [0, 1, 2]
+    (weights,) = (chosen.out / {"full": "model"}.get(method, "adapter")).glob("*.safetensors")
+    assert all(tensor.count_nonzero() for tensor in load_file(weights).values())
+    assert (chosen.out / "samples.md").is_file()
+
+
+def test_a_disk_that_is_full_then_hides_no_error(settings, silent, monkeypatch):
+    def fail(*values):
+        raise OSError(28, "No space left on device") if len(values) == 2 else KeyError("first")
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    monkeypatch.setattr(Trainer, "save", fail)
+    with pytest.raises(KeyError, match="first"):
+        finetune(settings(), silent)
+
+
+@pytest.mark.parametrize("broken", ["generate", "plot_loss", "write_samples"])
+def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, broken):
+    def fail(*values):
+        raise IndexError("out of\nrange")
+
+    monkeypatch.setattr(module, broken, fail)
+    file = io.StringIO()
+    result = finetune(settings(steps=2), Display(Console(file=file), patience=60))
+    missing = {
+        "generate": ["answers before training", "answers after training"],
+        "plot_loss": ["loss.png"],
+        "write_samples": ["samples.md"],
+    }[broken]
+    notes = [f"no {what}: out of range" for what in missing]
+    assert config_of(result.path)["notes"] == notes
+    assert [line.strip() for line in file.getvalue().splitlines() if "  note  " in line] == [
+        f"note  {n}" for n in notes
+    ]
+    saved = next(line for line in file.getvalue().splitlines() if line.startswith("    saved"))
+    assert [name for name in ("loss.png", "samples.md") if name not in saved] == [n for n in missing if "." in n]
+    samples = result.path / "samples.md"
+    assert ("**before**" in samples.read_text() if samples.exists() else False) == (broken == "plot_loss")
+
+
+def test_a_display_in_ascii_that_then_fails(settings, model_dir, tmp_path, capsys):
+    """And a name that matplotlib would take for a formula."""
+
+    class Disk(io.BytesIO):
+        def write(self, data) -> int:
+            if b"train" in data:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    model = tmp_path / "a$x_{$ 模型"
+    model.symlink_to(model_dir)
+    disk = Disk()
+    display = Display(Console(file=io.TextIOWrapper(disk, "ascii", write_through=True)), patience=60)
+    result = finetune(settings(model=model, steps=2), display)
+    assert rb"    model  a$x_{$ \u6a21\u578b, 95.0 k parameters" in disk.getvalue()
+    assert config_of(result.path)["notes"] == ["the display could not be written: No space left on device"]
+    told = "qloralab: the output cannot be written: No space left on device; going on without it\n"
+    assert capsys.readouterr() == ("", told)
+    assert (result.path / "samples.md").read_text().startswith("# a$x_{$ 模型, qlora, 2 steps\n")
+    assert (result.path / "loss.png").stat().st_size > 1000
+
+
+def test_all_of_it_works_in_a_thread(settings, silent, model_dir, tmp_path):
+    """As in a web server: only the main thread is told of signals."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(finetune, settings(steps=2), silent).result()
+        packed = pool.submit(quantize_model, model_dir, tmp_path / "4bit", None, silent).result()
+    assert (result.steps, result.interrupted, packed.layers) == (2, False, 14)
