@@ -1,6 +1,6 @@
 """Architectures of transformers at tiny size, each through quantize_, inject_, two steps, save_adapter, load_adapter_.
 
-What came of each is the table of ``lora/ARCHITECTURES.md``, which is compared here, line by line. To write it anew:
+What came of each is the table of ``docs/architectures.md``, which is compared here, line by line. To write it anew:
 ``python tests/lora/test_architectures.py``.
 """
 
@@ -22,7 +22,7 @@ from qloralab.lora.dense_shares import dense_shares
 from qloralab.lora.inject import adapters, left_out
 from qloralab.nf4.linear import QuantizedLinear
 
-TABLE = Path(__file__).resolve().parents[2] / "lora" / "ARCHITECTURES.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 H, V, IMAGE = 32, 96, 90  # hidden size, vocabulary, the token that stands for a patch
 IDS = {"input_ids": torch.arange(2 * 8).view(2, 8)}
 PIXELS = {"pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)}
