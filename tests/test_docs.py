@@ -73,6 +73,11 @@ def test_the_map_names_every_file_once():
             folder = words
             continue
         named += [folder + word for word in words.split(", ")]
-    there = {str(p.relative_to(ROOT)) for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".c", ".h", ".cpp")}
+    there = {
+        str(p.relative_to(ROOT))
+        for f in FOLDERS
+        for p in (ROOT / f).rglob("*")
+        if p.suffix in (".py", ".c", ".h", ".cpp")
+    }
     there = {path for path in there if not path.endswith("__init__.py")}
     assert sorted(named) == sorted(there)

@@ -10,17 +10,23 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch._library.custom_ops import CustomOpDef
+
+from qloralab.lora import ops as lora_ops
+from qloralab.nf4 import ops as nf4_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
@@ -130,6 +136,82 @@ def test_a_wrong_import_is_found(path, source, why):
 )
 def test_a_right_import_is_left_alone(path, source):
     assert violations(source, Path(path)) == []
+
+
+def seen_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below one, at any depth, without what only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from seen_at_run_time(child)
+
+
+def arrows(source: str, path: Path, operators: dict[str, str]) -> set[str]:
+    """The modules that a source asks for: by imports, inside functions too, and by the names of operators in strings.
+
+    Args:
+        source: read as the file `path`.
+        operators: the module that declares each operator of the namespace ``qloralab``, by its name.
+    """
+    found = set()
+    for node in seen_at_run_time(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {part for name in imported(node, path) for part in (name, name.rpartition(".")[0])}
+    for names in re.findall(r"torch\.ops\.qloralab\.(\w+)|qloralab::(\w+)", source):
+        found |= {operators[name] for name in names if name in operators}
+    return found & {*MODULES} - {module_name(path)}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that reach themselves."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    return [name for name in graph if name in reached(name)]
+
+
+def test_no_circle_of_imports():
+    operators = {
+        name: module.__name__
+        for module in (nf4_ops, lora_ops)
+        for name, value in vars(module).items()
+        if isinstance(value, CustomOpDef)
+    }
+    assert operators["linear"] == "qloralab.nf4.ops"
+    assert operators["adapted_linear"] == "qloralab.lora.ops"
+    graph = {module_name(path): arrows((ROOT / path).read_text(), path, operators) for path in sources(*ARROWS)}
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .reference import f",
+        "def f():\n    from . import reference",
+        "import qloralab.nf4.reference",
+        "y = torch.ops.qloralab.of_reference(x)",
+        "impl('qloralab::of_reference', 'CPU', f)",
+    ],
+)
+def test_a_circle_is_found(source, monkeypatch):
+    ours = {"qloralab.nf4.ops", "qloralab.nf4.reference"}
+    monkeypatch.setitem(globals(), "MODULES", [*ours])
+    of_ops = arrows(source, Path("nf4/ops.py"), {"of_reference": "qloralab.nf4.reference"})
+    graph = {"qloralab.nf4.ops": of_ops, "qloralab.nf4.reference": {"qloralab.nf4.ops"}}
+    assert sorted(circle(graph)) == sorted(ours)
+
+
+def test_what_only_type_checkers_see_is_no_arrow():
+    source = "if TYPE_CHECKING:\n    from .tensor import QuantizedTensor"
+    assert arrows(source, Path("nf4/ops.py"), {}) == set()
 
 
 def test_no_init_where_it_would_make_a_top_level_package():
