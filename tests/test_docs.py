@@ -1,4 +1,4 @@
-"""The pages: what their Python prints nobody promises, but that it runs; that links lead somewhere; that the map is complete."""
+"""The pages: their Python runs, their links lead somewhere, and the map of the code is complete."""
 
 from __future__ import annotations
 
