@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "nf4": set(),
-    "kernels": {"nf4"},
+    "kernels": {"lora", "nf4"},
     "optim": {"kernels"},
     "lora": {"nf4"},
     "qloralab": {"lora", "optim", "kernels", "nf4"},
