@@ -19,8 +19,8 @@ from torch import Tensor
 import qloralab as ql
 from benchmarks import peer
 from benchmarks.timing import copies
+from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import blockwise, processor
-from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 
@@ -139,7 +139,7 @@ class Problem:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """The right answer, float64; of an adapted layer y and the gradients of x, A and B. See ``nf4/adapter.py``."""
+        """The right answer, float64; of an adapted layer y and the gradients of x, A and B. See ``lora/ops.py``."""
         if self.operation != "adapted layer":
             return self.dense
         y, dx = self.dense

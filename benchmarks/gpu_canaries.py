@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_problem import relative_error
 from qloralab.kernels.gpu import choice
+from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import blockwise
-from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
+from qloralab.nf4.packed import BLOCK_SIZES
 
 if TYPE_CHECKING:
     from qloralab.kernels.gpu.packing import TiledWeight
@@ -118,7 +119,7 @@ def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[i
             levels = "8-bit scales" if double_quant else "float32 scales"
             run = functools.partial(_dequantize, shape=shape, dtype=dtype, double_quant=double_quant)
             yield Canary(f"dequantize {what}, {levels}", run)
-    for block_size in blockwise.BLOCK_SIZES:
+    for block_size in BLOCK_SIZES:
         run = functools.partial(_dequantize, shape=(127, 129), block_size=block_size)
         yield Canary(f"dequantize 127x129, blocks of {block_size}", run)
     for shape in shapes:

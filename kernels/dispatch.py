@@ -1,8 +1,8 @@
 """Which implementation serves an operator, and why; and in which dtype a device multiplies.
 
-Every operator of ``nf4/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in C, compiled at first
-use; on NVIDIA GPUs one in Triton (``gpu/self_check.py``). ``QLORALAB_CPU`` chooses. It is checked at the first use of a
-public name (``check_environment``), and read when the first operator runs:
+Every operator of ``nf4/ops.py`` and ``lora/ops.py`` has a reference in plain PyTorch. On CPUs there is a second one in
+C, compiled at first use; on NVIDIA GPUs one in Triton (``gpu/self_check.py``). ``QLORALAB_CPU`` chooses. It is checked
+at the first use of a public name (``check_environment``), and read when the first operator runs:
 
 =========  ============================================================================================
 auto       C where it compiles; otherwise one warning that says what to install, and the reference runs
@@ -27,9 +27,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
 from qloralab.nf4 import processor
+from qloralab.nf4.operator import Operator
 from qloralab.nf4.processor import compute_dtype as compute_dtype  # this is where one asks
 
 from .cpu.build import BuildError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "QLORALAB_CPU"
 MODES = ("auto", "native", "reference")
-# Operators that are functions of kernels/, not of nf4/ops.py.
+# Operators that are functions of kernels/, not declared in nf4/ and lora/.
 CHUNK_UPDATES = ("adamw", "adamw_8bit")
 
 _lock = threading.Lock()
@@ -211,10 +211,12 @@ def _operators() -> list[str]:
 
 
 def _declared() -> list[str]:
-    """The operators of nf4/ops.py."""
+    """The operators of nf4/ops.py and lora/ops.py, in the order of those files."""
+    from qloralab.lora import ops as lora_ops
     from qloralab.nf4 import ops
 
-    return [name for name, value in vars(ops).items() if isinstance(value, CustomOpDef)]
+    every = {**vars(ops), **vars(lora_ops)}
+    return [name for name, value in every.items() if isinstance(value, Operator)]
 
 
 def _has_cpu_kernel(name: str) -> bool:

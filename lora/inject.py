@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 from qloralab.nf4.codebook import Codebook
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.own_memory import own_memory_
-from qloralab.nf4.tensor import DTYPES, quantize
+from qloralab.nf4.packed import DTYPES
+from qloralab.nf4.tensor import quantize
 
 from .config import LoraConfig, ends_with
 from .dense_shares import LOGGER, log_dense, output_heads

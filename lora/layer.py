@@ -6,11 +6,11 @@ A starts Kaiming-uniform and B at zero, so that training starts from the base mo
 their updates are small against their values; the products are taken in the dtype of the layer's output, usually
 bfloat16. PEFT takes them in float32 instead and so copies each input to float32.
 
-On a quantized base, all of it is one operator, ``adapted_linear`` of ``nf4/ops.py``; the base's own ``forward`` does
+On a quantized base, all of it is one operator, ``adapted_linear`` of ``ops.py``; the base's own ``forward`` does
 not run. On a dense base the gradients are written out here in the same way: backward keeps the input itself, which
 others keep too, and not a second, dropped-out one.
 
-Dropout is a function of a seed (see ``nf4/adapter.py``). The seed is drawn for each call from torch's default
+Dropout is a function of a seed (see ``dropout.py``). The seed is drawn for each call from torch's default
 generator, so that gradient checkpointing draws it again.
 """
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qloralab.nf4 import ops
 from qloralab.nf4.linear import QuantizedLinear
-from qloralab.nf4.product import addmm, matmul, reshaped
+from qloralab.nf4.product import addmm, matmul, reshaped, rows
 from qloralab.nf4.tensor import converted
 
+from . import ops
 from .config import LoraConfig
 
 Linear = nn.Linear | QuantizedLinear
@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
         bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
         adapter = self.lora_A, self.lora_B, self.config.scaling
         x_and_weight = converted(x, base.compute_dtype), *base.weight.operands()
-        y, _ = ops.call(ops.adapted_linear, *x_and_weight, bias, *adapter, p, seed)
+        y, _ = ops.adapted_linear(*x_and_weight, bias, *adapter, p, seed)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -133,27 +133,23 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor) -> Tensor:
-        h = matmul(_rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
+        h = matmul(rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
         ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
-        return reshaped(addmm(_rows(y), h, B.T, alpha=scaling), y.shape)
+        return reshaped(addmm(rows(y), h, B.T, alpha=scaling), y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (dy,) = grads
         x, A, B, h, seed = ctx.saved_tensors
-        grad = _rows(dy)
+        grad = rows(dy)
         G = matmul(grad, B).mul_(ctx.scaling)
         dB = matmul(grad.T, h).mul_(ctx.scaling)
-        dA = matmul(G.T, _rows(_dropped(x, seed, ctx.p)))
+        dA = matmul(G.T, rows(_dropped(x, seed, ctx.p)))
         dx = _dropped(matmul(G, A).view(x.shape), seed, ctx.p) if ctx.needs_input_grad[1] else None
         return dy, dx, dA, dB, None, None, None
 
 
 def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return ops.dropout(x, seed, p) if p else x
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

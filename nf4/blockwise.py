@@ -28,8 +28,6 @@ from torch.nn.functional import pad
 
 from .codebook import decision_table
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny  # 2**-126
 
 

@@ -23,8 +23,7 @@ from torch.nn.functional import pad
 
 from .blockwise import divide, in_blocks, nearest
 from .codebook import dynamic_map
-
-BLOCK_SIZE = 256
+from .packed import SCALES_PER_BLOCK, Packed
 
 _MAP = dynamic_map()
 
@@ -41,7 +40,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         offset: float32 [], the mean of absmax (0 when there is none).
     """
     offset = absmax.double().mean().float() if len(absmax) else absmax.new_zeros(())
-    residual = in_blocks(absmax - offset, BLOCK_SIZE)
+    residual = in_blocks(absmax - offset, SCALES_PER_BLOCK)
     absmax2 = residual.abs().amax(dim=1)
     codes = nearest(divide(residual, absmax2[:, None]), _MAP.to(absmax.device))
     return codes.flatten()[: len(absmax)], absmax2, offset
@@ -59,5 +58,12 @@ def dequantize_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
         float32 [blocks].
     """
     values = _MAP.to(codes.device).index_select(0, codes.int())
-    blocks = pad(values, (0, -len(codes) % BLOCK_SIZE)).view(len(absmax2), BLOCK_SIZE)
+    blocks = pad(values, (0, -len(codes) % SCALES_PER_BLOCK)).view(len(absmax2), SCALES_PER_BLOCK)
     return ((blocks * absmax2[:, None]).flatten() + offset)[: len(codes)]
+
+
+def absmax(weight: Packed) -> Tensor:
+    """The scales of a weight, decoded where they are quantized: float32 [blocks]."""
+    if weight.absmax2 is None or weight.offset is None:
+        return weight.scales
+    return dequantize_scales(weight.scales, weight.absmax2, weight.offset)

@@ -4,12 +4,18 @@ On a processor that multiplies bfloat16 PyTorch adds the products up in float32 
 not, it does the same, 10 to 70 times slower than in float32 (``processor.py``). There the matrices are widened, which
 is exact, multiplied in float32 and rounded once: the same result but for the order of the sums.
 
-Raises RuntimeError where PyTorch does: for sizes and dtypes that do not fit.
+The products are taken in the dtype of the operands under ``torch.autocast`` too: a quantized layer has a compute dtype
+of its own, and the operators promise results and gradients of it.
+
+Each raises RuntimeError where PyTorch does: for sizes and dtypes that do not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +23,24 @@ from torch.nn import functional as F
 
 from .processor import emulates
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
+
+def without_autocast(function: Callable[Concatenate[Tensor, _P], _R]) -> Callable[Concatenate[Tensor, _P], _R]:
+    """Run a function with autocast off for the device of its first argument, a tensor."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """A b, in the dtype of both: [..., m, k] and [k, n] -> [..., m, n]."""
     if not emulates(a):
@@ -26,6 +49,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (wide_a @ wide_b).to(a.dtype)
 
 
+@without_autocast
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W' + bias, all of one dtype: [..., K] and [N, K] -> [..., N]."""
     if not emulates(x):
@@ -34,12 +58,18 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(*_widened(x, W, *([] if bias is None else [bias]))).to(x.dtype)
 
 
+@without_autocast
 def addmm(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """Y + alpha * a b, all of one dtype: [m, n], [m, k] and [k, n] -> [m, n]."""
     if not emulates(y):
         return y.addmm(a, b, alpha=alpha)
     wide_y, wide_a, wide_b = _widened(y, a, b)
     return wide_y.addmm_(wide_a, wide_b, alpha=alpha).to(y.dtype)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., K] -> [tokens, K]; tokens is the product of the sizes before K."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blockwise import BLOCK_SIZES, is_packed, unpack
+from .blockwise import is_packed, unpack
 from .codebook import CUSTOM, Codebook, codebook_values, custom
-from .double_quant import dequantize_scales
+from .double_quant import absmax, dequantize_scales
 from .files import bitsandbytes_layout
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .packed import BLOCK_SIZES, DTYPES, Packed
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -28,16 +27,9 @@ class QuantizedTensor:
     tensors; files hold it as the tensors of ``to_bitsandbytes``, never as a pickle, which would tie them to this class.
 
     Attributes:
-        packed: uint8 [(numel + 1) // 2, 1]; two codes a byte in row-major order, the first in the high nibble. Codes of
-            other than 4 bits take a byte each: [numel, 1].
-        scales: the scale of each block: float32 [blocks], or uint8 [blocks] when the scales are quantized too.
-        absmax2: float32 [ceil(blocks / 256)], the second-level scales, or None.
-        offset: float32 [], the mean that was subtracted from the scales, or None.
-        values: float32 [2**bits], the codebook in the order of the codes; a user's own may have fewer.
-        shape: of the weight.
+        packed, scales, absmax2, offset, values, shape, block_size: see ``Packed``.
         dtype: of the weight that was quantized; ``dequantize`` returns it.
         codebook: name of the codebook; "custom" for one that the user gave.
-        block_size: consecutive weights that share a scale.
     """
 
     packed: Tensor
@@ -63,9 +55,7 @@ class QuantizedTensor:
 
     def absmax(self) -> Tensor:
         """The scales, decoded: float32 [blocks]."""
-        if self.absmax2 is None or self.offset is None:
-            return self.scales
-        return dequantize_scales(self.scales, self.absmax2, self.offset)
+        return absmax(self.operands())
 
     def codes(self) -> Tensor:
         """The codes, one an element: int32, the shape of the weight. ``values[codes()]`` is the weight without its
@@ -73,9 +63,9 @@ class QuantizedTensor:
         codes = unpack(self.packed, self.numel()) if is_packed(self.values) else self.packed.flatten()
         return codes.int().view(self.shape)
 
-    def operands(self):
-        """The weight as the operators of ``nf4/ops.py`` take it."""
-        return self.packed, self.scales, self.absmax2, self.offset, self.values, self.shape, self.block_size
+    def operands(self) -> Packed:
+        """The weight as the operators take it."""
+        return Packed(self.packed, self.scales, self.absmax2, self.offset, self.values, self.shape, self.block_size)
 
     @property
     def double_quant(self) -> bool:
@@ -298,7 +288,7 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
-    return ops.call(ops.linear, x, *weight.operands(), bias)
+    return ops.linear(x, *weight.operands(), bias)
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:

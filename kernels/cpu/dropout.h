@@ -1,4 +1,4 @@
-/* Which elements dropout drops: a function of the seed, the row and the column, defined in nf4/adapter.py.
+/* Which elements dropout drops: a function of the seed, the row and the column, defined in lora/dropout.py.
 
    A row of K elements has 8 * ceil(K / 32) words of 64 random bits (splitmix64 of a counter); a word serves four
    neighbours, 16 bits each. So 32 elements take one vector of eight words. */

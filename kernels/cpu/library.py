@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
+from qloralab.nf4.packed import Packed
 from qloralab.nf4.processor import cpu_features
 
 from ..adamw import Rates
@@ -135,7 +136,7 @@ class Library:
         )
 
     def dropout(self, x: Tensor, seed: int, threshold: int, scale: float, out: Tensor) -> None:
-        """x [rows, columns] -> out; see ``nf4/adapter.py``."""
+        """x [rows, columns] -> out; see ``lora/ops.py``."""
         rows, columns = x.shape
         self._c.qloralab_dropout(
             x.data_ptr(), DTYPES[x.dtype], rows, columns, seed, threshold, scale, out.data_ptr(), threads()
@@ -231,19 +232,12 @@ class Library:
         return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
 
-def weight_of(
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-) -> Weight:
-    """The operands of nf4's operators, contiguous, as the C sees them. The tensors must outlive it.
+def weight_of(weight: Packed) -> Weight:
+    """The operands of a weight, contiguous, as the C sees them. The tensors must outlive it.
 
     A weight that is no matrix is one row.
     """
+    packed, scales, absmax2, offset, values, shape, block_size = weight
     rows, columns = shape if len(shape) == 2 else (1, math.prod(shape))
     return Weight(
         packed.data_ptr(), scales.data_ptr(), _address(absmax2), _address(offset), _MAP.data_ptr(), values.data_ptr(),

@@ -1,4 +1,4 @@
-"""The operators of ``nf4/ops.py`` on CPUs: which C function serves which case, and the reference for the rest.
+"""The operators on CPUs: which C function serves which case, and the reference for the rest.
 
 Importing this module registers them. Nothing is compiled before the first call.
 
@@ -36,52 +36,32 @@ bfloat16, widened    1536 x 576   0.81    0.75    1.08    1.10
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import impl
-from torch.nn import functional as F
 
-from qloralab.nf4 import ops, reference
-from qloralab.nf4.adapter import rate
-from qloralab.nf4.autocast import without_autocast
-from qloralab.nf4.blockwise import BLOCK_SIZES
-from qloralab.nf4.double_quant import BLOCK_SIZE
+from qloralab.lora import ops as lora_ops
+from qloralab.lora.dropout import rate, threshold
+from qloralab.nf4 import ops, product
+from qloralab.nf4.packed import BLOCK_SIZES, DTYPES, SCALES_PER_BLOCK, Packed, has_16_values
 from qloralab.nf4.processor import emulates
 
 from .. import dispatch
-from .library import DTYPES, FEW_TOKENS, Library, Weight, has_matrix_unit, weight_of
+from ..operands import is_adapted, is_product
+from .library import FEW_TOKENS, Library, Weight, has_matrix_unit, weight_of
 
 PANEL_BYTES = 4 << 20
 ONE_PASS = FEW_TOKENS // 2  # few_tokens.c goes twice over the weight for more
 LARGE = 1 << 22  # weights
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
-def _serves(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Register a function as the CPU's implementation of an operator.
-
-    Directly, not by the operator's own ``register_kernel``, which looks at every call whether a result is an argument:
-    that takes as long as a small product.
-    """
-    assert hasattr(ops, name)
-
-    def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        impl(f"qloralab::{name}", "CPU", function)
-        return function
-
-    return register
-
-
-@_serves("quantize_blockwise")
+@ops.quantize_blockwise.on("CPU")
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """``quantize.c``."""
     library = dispatch.native()
-    if library is None or weight.dtype not in DTYPES or block_size not in BLOCK_SIZES or not _is_codebook(values):
-        return reference.quantize_blockwise(weight, values, block_size)
+    if library is None or weight.dtype not in DTYPES or block_size not in BLOCK_SIZES or not has_16_values(values):
+        return ops.quantize_blockwise.reference(weight, values, block_size)
     numel = weight.numel()
     packed = torch.empty((numel + 1) // 2, 1, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device="cpu")
@@ -89,84 +69,60 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
     return packed, absmax
 
 
-@_serves("quantize_scales")
+@ops.quantize_scales.on("CPU")
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``quantize.c``. The mean is torch's, so that it is the reference's to the last bit."""
     library = dispatch.native()
     if library is None or not len(absmax):
-        return reference.quantize_scales(absmax)
+        return ops.quantize_scales.reference(absmax)
     offset = absmax.double().mean().float()
     codes = torch.empty(len(absmax), dtype=torch.uint8, device="cpu")
-    absmax2 = torch.empty(-(-len(absmax) // BLOCK_SIZE), dtype=torch.float32, device="cpu")
+    absmax2 = torch.empty(-(-len(absmax) // SCALES_PER_BLOCK), dtype=torch.float32, device="cpu")
     library.quantize_scales(absmax.contiguous(), offset.item(), codes, absmax2)
     return codes, absmax2, offset
 
 
-@_serves("dequantize")
-def dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@ops.dequantize.on("CPU")
+def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     """``dequantize.c``."""
-    operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    weight = _weight(operands, dtype) if library else None
-    if library is None or weight is None:
-        return reference.dequantize(*operands, dtype)
-    out = torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    library.dequantize(weight, range(weight.rows), range(weight.columns), out)
+    if library is None or not weight.is_regular(dtype):
+        return ops.dequantize.reference(*weight, dtype)
+    out = torch.empty(tuple(weight.shape), dtype=dtype, device="cpu")
+    W = weight_of(weight)
+    library.dequantize(W, range(W.rows), range(W.columns), out)
     return out
 
 
-@_serves("dropout")
+@lora_ops.dropout.on("CPU")
 def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """``dropout.c``."""
     library = dispatch.native()
     if library is None or x.dtype not in DTYPES:
-        return reference.dropout(x, seed, p)
+        return lora_ops.dropout.reference(x, seed, p)
     out = x.new_empty(x.shape)
-    library.dropout(_rows(x), int(seed), _threshold(p), 1 / (1 - rate(p)), out)
+    library.dropout(_rows(x), int(seed), threshold(p), 1 / (1 - rate(p)), out)
     return out
 
 
-@_serves("linear")
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    bias: Tensor | None,
-) -> Tensor:
+@ops.linear.on("CPU")
+def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """``few_tokens.c``, ``product.h``, or panels."""
-    operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    weight = _weight(operands, x.dtype) if library else None
-    if library is None or weight is None or len(shape) != 2 or not _fits(x, shape[1], bias, shape[0]):
-        return reference.linear(x, *operands, bias)
-    N, K = shape
-    x = x.contiguous()
+    if library is None or not is_product(x, weight, bias):
+        return ops.linear.reference(x, *weight, bias)
+    (N, K), tokens = weight.shape, math.prod(x.shape[:-1])
+    x, W = x.contiguous(), weight_of(weight)
     y = x.new_empty((*x.shape[:-1], N))
-    tokens = math.prod(x.shape[:-1])
     if _is_few(library, x, tokens, N * K):
-        library.linear_few(weight, x, _contiguous(bias), y)
+        library.linear_few(W, x, _contiguous(bias), y)
     elif _is_for_torch(library, x):
-        _linear_by_panels(x.view(tokens, K), library, weight, bias, y.view(tokens, N))
+        _linear_by_panels(x.view(tokens, K), library, W, bias, y.view(tokens, N))
     else:
-        library.adapted_linear(weight, x.view(tokens, K), _contiguous(bias), y)
+        library.adapted_linear(W, x.view(tokens, K), _contiguous(bias), y)
     return y
 
 
-@without_autocast
 def _linear_by_panels(x: Tensor, library: Library, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """x [tokens, K] -> y [tokens, N]."""
     K = x.shape[1]
@@ -174,168 +130,60 @@ def _linear_by_panels(x: Tensor, library: Library, weight: Weight, bias: Tensor 
         W = x.new_empty(len(panel), K)
         library.dequantize(weight, panel, range(K), W)
         part = slice(panel.start, panel.stop)
-        y[:, part] = F.linear(x, W, None if bias is None else bias[part])
+        y[:, part] = product.linear(x, W, None if bias is None else bias[part])
 
 
-@_serves("linear_grad_input")
-@without_autocast
-def linear_grad_input(
-    grad: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-) -> Tensor:
+@ops.linear_grad_input.on("CPU")
+def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     """``product.h``, or panels of columns, whose sums are whole."""
-    operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    weight = _weight(operands, grad.dtype) if library else None
-    if library is None or weight is None or len(shape) != 2 or not _fits(grad, shape[0]):
-        return reference.linear_grad_input(grad, *operands)
-    rows = _rows(grad)
-    dx = grad.new_empty((*grad.shape[:-1], shape[1]))
+    if library is None or not weight.meets(grad, 0):
+        return ops.linear_grad_input.reference(grad, *weight)
+    N, K = weight.shape
+    packed, rows = weight_of(weight), _rows(grad)
+    dx = grad.new_empty((*grad.shape[:-1], K))
     if not _is_for_torch(library, grad):
-        library.adapted_linear_backward(weight, rows, dx)
-    else:
-        for panel in _panels(shape[1], shape[0] * grad.itemsize):
-            W = grad.new_empty(shape[0], len(panel))
-            library.dequantize(weight, range(shape[0]), panel, W)
-            dx.view(len(rows), shape[1])[:, panel.start : panel.stop] = rows @ W
+        library.adapted_linear_backward(packed, rows, dx)
+        return dx
+    for panel in _panels(K, N * grad.itemsize):
+        W = grad.new_empty(N, len(panel))
+        library.dequantize(packed, range(N), panel, W)
+        dx.view(len(rows), K)[:, panel.start : panel.stop] = product.matmul(rows, W)
     return dx
 
 
-@_serves("adapted_linear")
+@lora_ops.adapted_linear.on("CPU")
 def adapted_linear(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor,
+    x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, *dropout: Any
 ) -> tuple[Tensor, Tensor]:
     """``product.h``; otherwise the reference, on the operators above."""
-    operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    weight = _weight(operands, x.dtype) if library else None
-    if (
-        library is None
-        or weight is None
-        or _is_for_torch(library, x)
-        or not _fits(x, shape[1], bias, shape[0])
-        or not _is_adapter(A, B, shape)
-    ):
-        return reference.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
+    if library is None or _is_for_torch(library, x) or not is_adapted(x, weight, A, B, bias):
+        return lora_ops.adapted_linear.reference(x, *weight, bias, A, B, *dropout)
     rows = _rows(x)
-    y, h = x.new_empty((*x.shape[:-1], shape[0])), x.new_empty(len(rows), len(A))
-    library.adapted_linear(
-        weight, rows, _contiguous(bias), y.view(len(rows), shape[0]), A.contiguous(), B.contiguous(), h,
-        *_dropout_arguments(scaling, p, seed),
-    )  # fmt: skip
+    y, h = x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(len(rows), len(A))
+    matrices = A.contiguous(), B.contiguous(), h
+    library.adapted_linear(weight_of(weight), rows, _contiguous(bias), y, *matrices, *_dropout_arguments(*dropout))
     return y, h
 
 
-@_serves("adapted_linear_backward")
+@lora_ops.adapted_linear_backward.on("CPU")
 def adapted_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    h: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    values: Tensor,
-    shape: Sequence[int],
-    block_size: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor,
+    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor,
     needs_input: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``product.h``; otherwise the reference, on the operators above."""
-    operands = packed, scales, absmax2, offset, values, shape, block_size
     library = dispatch.native()
-    weight = _weight(operands, x.dtype) if library else None
-    if (
-        library is None
-        or weight is None
-        or _is_for_torch(library, x)
-        or not _fits(x, shape[1])
-        or not _is_adapter(A, B, shape)
-        or not (grad.dtype == h.dtype == x.dtype and grad.shape == (*x.shape[:-1], shape[0]))
-        or h.shape != (math.prod(x.shape[:-1]), len(A))
-    ):
-        return reference.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, needs_input)
-    rows = _rows(x)
+    if library is None or _is_for_torch(library, x) or not is_adapted(x, weight, A, B, grad=grad, h=h):
+        return lora_ops.adapted_linear_backward.reference(grad, x, h, *weight, A, B, scaling, p, seed, needs_input)
     A, B = A.contiguous(), B.contiguous()
     dx = x.new_empty(x.shape if needs_input else 0)
     dA, dB = torch.empty_like(A), torch.empty_like(B)
     library.adapted_linear_backward(
-        weight, _rows(grad), dx if needs_input else None, rows, h.contiguous(), A, B, dA, dB,
+        weight_of(weight), _rows(grad), dx if needs_input else None, _rows(x), h.contiguous(), A, B, dA, dB,
         *_dropout_arguments(scaling, p, seed),
     )  # fmt: skip
     return dx, dA, dB
-
-
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
-
-
-def _weight(operands: Operands, dtype: torch.dtype) -> Weight | None:
-    """The weight as the C takes it, or None when it is not what ``quantize`` makes and files hold.
-
-    The C itself checks nothing. (This runs for every layer and token, hence ``numel`` and no loops.)
-    """
-    packed, scales, absmax2, offset, values, shape, block_size = operands
-    numel = math.prod(shape)
-    blocks = -(-numel // block_size)
-    if (
-        dtype not in DTYPES
-        or block_size not in BLOCK_SIZES
-        or not _is_codebook(values)
-        or numel == 0
-        or packed.dtype != torch.uint8
-        or packed.numel() != (numel + 1) // 2
-        or scales.dtype != (torch.float32 if absmax2 is None else torch.uint8)
-        or scales.numel() != blocks
-        or not (packed.is_contiguous() and scales.is_contiguous())
-    ):
-        return None
-    if absmax2 is not None and (
-        offset is None
-        or not (absmax2.dtype == offset.dtype == torch.float32)
-        or offset.numel() != 1
-        or absmax2.numel() != -(-blocks // BLOCK_SIZE)
-        or not absmax2.is_contiguous()
-    ):
-        return None
-    return weight_of(packed, scales, absmax2, offset, values, shape, block_size)
-
-
-def _is_codebook(values: Tensor) -> bool:
-    return values.dtype == torch.float32 and values.numel() == 16 and values.is_contiguous()
-
-
-def _fits(x: Tensor, width: int, bias: Tensor | None = None, length: int = 0) -> bool:
-    """Whether x is [..., width] and the bias, of the dtype of x, [length]. If not, the reference says what is wrong."""
-    return x.shape[-1:] == (width,) and (bias is None or (bias.shape == (length,) and bias.dtype == x.dtype))
-
-
-def _is_adapter(A: Tensor, B: Tensor, shape: Sequence[int]) -> bool:
-    """Whether A and B are a float32 adapter of a weight of this shape; the reference takes other dtypes too."""
-    N, K = shape
-    return A.dtype == B.dtype == torch.float32 and A.shape[1:] == (K,) and B.shape == (N, len(A))
 
 
 def _is_few(library: Library, x: Tensor, tokens: int, numel: int) -> bool:
@@ -351,12 +199,8 @@ def _is_for_torch(library: Library, x: Tensor) -> bool:
 
 def _dropout_arguments(scaling: float, p: float, seed: Tensor) -> tuple[float, int, int]:
     """The factor of h, the threshold and the seed."""
-    threshold = _threshold(p)
-    return scaling / (1 - rate(p)), threshold, int(seed) if threshold else 0
-
-
-def _threshold(p: float) -> int:
-    return round(rate(p) * 65536)
+    limit = threshold(p)
+    return scaling / (1 - rate(p)), limit, int(seed) if limit else 0
 
 
 def _panels(length: int, bytes_each: int) -> list[range]:

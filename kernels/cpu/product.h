@@ -1,4 +1,4 @@
-/* The products of an adapted 4-bit linear layer (QLoRA, equation 5; the formulas of nf4/adapter.py):
+/* The products of an adapted 4-bit linear layer (QLoRA, equation 5; the formulas of lora/ops.py):
 
        forward    h  = s keep(x) A'              backward    G  = s dy B
                   y  = x W' + h B' + bias                    dx = dy W + keep(G A)

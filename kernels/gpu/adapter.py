@@ -1,4 +1,4 @@
-"""The products of an adapter with x and with its gradient, dropout inside; see ``nf4/adapter.py`` for the definition::
+"""The products of an adapter with x and with its gradient, dropout inside; see ``lora/ops.py`` for the definition::
 
     project           h  = factor * (x∘keep) A'        [tokens, r]      x is read once
     grad_A            dA = G' (x∘keep)                 [r, K]           x is read once

@@ -1,4 +1,4 @@
-"""The dropout mask of ``nf4/adapter.py`` inside a kernel: made from the seed where it is used, never stored.
+"""The dropout mask of ``lora/dropout.py`` inside a kernel: made from the seed where it is used, never stored.
 
 Element (m, k) of x [tokens, K] is kept where 16 bits of a hashed counter are at least the threshold::
 
@@ -28,20 +28,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qloralab.nf4.adapter import rate
+from qloralab.lora.dropout import threshold as threshold  # the argument ``threshold`` of the kernels
 
 _G = tl.constexpr(0x9E3779B97F4A7C15)
 _FIRST = tl.constexpr(0xBF58476D1CE4E5B9)
 _SECOND = tl.constexpr(0x94D049BB133111EB)
-
-
-def threshold(p: float) -> int:
-    """Of 65536, what is dropped: the argument ``threshold`` of the kernels; 0 where nothing is.
-
-    Args:
-        p: in [0, 1).
-    """
-    return round(rate(p) * 65536)
 
 
 def row_words(columns: int) -> int:

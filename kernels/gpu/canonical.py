@@ -8,7 +8,7 @@ cross rows, any 16 values, x in float32, bfloat16 or float16. They repack nothin
     dX^T = W'^T dY^T     a program has COLUMNS of W and steps along N
 
 **The weights are the definition's**, bit for bit: the float32 product of value and scale, rounded once to the dtype of
-x (``nf4/reference.py``). So they may stand beside ``two_pass.py`` in one layer: forward and backward multiply by the
+x (``nf4/ops.py``). So they may stand beside ``two_pass.py`` in one layer: forward and backward multiply by the
 same W' whichever of the two serves them. Sums are float32; one rounding of the result follows.
 
 **A segment** is what is decoded at a time: 64 weights of a row, or 32. A block has 32 weights or more, so a segment

@@ -49,14 +49,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qloralab.nf4 import packed
 from qloralab.nf4.codebook import dynamic_map
-from qloralab.nf4.double_quant import BLOCK_SIZE
 
 from ..offline import Case
 from .rounding import round_to
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
-SCALES_PER_BLOCK = tl.constexpr(BLOCK_SIZE)  # of the second level
+SCALES_PER_BLOCK = tl.constexpr(packed.SCALES_PER_BLOCK)  # of the second level
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A packed weight in full, bit for bit that of ``nf4/reference.py``.
+    """A packed weight in full, bit for bit that of ``nf4/ops.py``.
 
     What it is given, ``operators.py`` has checked. Loads and stores are 16 bytes wide where the tensors begin at a
     multiple of 16 bytes and the counts of weights and of bytes are multiples of 16; everything else is correct, and

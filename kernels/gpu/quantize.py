@@ -53,7 +53,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qloralab.nf4.codebook import decision_table, dynamic_map
-from qloralab.nf4.double_quant import BLOCK_SIZE as SCALES_PER_BLOCK
+from qloralab.nf4.packed import SCALES_PER_BLOCK
 
 from ..offline import Case
 from .rounding import to_float32

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qloralab.lora.dropout import keep_mask
 from qloralab.nf4 import blockwise, double_quant
-from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import codebook_values
 
 from ..dispatch import warn

@@ -3,7 +3,7 @@
 For a weight [N, K] and M tokens the first pass moves 2.52 bytes a weight (0.52 read, 2 written, in bfloat16) and the
 second is the product that an unquantized layer has. The price over that layer is the first pass: 335/M of the product
 on an H100 (``choice.py``), 8 % at 4,096 tokens, and all of the time at 16. Both directions multiply by the same bits,
-which are the definition's (``nf4/reference.py``), so the gradient is exactly that of the forward that ran.
+which are the definition's (``nf4/ops.py``), so the gradient is exactly that of the forward that ran.
 
 **An adapter** adds h B' to y, and keep∘(G A) to dx. Here the result starts as that term, which one small product
 writes, and cuBLAS adds the large one to it (beta = 1), so nothing passes over the result once the product is there. In

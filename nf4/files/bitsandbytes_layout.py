@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..blockwise import BLOCK_SIZES, is_packed, packed_bytes
+from ..blockwise import is_packed, packed_bytes
 from ..codebook import CODEBOOKS, CUSTOM, codebook_values, custom, dynamic_map
-from ..double_quant import BLOCK_SIZE as SCALES_PER_BLOCK
+from ..packed import BLOCK_SIZES, SCALES_PER_BLOCK
 from .errors import FormatError
 from .json_file import parse_object
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qloralab.nf4 import ops
 from qloralab.nf4.blockwise import divide, in_blocks, nearest, unpack
 from qloralab.nf4.codebook import codebook_values, dynamic_map
-from qloralab.nf4.double_quant import BLOCK_SIZE
+from qloralab.nf4.packed import SCALES_PER_BLOCK
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 from . import peer
@@ -143,13 +143,13 @@ def _compare_second_level(rows: Rows, where: str, sample: Sample, absmax: Tensor
 def _compare_second_level_codes(row: Row, sample: Sample, residual: Tensor, nested: Any) -> None:
     """The codes that we choose for their residuals under their scales, by what they stand for in float64."""
     absmax2 = nested.state2.absmax
-    ours = nearest(divide(in_blocks(residual, BLOCK_SIZE), absmax2[:, None]), dynamic_map())
+    ours = nearest(divide(in_blocks(residual, SCALES_PER_BLOCK), absmax2[:, None]), dynamic_map())
     ours, theirs = ours.flatten()[: len(residual)].long(), nested.absmax.long()
     at = (ours != theirs).nonzero().flatten()
     if not len(at):
         row.add(sample, len(residual))
         return
-    scale, values = absmax2.double()[at // BLOCK_SIZE], dynamic_map().double()
+    scale, values = absmax2.double()[at // SCALES_PER_BLOCK], dynamic_map().double()
     a, b = ours[at], theirs[at]
     off_a, off_b = ((values[codes] * scale - residual[at].double()).abs() for codes in (a, b))
     closer = off_a <= off_b + _ROUNDING * scale

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.packed import BLOCK_SIZES
 
 from ..errors import UserError
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qloralab.lora.config import LoraConfig
+from qloralab.lora.dropout import rate
 from qloralab.lora.layer import LoRALinear
-from qloralab.nf4.adapter import rate
 from qloralab.nf4.linear import QuantizedLinear
 
 K, N, R = 65, 63, 7  # inputs, outputs, rank

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import dynamic_map, normal_float, thresholds
+from qloralab.nf4.packed import BLOCK_SIZES
 
 NF4 = normal_float(4)
 SIZES = (0, 1, 2, 63, 64, 65, 127, 1000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-block_sizes = pytest.mark.parametrize("block_size", blockwise.BLOCK_SIZES)
+block_sizes = pytest.mark.parametrize("block_size", BLOCK_SIZES)
 
 # Mean and standard deviation of one draw's mean error, N(0, 1) 1024x1024: bitsandbytes' own, over 200 draws.
 # block size: (mean |error|, sigma, mean |error| / |x|, sigma)

@@ -15,13 +15,14 @@ from qloralab import QuantizedTensor, linear, quantize
 from qloralab.kernels import dispatch
 from qloralab.nf4 import double_quant
 from qloralab.nf4.blockwise import divide, nearest
+from qloralab.nf4.packed import SCALES_PER_BLOCK
 
 pytestmark = pytest.mark.slow
 
 N, K = 46_341, 46_343  # odd; rows begin anywhere in a block
 NUMEL = N * K  # 2**31 + 97,315
 PERIOD = 1_000_003
-GROUP = 64 * double_quant.BLOCK_SIZE  # weights under one second-level scale
+GROUP = 64 * SCALES_PER_BLOCK  # weights under one second-level scale
 MEMORY = (
     6_200_000_000  # bytes: the weight in bfloat16, its codes, its scales in float32 and, for their mean, in float64
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
 from qloralab.nf4.codebook import normal_float
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
@@ -90,7 +91,7 @@ def test_opcheck_linear_grad_input(dtype, double_quant):
 @dropouts
 def test_opcheck_dropout(dtype, p):
     for x in (torch.randn(3, K), torch.randn(K), torch.randn(K, 4).t(), torch.randn(2, 0, K)):
-        torch.library.opcheck(ops.dropout, (x.to(dtype).requires_grad_(), SEED, p))
+        torch.library.opcheck(lora_ops.dropout, (x.to(dtype).requires_grad_(), SEED, p))
 
 
 @dropouts_of_dtypes
@@ -100,7 +101,7 @@ def test_opcheck_adapted_linear(dtype, bias, p):
     b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
     for x in (torch.randn(3, K), torch.randn(K), torch.randn(2, K, 3).transpose(1, 2), torch.randn(0, K)):
         leaf = x.to(dtype).requires_grad_()
-        torch.library.opcheck(ops.adapted_linear, (leaf, *weight, b, *adapter_of(), 2.0, p, SEED))
+        torch.library.opcheck(lora_ops.adapted_linear, (leaf, *weight, b, *adapter_of(), 2.0, p, SEED))
 
 
 @dropouts_of_dtypes
@@ -111,7 +112,8 @@ def test_opcheck_adapted_linear_backward(dtype, p, needs_input):
         x, h = torch.randn(*rows, K, dtype=dtype), torch.randn(int(np.prod(rows)), 5, dtype=dtype)
         for grad in (torch.randn(*rows, N, dtype=dtype), torch.ones((), dtype=dtype).expand(*rows, N)):
             torch.library.opcheck(
-                ops.adapted_linear_backward, (grad, x, h, *weight, A.detach(), B.detach(), 2.0, p, SEED, needs_input)
+                lora_ops.adapted_linear_backward,
+                (grad, x, h, *weight, A.detach(), B.detach(), 2.0, p, SEED, needs_input),
             )
 
 
@@ -280,14 +282,14 @@ def test_adapted_linear_compiles_to_one_graph_with_its_backward(dtype, bias, p):
     b = torch.randn(N, dtype=dtype) if bias else None
 
     def function(x, b, A, B):
-        return ops.adapted_linear(x * 2, *weight.operands(), b, A, B, 2.0, p, SEED)[0].relu()
+        return lora_ops.adapted_linear(x * 2, *weight.operands(), b, A, B, 2.0, p, SEED)[0].relu()
 
     assert_compiles(function, torch.randn(2, 3, K, dtype=dtype), b, *adapter_of())
 
 
 @dtypes
 def test_dropout_compiles_to_one_graph_with_its_backward(dtype):
-    assert_compiles(lambda x: ops.dropout(x * 2, SEED, 0.3).relu(), torch.randn(3, K, dtype=dtype))
+    assert_compiles(lambda x: lora_ops.dropout(x * 2, SEED, 0.3).relu(), torch.randn(3, K, dtype=dtype))
 
 
 @pytest.mark.slow
@@ -297,7 +299,7 @@ def test_compiles_with_inductor():
 
     def function(x, b, A, B):
         y = linear(x * 2, weight, b).relu()
-        return y + ops.adapted_linear(x, *weight.operands(), b, A, B, 2.0, 0.3, SEED)[0].relu()
+        return y + lora_ops.adapted_linear(x, *weight.operands(), b, A, B, 2.0, 0.3, SEED)[0].relu()
 
     inputs = torch.randn(4, K), torch.randn(N), *adapter_of()
     compiled, eager = compiled_and_eager("inductor", function, *inputs)
@@ -307,9 +309,9 @@ def test_compiles_with_inductor():
 
 def test_a_call_without_a_gradient_is_the_operator():
     q, x = quantize(torch.randn(96, 128)), torch.randn(3, 128)
-    y = ops.call(ops.linear, x, *q.operands(), None)
+    y = ops.linear(x, *q.operands(), None)
     assert not y.requires_grad
-    assert torch.equal(y, ops.linear(x, *q.operands(), None))
+    assert torch.equal(y, torch.ops.qloralab.linear(x, *q.operands(), None))
     assert not y.is_inference()  # it may be used where a gradient is wanted later
     w = torch.randn(96, requires_grad=True)
     (y * w).sum().backward()
@@ -320,25 +322,27 @@ def test_a_call_without_a_gradient_is_the_operator():
 def test_a_call_with_a_gradient_has_one(which):
     q, x, bias = quantize(torch.randn(96, 128)), torch.randn(3, 128), torch.randn(96)
     {"x": x, "bias": bias}[which].requires_grad_()
-    y = ops.call(ops.linear, x, *q.operands(), bias)
+    y = ops.linear(x, *q.operands(), bias)
     assert y.requires_grad
     with torch.no_grad():
-        assert not ops.call(ops.linear, x, *q.operands(), bias).requires_grad
+        assert not ops.linear(x, *q.operands(), bias).requires_grad
 
 
 def test_a_call_under_a_transform_is_refused_as_the_operator_is():
     q, x = quantize(torch.randn(96, 128)), torch.randn(3, 128)
     with pytest.raises(RuntimeError, match="functorch transforms"):  # and is no gradient of zeros
-        torch.func.grad(lambda x: ops.call(ops.linear, x, *q.operands(), None).sum())(x)
+        torch.func.grad(lambda x: ops.linear(x, *q.operands(), None).sum())(x)
 
 
 # Every operator that has a derivative, as a function of its first argument, of K elements a row; and that row's length.
 OF_X: dict[str, tuple[Any, int]] = {
     "linear": (lambda q, x, b: ops.linear(x, *q.operands(), b), K),
     "linear_grad_input": (lambda q, x, b: ops.linear_grad_input(x, *q.operands()), N),
-    "dropout": (lambda q, x, b: ops.dropout(x, SEED, 0.3), K),
+    "dropout": (lambda q, x, b: lora_ops.dropout(x, SEED, 0.3), K),
     "adapted_linear": (
-        lambda q, x, b: ops.adapted_linear(x, *q.operands(), b, *(t.detach() for t in adapter_of()), 2.0, 0.3, SEED)[0],
+        lambda q, x, b: lora_ops.adapted_linear(
+            x, *q.operands(), b, *(t.detach() for t in adapter_of()), 2.0, 0.3, SEED
+        )[0],
         K,
     ),
 }
@@ -362,12 +366,13 @@ def test_a_result_may_be_changed_in_place(operator, rows):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # torch's own, of forward mode
 @of_x
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("how", ["operator", "call"])
+@pytest.mark.parametrize("how", ["object", "torch.ops"])
 def test_forward_mode_is_refused_and_no_tangent_is_dropped(operator, requires_grad, how, monkeypatch):
     function, width = OF_X[operator]
-    if how == "call":
-        own = getattr(ops, operator)
-        monkeypatch.setattr(ops, operator, lambda *arguments: ops.call(own, *arguments))
+    if how == "torch.ops":
+        monkeypatch.setattr(
+            ops if hasattr(ops, operator) else lora_ops, operator, getattr(torch.ops.qloralab, operator)
+        )
     q, x, b = weight_of(), torch.randn(3, width, requires_grad=requires_grad), torch.randn(N)
     refused = rf"qloralab::{operator} has no forward-mode derivative"
     with pytest.raises(NotImplementedError, match=refused):

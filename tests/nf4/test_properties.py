@@ -26,6 +26,7 @@ from qloralab.kernels.cpu.build import COMPILERS
 from qloralab.nf4 import double_quant
 from qloralab.nf4.blockwise import unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values, dynamic_map
+from qloralab.nf4.packed import SCALES_PER_BLOCK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 4096)
@@ -498,7 +499,7 @@ def test_a_decoded_scale_is_within_half_a_gap_of_the_map_around_it(recipe, block
     q = quantize(weight, block_size=block_size)
     assert q.absmax2 is not None
     assert q.offset is not None
-    second = q.absmax2.double().repeat_interleave(double_quant.BLOCK_SIZE)[: len(exact)]
+    second = q.absmax2.double().repeat_interleave(SCALES_PER_BLOCK)[: len(exact)]
     values = torch.cat([torch.tensor([-1.0]), dynamic_map(), torch.tensor([1.0])]).double()  # -1 is nobody's: code 0
     here = q.scales.int() + 1
     gap = torch.maximum(values[here + 1] - values[here], values[here] - values[here - 1])

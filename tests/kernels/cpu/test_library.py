@@ -26,9 +26,11 @@ from qloralab.kernels.adamw import Rates, adamw_rounded_
 from qloralab.kernels.adamw_8bit import adamw_8bit_reference_
 from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
-from qloralab.nf4 import adapter, blockwise, reference
-from qloralab.nf4.blockwise import BLOCK_SIZES
+from qloralab.lora import ops as lora_ops
+from qloralab.lora.dropout import keep_mask, rate, threshold
+from qloralab.nf4 import blockwise, ops
 from qloralab.nf4.codebook import dynamic_map, fp4, fp4_e3m0, int4, normal_float, thresholds
+from qloralab.nf4.packed import BLOCK_SIZES
 
 pytestmark = pytest.mark.compiler
 
@@ -114,7 +116,7 @@ def test_dequantize_gives_the_bits_of_the_reference(library, dtype, block_size, 
     for shape in SHAPES:
         operands = any_weight(shape, block_size, double_quant)
         found = dequantized(library, operands, dtype, empty)
-        assert same_bits(found, reference.dequantize(*operands, dtype)), shape
+        assert same_bits(found, ops.dequantize.reference(*operands, dtype)), shape
 
 
 @dtypes
@@ -122,7 +124,7 @@ def test_dequantize_gives_the_bits_of_the_reference(library, dtype, block_size, 
 @pytest.mark.parametrize("shape", [(37, 65), (40, 96), (5, 4099)], ids=str)
 def test_dequantize_a_part(library, dtype, double_quant, shape, empty):
     operands = any_weight(shape, 32, double_quant)
-    whole, (N, K) = reference.dequantize(*operands, dtype), shape
+    whole, (N, K) = ops.dequantize.reference(*operands, dtype), shape
     for rows in [range(N), range(1), range(N - 1, N), range(2, N - 1), range(3, 3)]:
         for columns in [range(K), range(1), range(K - 1, K), range(1, K), range(31, K - 1), range(32, 64), range(7, 7)]:
             out = empty(len(rows), len(columns), dtype=dtype)
@@ -151,7 +153,7 @@ def test_weights_at_the_ends_of_the_range(library, dtype, scale):
     packed = torch.arange(256, dtype=torch.uint8)[:, None]
     operands = packed, torch.full((16,), scale), None, None, NF4, torch.Size((512,)), 32
     found = dequantized(library, operands, dtype)
-    assert same_bits(found, reference.dequantize(*operands, dtype))
+    assert same_bits(found, ops.dequantize.reference(*operands, dtype))
     assert not (found.signbit() & (found.float() * 2.0**100 == 0) & (abs(scale) < 1e-45)).any()  # +0.0, never -0.0
 
 
@@ -378,8 +380,8 @@ def test_dropout_gives_the_bits_of_the_reference(library, dtype, p, empty):
             x = torch.randn(shape).to(dtype)
             x[0, 0] = math.nan
             out = empty(*shape, dtype=dtype)
-            library.dropout(x, seed, round(adapter.rate(p) * 65536), 1 / (1 - adapter.rate(p)), out)
-            assert same_bits(out, adapter.dropout(x, torch.tensor(seed), p)), (seed, shape)
+            library.dropout(x, seed, threshold(p), 1 / (1 - rate(p)), out)
+            assert same_bits(out, lora_ops.dropout.reference(x, torch.tensor(seed), p)), (seed, shape)
 
 
 def whole(*shape: int, most: int = 3) -> Tensor:
@@ -388,7 +390,7 @@ def whole(*shape: int, most: int = 3) -> Tensor:
 
 
 def exact_weight(operands: Operands, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize(*operands, dtype).double()
+    return ops.dequantize.reference(*operands, dtype).double()
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -455,7 +457,7 @@ class Layer:
     def float64(self) -> tuple[Tensor, ...]:
         """x, kept x, the mask, grad, bias, W, A and B: what the sums are made of."""
         tokens, K = self.x.shape
-        keep = adapter.keep_mask(torch.tensor(self.seed), tokens, K, self.threshold / 65536)
+        keep = keep_mask(torch.tensor(self.seed), tokens, K, self.threshold / 65536)
         x, bias = self.x.double(), torch.zeros(()) if self.bias is None else self.bias.double()
         A, B = self.A.to(self.dtype).double(), self.B.to(self.dtype).double()
         return x, x * keep, keep, self.grad.double(), bias, exact_weight(self.operands, self.dtype), A, B
@@ -572,8 +574,8 @@ def test_adapted_products_on_any_numbers(product, shape, threshold):
 
 def normal_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = True) -> Operands:
     """The operands of a weight of normal numbers, as `quantize` makes them."""
-    packed, absmax = reference.quantize_blockwise(torch.randn(tuple(shape)) / shape[1] ** 0.5, NF4, block_size)
-    scales, absmax2, offset = reference.quantize_scales(absmax) if double_quant else (absmax, None, None)
+    packed, absmax = ops.quantize_blockwise.reference(torch.randn(tuple(shape)) / shape[1] ** 0.5, NF4, block_size)
+    scales, absmax2, offset = ops.quantize_scales.reference(absmax) if double_quant else (absmax, None, None)
     return packed, scales, absmax2, offset, NF4, torch.Size(shape), block_size
 
 

@@ -20,8 +20,9 @@ from qloralab.kernels import dispatch
 from qloralab.kernels.cpu import operators
 from qloralab.kernels.cpu.library import FEW_TOKENS, Library
 from qloralab.kernels.cpu.operators import LARGE, ONE_PASS
-from qloralab.nf4 import ops, processor, reference
-from qloralab.nf4.adapter import keep_mask, rate
+from qloralab.lora import ops as lora_ops
+from qloralab.lora.dropout import keep_mask, rate
+from qloralab.nf4 import ops, processor
 from qloralab.nf4.codebook import normal_float
 from qloralab.nf4.processor import distinct_isas
 
@@ -37,7 +38,7 @@ x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (8,), (9,), (20,), (
 # Root-mean-square error relative to float64. float32: whole numbers, exact. 16 bits: torch may round the product before
 # it adds the bias: twice at most 2**-8 / sqrt(3) for bfloat16, 2**-11 / sqrt(3) for float16.
 PANELS = {torch.float32: 0.0, torch.bfloat16: 3e-3, torch.float16: 4e-4}
-# The same, adapted: the reference rounds h or G, each of two terms, and their sum, see nf4/adapter.py. With one token
+# The same, adapted: the reference rounds h or G, each of two terms, and their sum, see lora/ops.py. With one token
 # there are few numbers to average over.
 ADAPTED = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -155,7 +156,7 @@ def test_the_number_of_tokens_chooses_the_function(path, dtype, tokens, shape, c
 def test_an_adapted_layer_is_one_call_each_way(path, dtype, calls):
     weight, x = normal_weight(), torch.randn(20, K, dtype=dtype, requires_grad=True)
     calls.clear()
-    ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
+    lora_ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
     if by_panels(path, dtype):
         assert set(calls) == {"dequantize"}
     else:
@@ -171,8 +172,8 @@ def test_a_result_may_be_changed_in_place(path, dtype, rows):
     for function in (
         lambda x: ops.linear(x, *weight, bias),
         lambda x: ops.linear_grad_input(x[..., :N], *weight),
-        lambda x: ops.dropout(x, SEED, P),
-        lambda x: ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)[0],
+        lambda x: lora_ops.dropout(x, SEED, P),
+        lambda x: lora_ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)[0],
     ):
         gradients = []
         for relu in (Tensor.relu_, Tensor.relu):
@@ -194,7 +195,7 @@ def test_torch_multiplies_nothing_that_it_would_emulate(tokens, dtype, monkeypat
         for choice in ("native", "reference"):
             x = torch.randn(tokens, K, dtype=dtype, requires_grad=True)
             with dispatch.use(choice), profile(record_shapes=True) as profiler:
-                y, _ = ops.adapted_linear(x, *operands, None, A, B, SCALING, P, SEED)
+                y, _ = lora_ops.adapted_linear(x, *operands, None, A, B, SCALING, P, SEED)
                 (y + ops.linear(x, *operands, None)).sum().backward()
             events: Any = profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
             taken |= {kind for e in events if e.name() in ("aten::mm", "aten::addmm") for kind in e.dtypes() if kind}
@@ -204,7 +205,7 @@ def test_torch_multiplies_nothing_that_it_would_emulate(tokens, dtype, monkeypat
 def test_quantizing_calls_the_library_for_both_levels(calls):
     weight = ql.quantize(torch.randn(9, 70))
     weight.dequantize()
-    ops.dropout(torch.randn(4), SEED, P)
+    lora_ops.dropout(torch.randn(4), SEED, P)
     assert calls == ["quantize", "quantize_scales", "dequantize", "dropout"]
 
 
@@ -213,7 +214,7 @@ def test_the_reference_is_the_reference(calls):
         x = torch.randn(9, K, dtype=torch.bfloat16, requires_grad=True)
         weight = normal_weight()
         ops.linear(x, *weight, None).sum().backward()
-        ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
+        lora_ops.adapted_linear(x, *weight, None, *adapter(), SCALING, P, SEED)[0].sum().backward()
     assert calls == []
 
 
@@ -266,7 +267,7 @@ def test_linear_and_its_gradient(path, rows, dtype, bias, whole_weight):
         y.backward(grad)
         assert y.dtype == dtype
         assert x.grad is not None
-        W = reference.dequantize(*weight, dtype=dtype).double()
+        W = ops.dequantize.reference(*weight, dtype=dtype).double()
         exact, exact_dx = x.detach().double() @ W.T + (0 if b is None else b.detach().double()), grad.double() @ W
         if not by_panels(path, dtype):
             assert torch.equal(y, exact.to(dtype))
@@ -287,14 +288,14 @@ def test_adapted_linear_and_its_gradients(path, rows, dtype, bias, p):
     x, grad = torch.randn(*rows, K).to(dtype).requires_grad_(), torch.randn(*rows, N).to(dtype)
     b = torch.randn(N).to(dtype).requires_grad_() if bias else None
     leaves = [leaf for leaf in (x, A, B, b) if leaf is not None]
-    y, h = ops.adapted_linear(x, *weight, b, A, B, SCALING, p, SEED)
+    y, h = lora_ops.adapted_linear(x, *weight, b, A, B, SCALING, p, SEED)
     found = torch.autograd.grad(y, leaves, grad)
     assert (y.dtype, h.dtype) == (dtype, dtype)
     assert h.shape == (math.prod(rows), R)
     assert [one.dtype for one in found] == [leaf.dtype for leaf in leaves]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     x64, A64, B64, *b64 = exact
-    W, keep = reference.dequantize(*weight, dtype).double(), keep_mask(SEED, math.prod(rows), K, p).view(*rows, K)
+    W, keep = ops.dequantize.reference(*weight, dtype).double(), keep_mask(SEED, math.prod(rows), K, p).view(*rows, K)
     y64 = x64 @ W.T + SCALING / (1 - rate(p)) * (x64 * keep) @ A64.T @ B64.T + sum(b64)
     assert error(y.detach(), y64.detach()) <= ADAPTED[dtype]
     for name, one, other in zip("xABb", found, torch.autograd.grad(y64, exact, grad.double()), strict=False):
@@ -305,8 +306,8 @@ def test_adapted_linear_and_its_gradients(path, rows, dtype, bias, p):
 def test_the_gradient_of_a_frozen_input_is_empty(path, dtype):
     weight, (A, B) = normal_weight(), adapter()
     x, h, grad = (torch.randn(9, n).to(dtype) for n in (K, R, N))
-    frozen = ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, False)
-    dx, dA, dB = ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True)
+    frozen = lora_ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, False)
+    dx, dA, dB = lora_ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True)
     assert frozen[0].shape == (0,)
     assert dx.shape == x.shape
     assert torch.equal(frozen[1], dA)
@@ -359,9 +360,11 @@ def test_strides_do_not_matter(path, view, size, dtype):
 
     def run(own: Callable[[Tensor], Tensor]) -> list[Tensor]:
         a, b, v, g, s = own(A), own(B), own(x), own(grad), own(bias)
-        y, h = ops.adapted_linear(v, *weight, s, a, b, SCALING, P, SEED)
-        gradients = ops.adapted_linear_backward(g, v, h.t().contiguous().t(), *weight, a, b, SCALING, P, SEED, True)
-        plain = ops.linear(v, *weight, s), ops.linear_grad_input(g, *weight), ops.dropout(v, SEED, P)
+        y, h = lora_ops.adapted_linear(v, *weight, s, a, b, SCALING, P, SEED)
+        gradients = lora_ops.adapted_linear_backward(
+            g, v, h.t().contiguous().t(), *weight, a, b, SCALING, P, SEED, True
+        )
+        plain = ops.linear(v, *weight, s), ops.linear_grad_input(g, *weight), lora_ops.dropout(v, SEED, P)
         return [y, h, *gradients, *plain]
 
     results = ("y", "h", "dx", "dA", "dB", "linear", "linear_grad_input", "dropout")
@@ -376,7 +379,7 @@ def test_strides_do_not_matter(path, view, size, dtype):
 def test_the_same_call_gives_the_same_bits(path):
     weight, (A, B), x = normal_weight((200, K)), adapter(), torch.randn(50, K).bfloat16()
     B = torch.randn(200, R)
-    first, second = (ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED) for _ in range(2))
+    first, second = (lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
@@ -463,14 +466,14 @@ def test_other_block_sizes_are_left_to_the_reference(block_size, calls):
     packed, scales = ops.quantize_blockwise(x, NF4, block_size)
     assert same_outcome(lambda: ops.dequantize(packed, scales, None, None, NF4, x.shape, block_size, torch.float32))
     assert calls == []
-    assert torch.equal(packed, reference.quantize_blockwise(x, NF4, block_size)[0])
+    assert torch.equal(packed, ops.quantize_blockwise.reference(x, NF4, block_size)[0])
 
 
 def test_other_codebooks_are_left_to_the_reference(calls):
     x = torch.randn(40, 96)
     for values in (normal_float(3), NF4.double()):
         packed, scales = ops.quantize_blockwise(x, values, 64)
-        expected = reference.quantize_blockwise(x, values, 64)
+        expected = ops.quantize_blockwise.reference(x, values, 64)
         assert torch.equal(packed, expected[0])
         assert torch.equal(scales, expected[1])
     assert calls == []
@@ -480,9 +483,9 @@ def test_float64_is_left_to_the_reference(calls):
     weight, (A, B) = normal_weight(), adapter(torch.float64)
     calls.clear()
     x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
-    y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+    y, _ = lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
     y.sum().backward()
-    ops.dropout(x, SEED, P)
+    lora_ops.dropout(x, SEED, P)
     assert y.dtype == torch.float64
     assert calls == []
 
@@ -493,10 +496,10 @@ def test_an_adapter_that_was_cast_still_works(path, low, tokens):
     """model.bfloat16() converts A and B too."""
     weight, (A, B) = normal_weight(), adapter(low)
     x, grad = torch.randn(tokens, K).bfloat16().requires_grad_(), torch.randn(tokens, N).bfloat16()
-    y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+    y, _ = lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
     found = torch.autograd.grad(y, [x, A, B], grad)
     wide = [t.detach().float().requires_grad_() for t in (A, B)]
-    y32, _ = ops.adapted_linear(x, *weight, None, *wide, SCALING, P, SEED)
+    y32, _ = lora_ops.adapted_linear(x, *weight, None, *wide, SCALING, P, SEED)
     assert error(y.detach(), y32.detach().double()) <= 2 * ADAPTED[torch.bfloat16]
     for one, leaf, other in zip(found, [x, A, B], torch.autograd.grad(y32, [x, *wide], grad), strict=True):
         assert one.dtype == leaf.dtype
@@ -517,7 +520,7 @@ def test_another_width_is_refused(path, dtype, shape, calls):
     with pytest.raises(RuntimeError, match=message + f"{K}x{N}"):
         ops.linear(x, *weight, None)
     with pytest.raises(RuntimeError, match=message + f"{K}x{N}"):
-        ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+        lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
     with pytest.raises(RuntimeError, match=message + f"{N}x{K}"):
         ops.linear_grad_input(x, *weight)
     assert set(calls) <= {"dequantize"}  # for the reference
@@ -532,7 +535,7 @@ def test_a_weight_that_is_no_matrix_is_refused(path, shape, tokens, calls):
     for call in [
         lambda: ops.linear(x, *weight, None),
         lambda: ops.linear_grad_input(x[:, : shape[0]], *weight),
-        lambda: ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED),
+        lambda: lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED),
     ]:
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             call()
@@ -550,7 +553,7 @@ def test_a_bias_that_does_not_fit_is_refused(path, tokens, calls):
     calls.clear()
     for bias in (torch.zeros(N - 1).bfloat16(), torch.zeros(N + 1).bfloat16(), torch.zeros(N)):
         refused(lambda bias=bias: ops.linear(x, *weight, bias))
-        refused(lambda bias=bias: ops.adapted_linear(x, *weight, bias, *adapter(), SCALING, P, SEED))
+        refused(lambda bias=bias: lora_ops.adapted_linear(x, *weight, bias, *adapter(), SCALING, P, SEED))
     assert set(calls) <= {"dequantize"}  # for the reference
 
 
@@ -571,8 +574,8 @@ def test_an_adapter_that_does_not_fit_is_refused(path, a, b, tokens, calls):
     weight, x, A, B = normal_weight(), torch.randn(tokens, K).bfloat16(), torch.zeros(a), torch.zeros(b)
     h, grad = torch.zeros(tokens, a[0]).bfloat16(), torch.zeros(tokens, N).bfloat16()
     calls.clear()
-    refused(lambda: ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED))
-    refused(lambda: ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True))
+    refused(lambda: lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED))
+    refused(lambda: lora_ops.adapted_linear_backward(grad, x, h, *weight, A, B, SCALING, P, SEED, True))
     assert not {"adapted_linear", "adapted_linear_backward"} & set(calls)
 
 
@@ -582,7 +585,9 @@ def test_a_gradient_that_does_not_fit_is_refused(path, grad, calls):
     x, h = torch.zeros(20, K).bfloat16(), torch.zeros(20, R).bfloat16()
     calls.clear()
     refused(
-        lambda: ops.adapted_linear_backward(torch.zeros(grad).bfloat16(), x, h, *weight, A, B, SCALING, P, SEED, True)
+        lambda: lora_ops.adapted_linear_backward(
+            torch.zeros(grad).bfloat16(), x, h, *weight, A, B, SCALING, P, SEED, True
+        )
     )
     assert "adapted_linear_backward" not in calls
 
@@ -595,7 +600,7 @@ def test_autocast_changes_nothing(path, tokens, dtype):
 
     def run() -> list[Tensor]:
         plain = ops.linear(x, *weight, bias)
-        y, _ = ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)
+        y, _ = lora_ops.adapted_linear(x, *weight, bias, A, B, SCALING, P, SEED)
         return [plain, *torch.autograd.grad(plain, [x], grad), y, *torch.autograd.grad(y, [x, A, B], grad)]
 
     expected = run()
@@ -620,10 +625,10 @@ def test_opcheck(path, dtype):
         x, grad = torch.randn(tokens, K).to(dtype), torch.randn(tokens, N).to(dtype)
         check(ops.linear, (x.clone().requires_grad_(), *weight, bias))
         check(ops.linear_grad_input, (grad.clone().requires_grad_(), *weight))
-        check(ops.dropout, (x.clone().requires_grad_(), SEED, P))
-        check(ops.adapted_linear, (x.clone().requires_grad_(), *weight, bias, A, B, SCALING, P, SEED))
+        check(lora_ops.dropout, (x.clone().requires_grad_(), SEED, P))
+        check(lora_ops.adapted_linear, (x.clone().requires_grad_(), *weight, bias, A, B, SCALING, P, SEED))
         h, low = torch.randn(tokens, R).to(dtype), [A.detach(), B.detach()]
-        check(ops.adapted_linear_backward, (grad, x, h, *weight, *low, SCALING, P, SEED, True))
+        check(lora_ops.adapted_linear_backward, (grad, x, h, *weight, *low, SCALING, P, SEED, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -631,8 +636,8 @@ def test_compile_with_a_full_graph(path, dtype):
     weight, (A, B) = normal_weight(), adapter()
 
     def layer(x: Tensor) -> Tensor:
-        y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
-        return ops.linear(ops.dropout(torch.tanh(x), SEED, P), *weight, None) + y
+        y, _ = lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+        return ops.linear(lora_ops.dropout(torch.tanh(x), SEED, P), *weight, None) + y
 
     x, grad = torch.randn(20, K).to(dtype).requires_grad_(), torch.randn(20, N).to(dtype)
     y = layer(x)
@@ -660,7 +665,7 @@ def test_no_copy_of_the_whole_weight_is_made(path, dtype, monkeypatch):
     A, B = torch.randn(R, k, requires_grad=True), torch.randn(n, R, requires_grad=True)
 
     def step() -> None:
-        y, _ = ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
+        y, _ = lora_ops.adapted_linear(x, *weight, None, A, B, SCALING, P, SEED)
         (y + ops.linear(x, *weight, None)).sum().backward()
 
     assert largest_allocation(step) <= 4 << 20

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qloralab.kernels.gpu.adapter import grad_A, masked_low_rank, project
 from qloralab.kernels.gpu.adapter_operands import rank_tiles
-from qloralab.nf4.adapter import keep_mask
+from qloralab.lora.dropout import keep_mask
 
 from .test_linear import guarded_twice as guarded_twice
 

@@ -1,4 +1,4 @@
-"""The mask in a kernel has the bits of ``nf4/adapter.py``: every place, threshold and seed."""
+"""The mask in a kernel has the bits of ``lora/dropout.py``: every place, threshold and seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qloralab.kernels.gpu.adapter_mask import coins, limit, quad_terms, row_terms, row_words, threshold
-from qloralab.nf4.adapter import keep_mask, rate
+from qloralab.lora.dropout import keep_mask, rate
 
 
 @triton.jit

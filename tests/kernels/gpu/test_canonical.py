@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
 from qloralab.kernels.gpu.canonical import linear, linear_grad_input
-from qloralab.nf4 import reference
-from qloralab.nf4.adapter import keep_mask
+from qloralab.lora.dropout import keep_mask
+from qloralab.nf4 import ops
 
 from .test_dequantize import (
     CODEBOOKS,
@@ -52,7 +52,7 @@ def whole_weight(N: int, K: int, block_size: int) -> Operands:
 
 def exact(operands: Operands) -> Tensor:
     """W, float64 [N, K]."""
-    return reference.dequantize(*operands, torch.float32).double()
+    return ops.dequantize.reference(*operands, torch.float32).double()
 
 
 def rounded(result: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ def check_bits(operands: Operands, dtype: torch.dtype, guarded: Guarded, offset:
     Rows of a unit matrix pick a weight and add zeros, which may change the sign of a zero and nothing else; a W' has no
     -0.0.
     """
-    W = reference.dequantize(*operands, dtype)
+    W = ops.dequantize.reference(*operands, dtype)
     N, K = W.shape
     weight = placed(operands, guarded, offset)
     rows, columns = guarded(torch.eye(N, dtype=dtype)), guarded(torch.eye(K, dtype=dtype))
@@ -177,7 +177,7 @@ def test_an_adapter_is_in_the_sum(number, guarded_twice):
 def test_against_float64_with_the_definitions_weight(K, dtype, guarded):
     """Sums of many products: off by no more than one rounding of the result, and those of float32 sums."""
     operands = any_weight((40, K), 64)
-    W = reference.dequantize(*operands, dtype).double()
+    W = ops.dequantize.reference(*operands, dtype).double()
     x, grad, bias = torch.randn(5, K).to(dtype), torch.randn(5, 40).to(dtype), torch.randn(40).to(dtype)
     weight = placed(operands, guarded)
     forward = x.double() @ W.T + bias.double(), linear(guarded(x), weight, guarded(bias))

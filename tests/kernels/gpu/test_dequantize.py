@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.gpu.dequantize import TILE, dequantize
-from qloralab.nf4 import double_quant, reference
-from qloralab.nf4.blockwise import BLOCK_SIZES
+from qloralab.nf4 import double_quant, ops
 from qloralab.nf4.codebook import codebook_values, custom, dynamic_map, normal_float
+from qloralab.nf4.packed import BLOCK_SIZES
 
 NF4 = normal_float(4)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -44,7 +44,7 @@ def any_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = 
 
 def check(operands: Operands, dtype: torch.dtype, guarded: Guarded, offset: int = 0) -> None:
     """Dequantize in guarded memory that begins `offset` elements past an aligned address, and compare the bits."""
-    expected = reference.dequantize(*operands, dtype)
+    expected = ops.dequantize.reference(*operands, dtype)
     packed, scales, absmax2, second_offset, values, shape, block_size = operands
     tensors: list[Any] = [
         None if one is None else guarded(one, offset=offset * one.itemsize)
@@ -121,7 +121,7 @@ def test_small_products_and_zeros(guarded):
     """Subnormal, and +0.0 where the product is a negative zero or rounds to one."""
     scales = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 4e-45, 1e-41, -1e-39, 1.2e-38, -1.0])
     operands = (torch.randint(256, (9 * 16, 1), dtype=torch.uint8), scales, None, None, NF4, (9, 32), 32)
-    zeros = reference.dequantize(*operands, torch.float32)
+    zeros = ops.dequantize.reference(*operands, torch.float32)
     assert (zeros == 0).sum() > 64
     assert not zeros[zeros == 0].signbit().any()
     for dtype in DTYPES.values():
@@ -139,7 +139,7 @@ def test_allocates_its_result(device):
     moved: list[Any] = [one.to(device) if isinstance(one, Tensor) else one for one in operands]
     found = dequantize(*moved, torch.float16)  # pyright: ignore[reportCallIssue]
     assert found.shape == (4, 96)
-    assert same_bits(found.cpu(), reference.dequantize(*operands, torch.float16))
+    assert same_bits(found.cpu(), ops.dequantize.reference(*operands, torch.float16))
 
 
 def test_an_empty_weight(device):
@@ -159,5 +159,5 @@ def test_more_than_2_to_the_31_weights(device):
     for first in (0, 2**31 - TILE, 2**31, numel // 64 * 64 - 64):
         part = packed[first // 2 : first // 2 + TILE // 2], scales[first // 64 : (first + TILE) // 64 + 1]
         count = min(TILE, numel - first)
-        expected = reference.dequantize(*part, None, None, NF4.to(device), (count,), 64, torch.bfloat16)
+        expected = ops.dequantize.reference(*part, None, None, NF4.to(device), (count,), 64, torch.bfloat16)
         assert torch.equal(found[first : first + count], expected)

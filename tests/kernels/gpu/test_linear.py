@@ -14,7 +14,7 @@ from qloralab.kernels.gpu.adapter_operands import LowRank
 from qloralab.kernels.gpu.linear import FEWEST_STEPS, FEWEST_STEPS_OF_FEW_TOKENS, PROGRAMS, linear, split, token_tile
 from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
-from qloralab.nf4 import blockwise, reference
+from qloralab.nf4 import blockwise, ops
 from qloralab.nf4.codebook import normal_float
 
 MARGIN = 4096  # bytes, what ``guarded`` leaves around a tensor
@@ -56,7 +56,7 @@ def whole_weight(N: int, K: int, block_size: int) -> Operands:
 
 def dequantized(operands: Operands) -> Tensor:
     """float64 [N, K]."""
-    return reference.dequantize(*operands, torch.float32).double()
+    return ops.dequantize.reference(*operands, torch.float32).double()
 
 
 def few(*shape: int) -> Tensor:

@@ -9,8 +9,8 @@ from qloralab.kernels.gpu.adapter_operands import MaskedLowRank
 from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
 from qloralab.kernels.gpu.packing import tile
+from qloralab.lora.dropout import keep_mask
 from qloralab.nf4 import blockwise
-from qloralab.nf4.adapter import keep_mask
 from qloralab.nf4.codebook import normal_float
 
 from .test_linear import beside, cases, dequantized, few, rounded, tiled, whole_weight

@@ -20,8 +20,9 @@ from benchmarks import gpu_canaries
 from benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import dispatch
 from qloralab.kernels.gpu import adapter, operators, self_check, two_pass
-from qloralab.nf4 import ops, reference
-from qloralab.nf4.adapter import keep_mask, rate
+from qloralab.lora import ops as lora_ops
+from qloralab.lora.dropout import keep_mask, rate
+from qloralab.nf4 import ops
 from qloralab.nf4.codebook import codebook_values
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,9 +30,9 @@ NAMES = tuple(operators.KERNELS)
 # Called with several unpacked tuples, whose lengths a type checker does not follow.
 adapted_linear: Any = operators.adapted_linear
 adapted_linear_backward: Any = operators.adapted_linear_backward
-dequantized: Any = reference.dequantize
-definition_of_linear: Any = reference.adapted_linear
-definition_of_backward: Any = reference.adapted_linear_backward
+dequantized: Any = ops.dequantize.reference
+definition_of_linear: Any = lora_ops.adapted_linear.reference
+definition_of_backward: Any = lora_ops.adapted_linear_backward.reference
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +87,8 @@ def same(result, expected) -> bool:
 def test_quantize_is_served(dtype, device, served):
     w, values = torch.randn(33, 35, device=device).to(dtype), codebook_values("nf4").to(device)
     codes, absmax = operators.quantize_blockwise(w.T, values, 64)
-    assert same((codes, absmax), reference.quantize_blockwise(w.T.contiguous(), values, 64))
-    assert same(operators.quantize_scales(absmax), reference.quantize_scales(absmax))
+    assert same((codes, absmax), ops.quantize_blockwise.reference(w.T.contiguous(), values, 64))
+    assert same(operators.quantize_scales(absmax), ops.quantize_scales.reference(absmax))
     assert served == ["quantize_blockwise", "quantize_scales"]
 
 
@@ -97,7 +98,7 @@ def test_dequantize_and_the_products_are_served(dtype, options, device, served):
     quantized = weight(device, **options)
     operands = quantized.operands()
     x, grad = torch.randn(2, 65, device=device).to(dtype), torch.randn(2, 63, device=device).to(dtype)
-    W = reference.dequantize(*operands, dtype)
+    W = ops.dequantize.reference(*operands, dtype)
     assert same(operators.dequantize(*operands, dtype), W)
     assert same(operators.linear(x, *operands, None), torch.nn.functional.linear(x, W))
     assert same(operators.linear_grad_input(grad, *operands), grad @ W)
@@ -107,7 +108,7 @@ def test_dequantize_and_the_products_are_served(dtype, options, device, served):
 def test_a_weight_of_one_dimension_is_dequantized(device, served):
     quantized = weight(device, shape=(129,))
     result = operators.dequantize(*quantized.operands(), torch.float32)
-    assert same(result, reference.dequantize(*quantized.operands(), torch.float32))
+    assert same(result, ops.dequantize.reference(*quantized.operands(), torch.float32))
     assert served == ["dequantize"]
 
 
@@ -248,7 +249,7 @@ def test_codes_of_other_widths_go_to_the_reference(bits, device, served):
     quantized = ql.quantize(torch.randn(8, 64), codebook=f"nf{bits}").to(device)
     operands = quantized.operands()
     x = torch.randn(2, 64, device=device)
-    assert same(operators.dequantize(*operands, torch.float32), reference.dequantize(*operands, torch.float32))
+    assert same(operators.dequantize(*operands, torch.float32), ops.dequantize.reference(*operands, torch.float32))
     assert operators.linear(x, *operands, None).shape == (2, 8)
     operators.quantize_blockwise(torch.randn(8, 64, device=device), quantized.values, 64)
     assert served == []
@@ -268,7 +269,7 @@ def test_a_weight_that_is_not_contiguous_goes_to_the_reference(device, served):
     packed = torch.cat([quantized.packed, quantized.packed], 1)[:, :1]
     assert not packed.is_contiguous()
     operands = dataclasses.replace(quantized, packed=packed).operands()
-    expected = reference.dequantize(*quantized.operands(), torch.float32)
+    expected = ops.dequantize.reference(*quantized.operands(), torch.float32)
     assert same(operators.dequantize(*operands, torch.float32), expected)
     assert served == []
 
@@ -463,7 +464,7 @@ def test_a_canary_sees_a_workspace_that_two_products_share(device, monkeypatch):
     shared = torch.empty(64 * 64, dtype=torch.bfloat16, device=device)
 
     def dequantize(*args, out: torch.Tensor) -> torch.Tensor:
-        out.copy_(reference.dequantize(*args))  # the interpreter is for one thread only
+        out.copy_(ops.dequantize.reference(*args))  # the interpreter is for one thread only
         time.sleep(0.001)
         return out
 

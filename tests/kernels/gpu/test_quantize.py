@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qloralab.kernels.gpu.quantize import BINS, SPAN, STRETCH, TILE, _search_of, quantize_blockwise, quantize_scales
 from qloralab.nf4 import blockwise, double_quant
-from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values, custom, decision_table, dynamic_map, normal_float
+from qloralab.nf4.packed import BLOCK_SIZES
 
 NF4 = normal_float(4)
 TINY = 2.0**-126  # the smallest normal float32

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import qloralab as ql
 from qloralab.kernels.gpu import canonical, choice, operators, tile_cache, two_pass
-from qloralab.nf4 import reference
+from qloralab.lora import ops as lora_ops
+from qloralab.nf4 import ops
 
 SHAPE = (64, 128)
 CLOSE = 0.006  # bfloat16 products with weights that are rounded elsewhere, root mean square over that of the result
@@ -64,7 +65,7 @@ def test_a_decision_for_fused_is_followed(device, launched):
     decide_for_fused(device)
     operands = weight(device).operands()
     x, grad, bias = inputs(device)
-    W = reference.dequantize(*operands, torch.float32)
+    W = ops.dequantize.reference(*operands, torch.float32)
     y, dx = operators.linear(x, *operands, bias), operators.linear_grad_input(grad, *operands)
     assert launched == ["fused linear", "fused linear_grad_input"]
     assert error(y, F.linear(x.float(), W, bias.float())) < CLOSE
@@ -82,8 +83,8 @@ def test_an_adapter_is_in_the_fused_products(device, launched):
     dx, dA, dB = operators.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
     assert launched == ["fused linear", "fused linear_grad_input"]
     assert two_pass.release() == 0  # it was not used
-    expected = reference.adapted_linear(x, *operands, bias, A, B, scaling, p, seed)
-    gradients = reference.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
+    expected = lora_ops.adapted_linear.reference(x, *operands, bias, A, B, scaling, p, seed)
+    gradients = lora_ops.adapted_linear_backward.reference(grad, x, h, *operands, A, B, scaling, p, seed, True)
     for found, right in zip((y, h, dx, dA, dB), (*expected, *gradients), strict=True):
         assert (found.dtype, found.shape) == (right.dtype, right.shape)
         assert error(found, right) < CLOSE
@@ -134,7 +135,7 @@ def test_without_one_products_are_two_pass(decision, device, launched):
         decide_for_fused(device, decision)
     operands = weight(device).operands()
     x, grad, _ = inputs(device)
-    W = reference.dequantize(*operands, torch.bfloat16)
+    W = ops.dequantize.reference(*operands, torch.bfloat16)
     assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
     assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)
     assert launched == []
@@ -152,14 +153,14 @@ def test_what_cannot_be_tiled_is_canonical_where_that_was_measured_to_be_faster(
     x, grad, bias = inputs(device, dtype)
     A, B = torch.randn(5, 128, device=device) / 8, torch.randn(64, 5, device=device) / 8
     rest = A, B, 2.0, 0.2, torch.tensor(3, device=device)
-    W = reference.dequantize(*operands, dtype).float()
+    W = ops.dequantize.reference(*operands, dtype).float()
     y, dx = operators.linear(x, *operands, bias), operators.linear_grad_input(grad, *operands)
     adapted, h = operators.adapted_linear(x, *operands, bias, *rest)
     gradients = operators.adapted_linear_backward(grad, x, h, *operands, *rest, True)
     assert launched == ["canonical linear", "canonical linear_grad_input"] * 2
     assert two_pass.release() == 0  # it was not used
-    right = reference.adapted_linear_backward(grad, x, h, *operands, *rest, True)
-    expected = reference.adapted_linear(x, *operands, bias, *rest)
+    right = lora_ops.adapted_linear_backward.reference(grad, x, h, *operands, *rest, True)
+    expected = lora_ops.adapted_linear.reference(x, *operands, bias, *rest)
     for found, other in zip((y, dx), (F.linear(x.float(), W, bias.float()), grad.float() @ W), strict=True):
         assert error(found, other) < CLOSE
     for found, other in zip((adapted, h, *gradients), (*expected, *right), strict=True):
@@ -172,7 +173,7 @@ def test_a_decision_for_tiles_is_not_one_for_what_cannot_be_tiled(dtype, block_s
     decide_for_fused(device)
     operands = weight(device, block_size=block_size).operands()
     x, grad, _ = inputs(device, dtype)
-    W = reference.dequantize(*operands, dtype)
+    W = ops.dequantize.reference(*operands, dtype)
     assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
     assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)
     assert launched == []
@@ -195,7 +196,7 @@ def test_a_codebook_that_cannot_be_ordered_is_two_pass(device, launched):
     values[0] = -1  # its signs do not pair
     operands = packed, scales, absmax2, offset, values, shape, block_size
     x, grad, _ = inputs(device)
-    W = reference.dequantize(*operands, torch.bfloat16)
+    W = ops.dequantize.reference(*operands, torch.bfloat16)
     for _ in range(2):  # the second time it is known
         assert torch.equal(operators.linear(x, *operands, None), F.linear(x, W))
     assert torch.equal(operators.linear_grad_input(grad, *operands), grad @ W)

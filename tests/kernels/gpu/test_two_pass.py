@@ -13,8 +13,8 @@ import qloralab as ql
 from qloralab.kernels.gpu import two_pass
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
 from qloralab.kernels.gpu.two_pass import Workspace, release, workspace
-from qloralab.nf4 import reference
-from qloralab.nf4.adapter import keep_mask
+from qloralab.lora.dropout import keep_mask
+from qloralab.nf4 import ops
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -31,7 +31,7 @@ def weight(shape: tuple[int, int], device: str, **options) -> ql.QuantizedTensor
 
 
 def expected(quantized: ql.QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    return reference.dequantize(*quantized.operands(), dtype)
+    return ops.dequantize.reference(*quantized.operands(), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

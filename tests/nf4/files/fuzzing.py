@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qloralab.nf4.files.bitsandbytes_layout import STORAGE
 from qloralab.nf4.files.checkpoint import INDEX_FILE, WEIGHTS_FILE
-from qloralab.nf4.tensor import DTYPES, QuantizedTensor, quantize
+from qloralab.nf4.packed import DTYPES
+from qloralab.nf4.tensor import QuantizedTensor, quantize
 
 SHAPES = [(), (0,), (1,), (63,), (8, 24), (64, 64), (3, 5, 7), (130, 40), (256, 70)]
 PLAIN_DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]

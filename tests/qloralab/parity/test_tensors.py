@@ -8,8 +8,8 @@ import torch
 from qloralab.checkpoint import models
 from qloralab.checkpoint.models import load_model
 from qloralab.errors import UserError
-from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.packed import BLOCK_SIZES
 from qloralab.parity.tensors import (
     DISTRIBUTIONS,
     DTYPES,

@@ -18,8 +18,8 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qloralab.nf4 import ops, reference
-from qloralab.nf4.adapter import dropout, keep_mask, rate
+from qloralab.lora import ops as lora_ops
+from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
 # The first words of splitmix64 from the seed 1234567, as other implementations publish them for their tests.
@@ -103,7 +103,7 @@ PINNED = {
 @pytest.mark.parametrize(("drawn", "rows"), PINNED.items(), ids=str)
 def test_these_bits_stay(drawn, rows):
     seed, m, k, p = drawn
-    found = ops.dropout(torch.ones(m, k), torch.tensor(seed), p) != 0
+    found = lora_ops.dropout(torch.ones(m, k), torch.tensor(seed), p) != 0
     assert ["".join("01"[bit] for bit in row) for row in found.tolist()] == rows
 
 
@@ -176,7 +176,7 @@ def test_distances_are_geometric(p):
     assert stats.chisquare(found, expected * sum(found) / expected.sum()).pvalue > SURPRISE
 
 
-@pytest.mark.parametrize("run", [dropout, ops.dropout], ids=["reference", "operator"])
+@pytest.mark.parametrize("run", [lora_ops.dropout.reference, lora_ops.dropout], ids=["reference", "operator"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(1000,), (3, 5, 7), (63, 65), (0, 8), (8, 0)], ids=str)
@@ -195,7 +195,7 @@ def test_dropped_are_zero_and_kept_are_scaled(run, shape, p, dtype):
 def test_a_view_is_dropped_by_its_own_rows_and_columns(view):
     x, seed = view(torch.randn(40, 48)), torch.tensor(3)
     assert torch.equal(
-        ops.dropout(x, seed, 0.5), ops.dropout(x.clone(memory_format=torch.contiguous_format), seed, 0.5)
+        lora_ops.dropout(x, seed, 0.5), lora_ops.dropout(x.clone(memory_format=torch.contiguous_format), seed, 0.5)
     )
 
 
@@ -203,7 +203,7 @@ def test_dropped_infinity_is_zero():
     x = torch.full((4, 64), math.inf)
     keep = keep_mask(torch.tensor(3), 4, 64, 0.5)
     for value in (math.inf, -math.inf, math.nan):
-        y = ops.dropout(x.fill_(value), torch.tensor(3), 0.5)
+        y = lora_ops.dropout(x.fill_(value), torch.tensor(3), 0.5)
         assert (y[~keep] == 0).all()
         assert not y[keep].isfinite().any()
 
@@ -211,7 +211,7 @@ def test_dropped_infinity_is_zero():
 @pytest.mark.parametrize("p", [0.0, 1e-9, 1e-300], ids=str)
 def test_a_tiny_probability_drops_nothing(p):
     x = torch.randn(9, 65)
-    y = ops.dropout(x, torch.tensor(3), p)
+    y = lora_ops.dropout(x, torch.tensor(3), p)
     assert torch.equal(y, x)
     assert y.data_ptr() != x.data_ptr()
 
@@ -219,15 +219,15 @@ def test_a_tiny_probability_drops_nothing(p):
 def test_the_gradient_goes_through_the_same_mask():
     x = torch.randn(9, 65, dtype=torch.float64, requires_grad=True)
     seed = torch.tensor(3)
-    y = ops.dropout(x, seed, 0.5)
+    y = lora_ops.dropout(x, seed, 0.5)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx, 2.0 * keep_mask(seed, 9, 65, 0.5))
-    assert torch.autograd.gradcheck(lambda x: ops.dropout(x, seed, 0.3), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: ops.dropout(x, seed, 0.3), (x,))
+    assert torch.autograd.gradcheck(lambda x: lora_ops.dropout(x, seed, 0.3), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: lora_ops.dropout(x, seed, 0.3), (x,))
 
 
 def test_mean_is_kept():
-    mean = ops.dropout(torch.ones(1000, 1000), torch.tensor(3), 0.1).double().mean().item()
+    mean = lora_ops.dropout(torch.ones(1000, 1000), torch.tensor(3), 0.1).double().mean().item()
     assert abs(mean - 1) < 5 * math.sqrt(0.1 / 0.9 / 1e6)
 
 
@@ -251,7 +251,7 @@ class Case:
         self.A = (torch.randn(R, k) / max(k, 1) ** 0.5).half().bfloat16().float().requires_grad_()
         self.B = (torch.randn(n, R) / R**0.5).half().bfloat16().float().requires_grad_()
 
-    def __call__(self, x: Tensor, p: float = 0.0, run: Any = ops.adapted_linear) -> Tensor:
+    def __call__(self, x: Tensor, p: float = 0.0, run: Any = lora_ops.adapted_linear) -> Tensor:
         return run(x, *self.weight.operands(), self.b, self.A, self.B, SCALING, p, SEED)[0]
 
     def leaves(self, x: Tensor) -> dict[str, Tensor]:
@@ -300,14 +300,14 @@ def test_first_derivatives_numerically(p, bias):
     x = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
 
     def function(x, A, B, b=None):
-        return ops.adapted_linear(x, *case.weight.operands(), b, A, B, SCALING, p, SEED)[0]
+        return lora_ops.adapted_linear(x, *case.weight.operands(), b, A, B, SCALING, p, SEED)[0]
 
     assert torch.autograd.gradcheck(function, (x, A, B) if case.b is None else (x, A, B, case.b))
 
 
 def test_the_second_result_is_what_backward_takes():
     case, x = Case(), torch.randn(2, 3, K)
-    _, h = ops.adapted_linear(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.3, SEED)
+    _, h = lora_ops.adapted_linear(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.3, SEED)
     kept_x = x.double().view(6, K) * keep_mask(SEED, 6, K, 0.3)
     assert_near(h, SCALING / (1 - rate(0.3)) * kept_x @ case.A.detach().double().T, TOLERANCE[torch.float32])
     assert not h.requires_grad
@@ -320,7 +320,7 @@ def test_forward_and_backward_draw_the_same_mask(dtype):
     eye = torch.eye(K)
     x = torch.ones(9, K, dtype=dtype, requires_grad=True)
     A, B = eye.clone().requires_grad_(), eye.clone().requires_grad_()
-    y, _ = ops.adapted_linear(x, *weight.operands(), None, A, B, 1.0, 0.5, SEED)
+    y, _ = lora_ops.adapted_linear(x, *weight.operands(), None, A, B, 1.0, 0.5, SEED)
     keep = keep_mask(SEED, 9, K, 0.5)
     dx, dA = torch.autograd.grad(y, [x, A], torch.ones_like(y))
     assert torch.equal(y, 2.0 * keep.to(dtype))
@@ -389,9 +389,9 @@ def test_the_gradient_of_the_input_is_left_out_when_not_needed():
     case, x, grad = Case(), torch.randn(3, K), torch.randn(3, N)
     operands = *case.weight.operands(), case.A.detach(), case.B.detach(), SCALING, 0.3, SEED
     with torch.no_grad():
-        _, h = ops.adapted_linear(x, *case.weight.operands(), None, case.A, case.B, SCALING, 0.3, SEED)
-    _, *expected = ops.adapted_linear_backward(grad, x, h, *operands, True)
-    dx, *found = ops.adapted_linear_backward(grad, x, h, *operands, False)
+        _, h = lora_ops.adapted_linear(x, *case.weight.operands(), None, case.A, case.B, SCALING, 0.3, SEED)
+    _, *expected = lora_ops.adapted_linear_backward(grad, x, h, *operands, True)
+    dx, *found = lora_ops.adapted_linear_backward(grad, x, h, *operands, False)
     assert dx.shape == (0,)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -434,7 +434,7 @@ def test_gradient_checkpointing_changes_nothing(dtype):
 
     def layer(x: Tensor) -> Tensor:
         seed = torch.randint(2**63 - 1, ())
-        return ops.adapted_linear(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.5, seed)[0]
+        return lora_ops.adapted_linear(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.5, seed)[0]
 
     results = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
@@ -463,7 +463,7 @@ def test_autocast_does_not_change_the_dtype(dtype, p):
 @torch.no_grad()
 def test_no_dropout_is_the_same_for_every_seed():
     case, x = Case(), torch.randn(5, K)
-    run = reference.adapted_linear
+    run = lora_ops.adapted_linear.reference
     y, h = run(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.0, torch.tensor(1))
     again, h_again = run(x, *case.weight.operands(), case.b, case.A, case.B, SCALING, 0.0, torch.tensor(2))
     assert torch.equal(y, again)
@@ -474,4 +474,4 @@ def test_no_dropout_is_the_same_for_every_seed():
 def test_an_adapter_of_zeros_adds_nothing():
     case, x = Case(), torch.randn(5, K)
     case.B.zero_()
-    assert torch.equal(case(x, 0.3, run=reference.adapted_linear), linear(x, case.weight, case.b))
+    assert torch.equal(case(x, 0.3, run=lora_ops.adapted_linear.reference), linear(x, case.weight, case.b))

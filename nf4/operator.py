@@ -1,0 +1,124 @@
+"""How an operator is declared: one object has its schema, fake, derivative and reference.
+
+Each is a ``torch.library`` custom operator of the namespace ``qloralab``. A packed weight is seven arguments of its
+schema; the functions that an operator is made of take one ``Packed`` instead. Whoever calls them passes ``*weight``.
+
+Derivatives are those of reverse mode. Forward-mode differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``)
+raises NotImplementedError: PyTorch would drop the tangents of a custom operator and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+
+from . import packed
+from .packed import Packed
+
+
+class Operator(CustomOpDef):
+    """An operator. Its reference serves every device for which nothing faster is registered, and the cases that a
+    faster implementation leaves out.
+
+    Attributes:
+        reference: the definition in plain PyTorch, as a function of the arguments of the schema.
+    """
+
+    def __init__(self, schema: str, reference: Callable[..., Any]):
+        before, found, _ = schema.partition(packed.SCHEMA)
+        self._at = before.count(",") if found else None  # where the weight is among the arguments
+        self.reference = self._flat(reference)
+        super().__init__("qloralab", reference.__name__, schema, self.reference)
+        self.register_kernel(None)(self.reference)
+        derivative = make_autograd_impl(self._opoverload, self)
+
+        def autograd(keyset, *arguments):
+            if _has_tangent(arguments):
+                raise NotImplementedError(f"{self._qualname} has no forward-mode derivative; use reverse mode")
+            return derivative(keyset, *arguments)
+
+        for device in ("CPU", "CUDA"):  # in front of what CustomOpDef registers for every device
+            self._lib.impl(self._name, autograd, f"Autograd{device}", with_keyset=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The result; where no argument wants a gradient, past autograd.
+
+        The derivative of a custom operator is reached through Python, and so is its implementation on CPUs. Past
+        autograd a call crosses from PyTorch's dispatcher to Python once and not twice.
+        """
+        if torch.compiler.is_compiling() or _wants_gradient(arguments) or _has_tangent(arguments):
+            return self._opoverload(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._opoverload(*arguments)
+
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register what gives results of the right shapes, for ``torch.compile``."""
+        return self.register_fake(self._flat(function))
+
+    def derivative(self, keep: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+        """Register the derivative.
+
+        Args:
+            keep: ``keep(ctx, output, *arguments)`` keeps what backward needs.
+            backward: ``backward(ctx, *grads)`` gives a gradient or None for each argument, None for a weight.
+        """
+
+        def all_gradients(ctx, *grads):
+            found, at = backward(ctx, *grads), self._at
+            return found if at is None else (*found[:at], *[None] * len(Packed._fields), *found[at + 1 :])
+
+        keep_flat = self._flat(keep, first=2)
+        self.register_autograd(all_gradients, setup_context=lambda ctx, inputs, output: keep_flat(ctx, output, *inputs))
+
+    def on(
+        self, device: str, around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda flat: flat
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register an implementation for a device, and make it a function of the arguments of the schema.
+
+        This goes past ``register_kernel``, which looks at every call whether a result is an argument: that takes as
+        long as a small product.
+
+        Args:
+            device: "CPU" or "CUDA".
+            around: a wrapper of the function of the arguments.
+        """
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            flat = around(self._flat(function))
+            torch.library.impl(self._qualname, device, flat)
+            return flat
+
+        return register
+
+    def _flat(self, function: Callable[..., Any], first: int = 0) -> Callable[..., Any]:
+        """A function of a ``Packed`` as one of the arguments of the schema, which come after the ``first`` others."""
+        if self._at is None:
+            return function
+        at = first + self._at
+        end = at + len(Packed._fields)
+
+        def of_arguments(*arguments: Any) -> Any:
+            return function(*arguments[:at], Packed._make(arguments[at:end]), *arguments[end:])
+
+        return of_arguments
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Declare a function, the reference, as an operator of its name."""
+    return lambda reference: Operator(schema, reference)
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments
+    )
