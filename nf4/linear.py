@@ -108,11 +108,19 @@ class QuantizedLinear(nn.Module):
         except FormatError as error:
             error_msgs.append(str(error))
             return
-        if weight.shape != self.weight.shape:
-            error_msgs.append(
-                f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}"
-            )
+        found, expected = list(weight.shape), list(self.weight.shape)
+        if found != expected:
+            error_msgs.append(f"{name} is {found} in the checkpoint; the layer is {expected}")
             return
         if not local_metadata.get("assign_to_params_buffers", False):
             weight = weight.to(self.weight.device).clone()  # as copy_ does, which parameters are loaded by
         self._set_weight(weight)
+
+
+Linear = nn.Linear | QuantizedLinear
+
+
+class Adapted(nn.Module):
+    """A module that a model calls instead of a linear layer, which it holds and adds to, as ``lora/layer.py`` does."""
+
+    base_layer: Linear

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from qloralab.lora.inject import quantize_
-from qloralab.lora.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.nf4.blockwise import BLOCK_SIZES
 from qloralab.nf4.files import bitsandbytes_layout
 from qloralab.nf4.files.checkpoint import Checkpoint, write_index
 from qloralab.nf4.files.errors import FormatError
+from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.nf4.files.quantization_config import FIELD, STORAGES, QuantizationConfig
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import quantize_
 from qloralab.nf4.tensor import quantize
 
 from ..display import Display

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_
-from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, wrap_
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from qloralab.lora.inject import adapters, inject_, load_adapter_, wrap_
+from qloralab.nf4.model import linear_names, quantize_
 
 IDS = torch.arange(24).view(2, 12)
 # Largest difference of two logits of about 1: float32 sums, in another order, through two layers.
@@ -227,9 +227,9 @@ KILLED = """
 import os, pathlib, sys, torch
 from torch import nn
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import load_adapter_
+from qloralab.lora.inject import load_adapter_
 from qloralab.lora.inject import adapters, inject_
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import save_adapter
 
 def save(value):  # B is full of the value, and scaling is the value
     model = inject_(nn.Sequential(nn.Linear(8, 8)), LoraConfig(2, 2 * value))

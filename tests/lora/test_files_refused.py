@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_, read_adapter
-from qloralab.lora.inject import adapters, inject_
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter, save_adapter
+from qloralab.lora.inject import adapters, inject_, load_adapter_
 from qloralab.nf4.files.errors import FormatError
 
 

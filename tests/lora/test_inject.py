@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qloralab.lora import inject
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_, left_out, linear_names, quantize_, trainable, untrained, wrap_
+from qloralab.lora.inject import adapters, inject_, trainable, untrained, wrap_
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import left_out, linear_names, quantize_
 from qloralab.nf4.processor import compute_dtype
 from qloralab.nf4.tensor import quantize
 

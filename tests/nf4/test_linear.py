@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qloralab.lora.files import load_adapter_
+from qloralab.lora.inject import load_adapter_
 from qloralab.nf4 import linear as module
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.processor import ComputeDtype

@@ -9,9 +9,7 @@ from collections.abc import Collection
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from qloralab.nf4.linear import QuantizedLinear
-
-from .layer import LoRALinear
+from .linear import Adapted, QuantizedLinear
 
 LOGGER = logging.getLogger("qloralab")
 _EXPECTED = ("embeddings", "output head", "skipped")
@@ -40,7 +38,7 @@ def dense_shares(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[
             else "biases" if isinstance(module, QuantizedLinear)
             else type(module).__name__
         )  # fmt: skip
-        for parameter in module.parameters(recurse=False) if not isinstance(module, LoRALinear) else ():
+        for parameter in module.parameters(recurse=False) if not isinstance(module, Adapted) else ():
             if id(parameter) not in seen and not is_lazy(parameter):
                 held[kind] += parameter.numel()
                 seen.add(id(parameter))
