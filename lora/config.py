@@ -60,7 +60,7 @@ class LoraConfig:
         """The names, in their order, that target_modules means.
 
         Args:
-            names: of the layers to choose from, full paths.
+            names: full paths of the layers to choose from.
             left_out: why others are not among them, by full path.
 
         Raises:

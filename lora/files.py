@@ -42,24 +42,15 @@ _PREFIX = "base_model.model."
 
 # Fields of PEFT's file that change what the adapter computes, with the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alpha_pattern": (None, {}),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "fan_in_fan_out": (None, False, True),  # how the weight beside the adapter is stored; A and B are as always
-    # the others (PiSSA, OLoRA, CorDA, LoftQ) change the weights beside the adapter
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "monteclora_config": (None,),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"), (None,)),
+    **dict.fromkeys(("monteclora_config", "velora_config"), (None,)),
+    **dict.fromkeys(("lora_bias", "use_bdlora", "use_dora", "use_qalora"), (None, False)),
+    **dict.fromkeys(("alpha_pattern", "rank_pattern"), (None, {})),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (None, [])),
     "trainable_token_indices": (None, [], {}),
-    "use_bdlora": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "velora_config": (None,),
+    "fan_in_fan_out": (None, False, True),  # how the weight beside the adapter is stored; A and B are as always
+    # The others (PiSSA, OLoRA, CorDA, LoftQ) change the weights beside the adapter.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
 # Of a model whose experts transformers 5 holds as one parameter, PEFT (0.21) turns these targets into parameters.
 _EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
@@ -134,11 +125,9 @@ def read_adapter(
         the config; A [r, in] and B [out, r] in float32, by the path of the layer.
     """
     config, path = _read_config(Path(directory, CONFIG_FILE)), Path(directory, WEIGHTS_FILE)
-    if not path.exists() and path.with_suffix(".bin").exists():
-        raise FormatError(
-            "is a pickle, which can run code; have PEFT save it as safetensors", file=path.with_suffix(".bin")
-        )
     if not path.exists():
+        if (pickle := path.with_suffix(".bin")).exists():
+            raise FormatError("is a pickle, which can run code; have PEFT save it as safetensors", file=pickle)
         raise FileNotFoundError(f"{path} does not exist")
     file = SafetensorsFile(path)
     shapes = _shapes(file, config.r)
@@ -181,20 +170,15 @@ def _peft_config(model: nn.Module, paths: dict[LoRALinear, list[str]]) -> dict[s
     # As a causal language model, PEFT wraps what has this method.
     causal = hasattr(bare, "prepare_inputs_for_generation") and not getattr(base, "is_encoder_decoder", False)
     modules = [bare_name(model, path) for path, _ in model.named_modules()]
-    return {
+    return dataclasses.asdict(config) | {
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "bias": config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": config.r,
         "target_modules": _target_modules(modules, {name for name, *_ in paths.values()}),
         "task_type": config.task_type if config.task_type != "CAUSAL_LM" or causal else None,
-        "use_rslora": config.use_rslora,
     }
 
 
@@ -212,21 +196,18 @@ def _read_config(path: Path) -> LoraConfig:
         raise FileNotFoundError(f"{path} does not exist: {was}")
     fields = read_object(path)
 
-    def refused(field: str, message: str) -> FormatError:
-        return FormatError(message, file=path, field=field)
-
     if fields.get("peft_type", "LORA") != "LORA":
-        raise refused("peft_type", f"is {fields['peft_type']!r}; only 'LORA' is supported")
+        raise FormatError(f"is {fields['peft_type']!r}; only 'LORA' is supported", file=path, field="peft_type")
     for field, neutral in _NEUTRAL.items():
         if fields.get(field) not in neutral:
-            raise refused(field, f"is {fields[field]!r:.60}, which is not supported")
+            raise FormatError(f"is {fields[field]!r:.60}, which is not supported", file=path, field=field)
     if not isinstance(fields.get("use_rslora", False), bool):
-        raise refused("use_rslora", f"is {fields['use_rslora']!r:.60}, not true or false")
+        raise FormatError(f"is {fields['use_rslora']!r:.60}, not true or false", file=path, field="use_rslora")
     for field in ("r", "lora_alpha"):
         if field not in fields:
-            raise refused(field, "is missing")
+            raise FormatError("is missing", file=path, field=field)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
     try:
-        known = {field.name for field in dataclasses.fields(LoraConfig)}
         return LoraConfig(**{name: value for name, value in fields.items() if name in known})
     except (ValueError, TypeError) as error:
         raise FormatError(str(error), file=path) from None
@@ -247,31 +228,25 @@ def _check_fit(model: nn.Module, shapes: dict[str, tuple[int, int]], path: Path)
 
 def _shapes(file: SafetensorsFile, r: int) -> dict[str, tuple[int, int]]:
     """out and in of each adapter by the path of its layer; all complete, and of the rank of the config."""
-    names: dict[str, None] = {}
+    names = dict.fromkeys(key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")[0] for key in file.names())
+    where = {key: dim for name in names for dim, key in enumerate(_keys(name))}  # the dimension that has the rank
     for key in file.names():
-        name = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")[0]
-        if key not in _keys(name):
+        if key not in where:
             raise FormatError("is not the A or B of a LoRA layer", file=file.path, tensor=key)
         if not file.describe(key)[0].is_floating_point:
             raise FormatError(f"is {file.describe(key)[0]}, not floating point", file=file.path, tensor=key)
-        names[name] = None
     if not names:
         raise FormatError("holds no adapter", file=file.path)
-    shapes = {}
-    for name in names:
-        for key, dim in zip(_keys(name), (0, 1), strict=True):
-            if key not in file.names():
-                raise FormatError("is missing", file=file.path, tensor=key)
-            shape = file.describe(key)[1]
-            if len(shape) != 2 or shape[dim] != r:
-                raise FormatError(f"is {list(shape)}; the config says r = {r}", file=file.path, tensor=key)
-        A, B = (file.describe(key)[1] for key in _keys(name))
-        shapes[name] = B[0], A[1]
-    return shapes
+    for key, dim in where.items():
+        if key not in file.names():
+            raise FormatError("is missing", file=file.path, tensor=key)
+        shape = file.describe(key)[1]
+        if len(shape) != 2 or shape[dim] != r:
+            raise FormatError(f"is {list(shape)}; the config says r = {r}", file=file.path, tensor=key)
+    return {name: (file.describe(B)[1][0], file.describe(A)[1][1]) for name in names for A, B in [_keys(name)]}
 
 
 def _values(file: SafetensorsFile, key: str) -> Tensor:
-    """float32."""
     tensor = file.tensor(key).float()
     if not tensor.isfinite().all():
         raise FormatError("holds a value that is NaN or infinite", file=file.path, tensor=key)

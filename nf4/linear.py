@@ -61,11 +61,7 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         name: str = "layer",
     ) -> QuantizedLinear:
-        """Quantize the weight of a linear layer; the layer itself is not changed.
-
-        Raises:
-            TypeError, ValueError: from ``quantize``; the message has the name of the layer.
-        """
+        """Quantize the weight of a linear layer, which is not changed. Errors of ``quantize`` have the layer's name."""
         weight = quantize(layer.weight, codebook, block_size, double_quant, name=f"{name}.weight")
         return cls(weight, layer.bias, compute_dtype)
 

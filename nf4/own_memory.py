@@ -1,4 +1,4 @@
-"""Tensors that lie in memory of others are given memory of their own.
+"""Memory of their own for tensors that lie in memory of others.
 
 A checkpoint is often mapped into memory, and one tensor that still lies in it keeps all of it there: weights that were
 quantized would be freed in name only.
@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 
 def own_memory_(tensors: Iterable[Tensor]) -> None:
-    """Copy tensors, in place and one after the other; those that overlap in memory overlap in their copies.
-
-    Args:
-        tensors: of any kind; copied are plain ones on the CPU.
-    """
+    """Copy the plain tensors on the CPU among these, in place; those that overlap in memory overlap in their copies."""
     groups: list[list[Tensor]] = []
     end = 0
     for tensor in sorted(filter(_is_plain, tensors), key=Tensor.data_ptr):
