@@ -7,6 +7,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from qloralab.nf4.files.module_names import ends_with
+
 ALL_LINEAR = "all-linear"
 
 
@@ -58,36 +60,27 @@ class LoraConfig:
         """The names, in their order, that target_modules means.
 
         Args:
-            names: of the layers to choose from, full paths.
+            names: full paths of the layers to choose from.
             left_out: why others are not among them, by full path.
 
         Raises:
             ValueError: a name or the expression matches none of them.
         """
         targets = self.target_modules
-        if targets == ALL_LINEAR:
-            chosen = list(names)
-            missing = [] if chosen else [ALL_LINEAR]
-        elif isinstance(targets, str):
+        if isinstance(targets, str):
             try:
                 pattern = re.compile(targets)
             except re.error as error:
                 raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from None
-            chosen = [name for name in names if pattern.fullmatch(name)]
+            chosen = [name for name in names if targets == ALL_LINEAR or pattern.fullmatch(name)]
             missing = [] if chosen else [targets]
         else:
             chosen = [name for name in names if any(ends_with(name, target) for target in targets)]
             missing = [target for target in targets if not any(ends_with(name, target) for name in names)]
         if missing:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names)) or "none"
-            why = {n: why for n, why in (left_out or {}).items() if ends_with(n, missing[0])}
-            besides = "".join(f"; {name} is left out: {reason}" for name, reason in list(why.items())[:1])
+            why = [f"; {n} is left out: {why}" for n, why in (left_out or {}).items() if ends_with(n, missing[0])]
             raise ValueError(
-                f"target_modules: no linear layer matches {missing[0]!r}{besides}; linear layers here: {known}"
+                f"target_modules: no linear layer matches {missing[0]!r}{''.join(why[:1])}; linear layers here: {known}"
             )
         return chosen
-
-
-def ends_with(name: str, suffix: str) -> bool:
-    """Whether a dotted name equals a suffix or ends with its components."""
-    return name == suffix or name.endswith(f".{suffix}")

@@ -22,17 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.linear import Adapted, Linear, QuantizedLinear
 from qloralab.nf4.product import addmm, matmul, reshaped, rows
 from qloralab.nf4.tensor import converted
 
 from . import ops
 from .config import LoraConfig
 
-Linear = nn.Linear | QuantizedLinear
 
-
-class LoRALinear(nn.Module):
+class LoRALinear(Adapted):
     """A frozen linear layer and its trainable adapter.
 
     Attributes:
@@ -54,12 +52,6 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    @classmethod
-    def from_base(cls, base_layer: Linear, config: LoraConfig, name: str = "layer") -> LoRALinear:
-        """Wrap a layer and freeze it."""
-        base_layer.requires_grad_(False)
-        return cls(base_layer, config, name)
 
     @property
     def weight(self):

@@ -61,11 +61,7 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         name: str = "layer",
     ) -> QuantizedLinear:
-        """Quantize the weight of a linear layer; the layer itself is not changed.
-
-        Raises:
-            TypeError, ValueError: from ``quantize``; the message has the name of the layer.
-        """
+        """Quantize the weight of a linear layer, which is not changed. Errors of ``quantize`` have the layer's name."""
         weight = quantize(layer.weight, codebook, block_size, double_quant, name=f"{name}.weight")
         return cls(weight, layer.bias, compute_dtype)
 
@@ -108,11 +104,19 @@ class QuantizedLinear(nn.Module):
         except FormatError as error:
             error_msgs.append(str(error))
             return
-        if weight.shape != self.weight.shape:
-            error_msgs.append(
-                f"{name} is {list(weight.shape)} in the checkpoint; the layer is {list(self.weight.shape)}"
-            )
+        found, expected = list(weight.shape), list(self.weight.shape)
+        if found != expected:
+            error_msgs.append(f"{name} is {found} in the checkpoint; the layer is {expected}")
             return
         if not local_metadata.get("assign_to_params_buffers", False):
             weight = weight.to(self.weight.device).clone()  # as copy_ does, which parameters are loaded by
         self._set_weight(weight)
+
+
+Linear = nn.Linear | QuantizedLinear
+
+
+class Adapted(nn.Module):
+    """A module that a model calls instead of a linear layer, which it holds and adds to, as ``lora/layer.py`` does."""
+
+    base_layer: Linear

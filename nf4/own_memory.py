@@ -1,4 +1,4 @@
-"""Tensors that lie in memory of others are given memory of their own.
+"""Memory of their own for tensors that lie in memory of others.
 
 A checkpoint is often mapped into memory, and one tensor that still lies in it keeps all of it there: weights that were
 quantized would be freed in name only.
@@ -13,21 +13,16 @@ from torch import Tensor, nn
 
 
 def own_memory_(tensors: Iterable[Tensor]) -> None:
-    """Copy tensors, in place and one after the other; those that overlap in memory overlap in their copies.
-
-    Args:
-        tensors: of any kind; copied are plain ones on the CPU.
-    """
-    group: list[Tensor] = []
+    """Copy the plain tensors on the CPU among these, in place; those that overlap in memory overlap in their copies."""
+    groups: list[list[Tensor]] = []
     end = 0
     for tensor in sorted(filter(_is_plain, tensors), key=Tensor.data_ptr):
-        if group and tensor.data_ptr() >= end:
-            _copy_(group, end)
-            group = []
-        group.append(tensor)
+        if tensor.data_ptr() >= end:
+            groups.append([])
+        groups[-1].append(tensor)
         end = max(end, _end(tensor))
-    if group:
-        _copy_(group, end)
+    for group in groups:
+        _copy_(group)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -41,17 +36,17 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
-def _copy_(group: list[Tensor], end: int) -> None:
-    """Copy tensors of one stretch of memory, which begins with the first and ends at an address."""
+def _copy_(group: list[Tensor]) -> None:
+    """Copy tensors of one stretch of memory, which begins with the first."""
     if len(group) == 1:
         group[0].data = group[0].data.clone()
         return
     start = group[0].data_ptr() // 16 * 16  # a multiple of every itemsize
-    memory = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+    memory = torch.empty(max(map(_end, group)) - start, dtype=torch.uint8, device="cpu")
     for tensor in group:
-        place, length, itemsize = tensor.data_ptr() - start, _end(tensor) - tensor.data_ptr(), tensor.itemsize
+        offset, length, itemsize = tensor.data_ptr() - start, _end(tensor) - tensor.data_ptr(), tensor.itemsize
         # Byte by byte: copy_ refuses tensors whose elements share memory, as after expand.
         source = memory.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset() * itemsize, (length,), (1,))
-        memory[place : place + length] = source
+        memory[offset : offset + length] = source
         copy = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        tensor.data = copy.set_(memory.untyped_storage(), place // itemsize, tensor.shape, tensor.stride())
+        tensor.data = copy.set_(memory.untyped_storage(), offset // itemsize, tensor.shape, tensor.stride())

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
     from qloralab.lora.config import LoraConfig
-    from qloralab.lora.files import load_adapter_
-    from qloralab.lora.inject import inject_, linear_names, quantize_, trainable
-    from qloralab.lora.saving import save_adapter
+    from qloralab.lora.files import save_adapter
+    from qloralab.lora.inject import inject_, load_adapter_, trainable
     from qloralab.nf4.codebook import normal_float
     from qloralab.nf4.files.errors import FormatError
+    from qloralab.nf4.model import linear_names, quantize_
     from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
     from qloralab.optim.paged_adamw import PagedAdamW
 
@@ -56,11 +56,11 @@ __all__ = [
 
 _MODULES = {
     "lora.config": ("LoraConfig",),
-    "lora.files": ("load_adapter_",),
-    "lora.inject": ("inject_", "linear_names", "quantize_", "trainable"),
-    "lora.saving": ("save_adapter",),
+    "lora.files": ("save_adapter",),
+    "lora.inject": ("inject_", "load_adapter_", "trainable"),
     "nf4.codebook": ("normal_float",),
     "nf4.files.errors": ("FormatError",),
+    "nf4.model": ("linear_names", "quantize_"),
     "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
     "optim.paged_adamw": ("PagedAdamW",),
     "checkpoint.quantized_model": ("load_quantized", "save_quantized"),

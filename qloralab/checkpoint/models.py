@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.kernels.gpu import operators as _gpu_kernels  # noqa: F401  # and these on CUDA tensors
-from qloralab.lora.files import CONFIG_FILE, load_adapter_, read_adapter
-from qloralab.lora.inject import quantize_
+from qloralab.lora.files import CONFIG_FILE, read_adapter
+from qloralab.lora.inject import load_adapter_
 from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.quantization_config import FIELD, is_bitsandbytes
+from qloralab.nf4.model import quantize_
 
 from ..errors import UserError
 from .gguf_reading import fast_gguf

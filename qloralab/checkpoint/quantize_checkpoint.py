@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from qloralab.lora.inject import quantize_
-from qloralab.lora.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.nf4.files import bitsandbytes_layout
 from qloralab.nf4.files.checkpoint import Checkpoint, write_index
 from qloralab.nf4.files.errors import FormatError
+from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.nf4.files.quantization_config import FIELD, STORAGES, QuantizationConfig
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import quantize_
 from qloralab.nf4.packed import BLOCK_SIZES
 from qloralab.nf4.tensor import quantize
 

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qloralab.lora.inject import has_adapters, linear_names
-from qloralab.lora.pretrained import COMPUTE_DTYPE, describe, is_part_of, saves_itself_
-from qloralab.lora.wrappers import bare_name, without_wrappers
+from qloralab.lora.inject import adapters
 from qloralab.nf4.files import quantization_config
 from qloralab.nf4.files.checkpoint import Checkpoint
 from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.json_file import read_object, write_object
+from qloralab.nf4.files.module_names import bare_name, is_part_of, without_wrappers
+from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, describe, saves_itself_
 from qloralab.nf4.files.quantization_config import FIELD, QuantizationConfig
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import linear_names
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,7 +60,7 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"the model is a {kind}, not one of transformers, whose files these are; save its state_dict()"
         )
-    if has_adapters(model):
+    if adapters(model):
         raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model has no quantized layer; quantize_ it first")

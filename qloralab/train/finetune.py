@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.dense_shares import described
 from qloralab.lora.inject import adapters, inject_, trainable
+from qloralab.nf4.dense_shares import described
 from qloralab.nf4.linear import QuantizedLinear
 
 from ..checkpoint.limits import Limits

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qloralab.lora.files import save_adapter
 from qloralab.lora.inject import trainable
-from qloralab.lora.saving import save_adapter
 from qloralab.optim.paged_adamw import PagedAdamW
 
 from ..checkpoint.limits import Limits

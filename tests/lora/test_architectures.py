@@ -18,9 +18,10 @@ import transformers
 from torch import Tensor, nn
 
 import qloralab as ql
-from qloralab.lora.dense_shares import dense_shares
-from qloralab.lora.inject import adapters, left_out
+from qloralab.lora.inject import adapters
+from qloralab.nf4.dense_shares import dense_shares
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import left_out
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 H, V, IMAGE = 32, 96, 90  # hidden size, vocabulary, the token that stands for a patch

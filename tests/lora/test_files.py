@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
@@ -24,45 +24,21 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     T5Config,
 )
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, load_adapter_
-from qloralab.lora.inject import adapters, inject_, linear_names, quantize_, wrap_
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from qloralab.lora.inject import adapters, inject_, load_adapter_, wrap_
+from qloralab.nf4.model import linear_names, quantize_
 
-IDS = torch.arange(24).view(2, 12)
+from .models import adapted, llama, logits
+
 # Largest difference of two logits of about 1: float32 sums, in another order, through two layers.
 SAME_LOGITS = 2e-6
 UP = "base_model.model.model.layers.1.mlp.up_proj"
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def adapted(model: Any = None, **fields: Any) -> Any:
-    """A model whose adapters do something."""
-    model = inject_(model or llama(), LoraConfig(**{"r": 4, "lora_alpha": 8, **fields}))
-    with torch.no_grad():
-        for layer in adapters(model).values():
-            layer.lora_B.normal_(std=0.1)
-    return model
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model.eval()(input_ids=IDS).logits
 
 
 def assert_same(found: nn.Module, expected: nn.Module) -> None:
@@ -227,9 +203,9 @@ KILLED = """
 import os, pathlib, sys, torch
 from torch import nn
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.files import load_adapter_
+from qloralab.lora.inject import load_adapter_
 from qloralab.lora.inject import adapters, inject_
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import save_adapter
 
 def save(value):  # B is full of the value, and scaling is the value
     model = inject_(nn.Sequential(nn.Linear(8, 8)), LoraConfig(2, 2 * value))

@@ -30,13 +30,13 @@ dropouts = pytest.mark.parametrize("p", [0.0, P], ids=["plain", "dropout"])
 
 
 def base_layer(base: str, dtype: torch.dtype, bias: bool = True) -> Any:
-    dense = nn.Linear(K, N, bias=bias, dtype=dtype)
+    dense = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
     return dense if base == "dense" else QuantizedLinear.from_linear(dense, compute_dtype=dtype)
 
 
 def adapted(base: str, dtype: torch.dtype, p: float = 0.0, bias: bool = True) -> Any:
     """A layer whose A and B are exact in bfloat16 and add about as much as the base."""
-    layer = LoRALinear.from_base(base_layer(base, dtype, bias), LoraConfig(R, 2 * R, lora_dropout=p))
+    layer = LoRALinear(base_layer(base, dtype, bias), LoraConfig(R, 2 * R, lora_dropout=p))
     with torch.no_grad():
         layer.lora_A.copy_((torch.randn(R, K) / math.sqrt(K)).bfloat16())
         layer.lora_B.copy_((torch.randn(N, R) / math.sqrt(R)).bfloat16())
@@ -164,7 +164,7 @@ def test_it_equals_peft(rslora, bias, N, R):
     """Also where the rank is larger than the layer, as for a gate of one output."""
     config = LoraConfig(R, 3, use_rslora=rslora)
     dense = nn.Linear(K, N, bias=bias)
-    ours: Any = LoRALinear.from_base(copy.deepcopy(dense), config)
+    ours: Any = LoRALinear(copy.deepcopy(dense), config)
     theirs: Any = peft.get_peft_model(  # pyright: ignore[reportCallIssue]
         nn.Sequential(dense),  # pyright: ignore[reportArgumentType]
         peft.LoraConfig(r=R, lora_alpha=3, use_rslora=rslora, target_modules=["0"]),
@@ -299,7 +299,7 @@ def test_an_input_of_another_width_is_refused(p, shape, said):
 @bases
 def test_the_weight_says_what_it_is_and_is_not_multiplied_by(base):
     """Else the adapter would be passed by without a word."""
-    layer = LoRALinear.from_base(base_layer(base, torch.bfloat16), LoraConfig(R, 2 * R), name="h.up")
+    layer = LoRALinear(base_layer(base, torch.bfloat16), LoraConfig(R, 2 * R), name="h.up")
     weight: Any = layer.weight
     assert (weight.dtype, weight.device, weight.shape) == (torch.bfloat16, torch.device("cpu"), (N, K))
     if base == "quantized":

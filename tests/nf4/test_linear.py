@@ -1,29 +1,38 @@
-"""A linear layer in 4 bits: its product, its state dict, and what moves and casts do to its bits."""
+"""A linear layer in 4 bits: its product, its state dict, and how models that have such layers are used: files,
+strictness, moves, casts, copies, processes, hooks."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.multiprocessing
 from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qloralab.lora.files import load_adapter_
+import qloralab as ql
+from qloralab.lora.inject import load_adapter_
 from qloralab.nf4 import linear as module
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.processor import ComputeDtype
 from qloralab.nf4.tensor import QuantizedTensor, quantize
 
-K, N = 66, 63
+K, H, N = 66, 48, 63
 # Root-mean-square error relative to float64: of one rounding to the dtype, and of sums of 66 terms in float32.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+CODEBOOKS = {"nf4": "nf4", "fp4": "fp4", "int4": "int4", "nf3": "nf3", "own": torch.linspace(-1, 1, 16)}
+codebooks = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS)
 double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 biases = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+stricts = pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
 PAYLOAD = "weight.quant_state.bitsandbytes__nf4"
 
 
@@ -31,9 +40,27 @@ def layer(double_quant: bool = True, bias: bool = True, dtype: torch.dtype = tor
     return QuantizedLinear.from_linear(nn.Linear(K, N, bias=bias), double_quant=double_quant, compute_dtype=dtype)
 
 
+def network(codebook: Any = "nf4", double_quant: bool = True) -> Any:
+    """An nn.Sequential of two layers in 4 bits, one with and one without a bias, and a norm that is not quantized."""
+    first, last = nn.Linear(K, H), nn.Linear(H, N, bias=False)
+    options = {"codebook": codebook, "double_quant": double_quant, "compute_dtype": torch.float32}
+    block = nn.Sequential(nn.LayerNorm(H), QuantizedLinear.from_linear(last, **options))
+    return nn.Sequential(QuantizedLinear.from_linear(first, **options), block)
+
+
+def weights(model: nn.Module) -> dict[str, QuantizedTensor]:
+    return {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
 def parts(weight: QuantizedTensor) -> dict[str, Tensor]:
     named = {name: getattr(weight, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
     return {name: part for name, part in named.items() if part is not None}
+
+
+def pointers(model: nn.Module) -> set[int]:
+    """The memory of every weight, of whichever kind."""
+    tensors = [*model.parameters(), *(part for weight in weights(model).values() for part in parts(weight).values())]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
@@ -42,6 +69,16 @@ def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
         assert part.dtype == parts(b)[name].dtype, name
         assert part.numpy().tobytes() == parts(b)[name].numpy().tobytes(), name
     assert (a.shape, a.dtype, a.codebook, a.block_size) == (b.shape, b.dtype, b.codebook, b.block_size)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    """Same bits of every weight, same output."""
+    for name, weight in weights(a).items():
+        assert_same_bits(weight, weights(b)[name])
+    for (name, one), two in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    x = torch.randn(3, K)
+    assert torch.equal(a(x), b(x))
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -118,34 +155,44 @@ def test_a_bad_weight_is_named():
         QuantizedLinear.from_linear(dense.double(), name="h.0.up")
 
 
-@double_quants
-@biases
-def test_state_dict_comes_back(double_quant, bias):
-    saved, loaded = layer(double_quant, bias), layer(double_quant, bias)
-    assert not torch.equal(saved.weight.packed, loaded.weight.packed)
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    assert str(loaded.load_state_dict(torch.load(file, weights_only=True))) == "<All keys matched successfully>"
-    assert_same_bits(loaded.weight, saved.weight)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_a_cast_of_the_model_does_not_break_the_forward(cast, dtype):
+    model = layer(dtype=dtype)
     x = torch.randn(3, K)
-    assert torch.equal(loaded(x), saved(x))
+    expected = model(x)
+    getattr(model, cast)()
+    assert torch.allclose(model(x), expected, rtol=0.02, atol=0.02)  # the bias may have been rounded once more
 
 
-def test_state_dict_of_another_kind_of_scales_is_taken():
-    loaded = layer(double_quant=True)
-    saved = layer(double_quant=False)
-    loaded.load_state_dict(saved.state_dict())
-    assert_same_bits(loaded.weight, saved.weight)
+def test_repr_says_how_it_is_held():
+    assert "in_features=66, out_features=63, bias=True, nf4, block_size=64, double_quant=True" in repr(layer())
 
 
-def test_state_dict_inside_a_model():
-    models: list[Any] = [nn.Sequential(layer(), nn.ReLU(), nn.ModuleDict({"up": nn.Linear(N, 3)})) for _ in "ab"]
-    saved, loaded = models
-    loaded.load_state_dict(saved.state_dict(prefix="m."), strict=False)
-    assert not torch.equal(loaded[0].weight.packed, saved[0].weight.packed)
-    loaded.load_state_dict(saved.state_dict())
-    assert_same_bits(loaded[0].weight, saved[0].weight)
+# Files
+
+
+@codebooks
+@double_quants
+@pytest.mark.parametrize("how", ["torch", "safetensors"])
+def test_a_state_dict_goes_through_a_file_bit_for_bit(how, codebook, double_quant, tmp_path):
+    model, other = network(codebook, double_quant), network(codebook, double_quant)
+    file = tmp_path / "model"
+    if how == "torch":
+        torch.save(model.state_dict(), file)
+        state = torch.load(file, weights_only=True)
+    else:
+        save_file(model.state_dict(), file)
+        state = load_file(file)
+    assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
+    assert_same(other, model)
+
+
+@codebooks
+def test_the_checkpoint_brings_its_codebook_and_options(codebook):
+    model, other = network(codebook, double_quant=False), network("nf4")
+    other.load_state_dict(model.state_dict())
+    assert_same(other, model)
 
 
 @double_quants
@@ -161,101 +208,245 @@ def test_keys_dtypes_and_shapes_are_those_of_bitsandbytes(double_quant, bias):
         assert found[key] == expected[key], key
 
 
+def test_the_prefix_is_the_path_of_the_layer():
+    model = network()
+    names = [key.removeprefix("0.") for key in model.state_dict() if key.startswith("0.weight")]
+    assert len(names) == 6
+    expected = {f"{path}.{name}" for path in ("0", "1.1") for name in names}
+    assert model.state_dict().keys() == {"0.bias", "1.0.weight", "1.0.bias", *expected}
+    assert model[1].state_dict(prefix="up.").keys() >= {f"up.1.{name}" for name in names}
+    state = model.state_dict()
+    assert all(type(tensor) is Tensor and not tensor.requires_grad for tensor in state.values())
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"model": m}], ids=["module", "in-a-dict"])
+def test_a_pickle_of_the_model_is_refused_with_advice(wrap):
+    model = network()
+    for save in (pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())):
+        with pytest.raises(pickle.PicklingError, match=r"state_dict\(\) of the module"):
+            save(wrap(model))
+
+
+# Strict and not
+
+
+def test_strict_names_what_is_missing_and_what_is_too_many():
+    state = network().state_dict()
+    first = {name: tensor for name, tensor in state.items() if name.startswith("0.")}
+    with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"1\.1\.weight"'):
+        network().load_state_dict(first)
+    with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.*"0\.weights"'):
+        network().load_state_dict({**state, "0.weights": torch.zeros(1)})
+
+
+def test_not_strict_loads_what_there_is():
+    model, other = network(), network()
+    kept = other[1][1].weight
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("1.1.")}
+    found = other.load_state_dict({**state, "9.weight": torch.zeros(1)}, strict=False)
+    assert found.missing_keys == ["1.1.weight"]
+    assert found.unexpected_keys == ["9.weight"]
+    assert other[1][1].weight is kept
+    other[1][1].weight = model[1][1].weight
+    assert_same(other, model)
+
+
+def take_another(state: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Other tensors in place of all of the first layer's weight."""
+    for name in [name for name in state if name.startswith("0.weight")]:
+        del state[name]
+    state.update({f"0.{name}": tensor for name, tensor in others.items()})
+
+
+def set_(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda state: state.update({f"0.{name}": value})
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    **{
+        f"no {name}": (lambda state, name=name: state.pop(f"0.{name}"), rf"0\.{name.removesuffix('nf4')}")
+        for name in ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", PAYLOAD)
+    },
+    "shape": (
+        lambda state: take_another(state, layer(bias=False).state_dict()),
+        r"0\.weight is \[63, 66\] in the checkpoint; the layer is \[48, 66\]",
+    ),
+    "codes": (set_("weight", torch.zeros(5, 1, dtype=torch.uint8)), r"'0\.weight': is torch\.uint8 \[5, 1\]"),
+    "scales": (set_("weight.absmax", torch.zeros(65)), r"'0\.weight\.absmax': is torch\.float32"),
+    "payload": (set_(PAYLOAD, torch.tensor(list(b"{"), dtype=torch.uint8)), "is not JSON"),
+    "codebook": (set_("weight.quant_map", torch.zeros(16)), "is not the nf4 codebook"),
+    "nested scales beside plain ones": (
+        lambda state: state.update(
+            {name: t for name, t in network(double_quant=False).state_dict().items() if "nested" not in name}
+        ),
+        r"0\.weight\.nested_absmax.*does not belong",
+    ),
+    "two codebooks": (lambda state: state.update(network("fp4").state_dict()), "a 4-bit weight has exactly one"),
+    "dense": (lambda state: take_another(state, {"weight": torch.zeros(H, K)}), "a 4-bit weight has exactly one"),
+}
+
+
+@stricts
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_weight_of_the_layer_is_refused(case, strict):
+    change, message = REFUSED[case]
+    model, state = network(), dict(network().state_dict())
+    before = model[0].weight
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state, strict=strict)
+    assert model[0].weight is before
+
+
+# Memory and devices
+
+
+def test_loading_copies():
+    model, other = network(), network()
+    other.load_state_dict(model.state_dict())
+    assert not pointers(other) & pointers(model)
+
+
+def test_loading_with_assign_copies_nothing():
+    model, other = network(), network()
+    state = model.state_dict()
+    other.load_state_dict(state, assign=True)
+    for name, weight in weights(other).items():
+        assert weight.packed.data_ptr() == state[f"{name}.weight"].data_ptr()
+    assert_same(other, model)
+
+
+@codebooks
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+def test_a_model_on_the_meta_device_is_filled(assign, codebook):
+    model, other = network(codebook), network(codebook).to("meta")
+    assert {part.device.type for weight in weights(other).values() for part in parts(weight).values()} == {"meta"}
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(model.state_dict(), assign=assign)
+    assert all(weight.device.type == "cpu" for weight in weights(other).values())
+    assert_same(other, model)
+
+
+@codebooks
 @double_quants
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
-def test_a_cast_keeps_the_bits(cast, double_quant):
-    model: Any = nn.Sequential(layer(double_quant), nn.LayerNorm(N))
-    before = model[0].weight
-    getattr(model, cast)()
-    assert_same_bits(model[0].weight, before)
-    assert model[1].weight.dtype == getattr(torch, cast)
+def test_a_cast_of_the_model_leaves_the_bits(cast, codebook, double_quant):
+    model = network(codebook, double_quant)
+    before, dtype = copy.deepcopy(model), getattr(torch.empty(0), cast)().dtype
+    for change in (lambda: model.to(dtype), getattr(model, cast)):
+        change()
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        for name, weight in weights(model).items():
+            assert_same_bits(weight, weights(before)[name])
+    assert {name: tensor.dtype for name, tensor in model.float().state_dict().items()} == {
+        name: tensor.dtype for name, tensor in before.state_dict().items()
+    }
 
 
-@double_quants
-def test_to_a_dtype_keeps_the_bits_and_to_a_device_carries_them(double_quant):
-    model = layer(double_quant)
-    before = model.weight
-    model.to(torch.float16)
-    assert_same_bits(model.weight, before)
-    model.to("meta")
-    assert {part.device.type for part in parts(model.weight).values()} == {"meta"}
-
-
-def test_a_copy_has_its_own_memory():
-    model = layer()
+@codebooks
+def test_a_deep_copy_has_memory_of_its_own(codebook):
+    model = network(codebook)
     twin = copy.deepcopy(model)
-    assert_same_bits(twin.weight, model.weight)
-    for name, part in parts(twin.weight).items():
-        assert part.data_ptr() != parts(model.weight)[name].data_ptr(), name
-    assert torch.equal(twin(torch.ones(1, K)), model(torch.ones(1, K)))
+    assert not pointers(twin) & pointers(model)
+    assert_same(twin, model)
 
 
-def test_shared_memory():
-    model = layer()
-    before = model.weight
-    model.share_memory()
-    assert all(part.is_shared() for part in parts(model.weight).values())
-    assert_same_bits(model.weight, before)
+def test_a_shared_weight_is_copied_once():
+    layer = QuantizedLinear.from_linear(nn.Linear(K, K))
+    model = nn.Sequential(layer, QuantizedLinear(layer.weight, layer.bias))
+    twin: Any = copy.deepcopy(model)
+    assert twin[0].weight is twin[1].weight
+    assert twin[0].weight is not layer.weight
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
-def test_a_cast_of_the_model_does_not_break_the_forward(cast, dtype):
-    model = layer(dtype=dtype)
+def test_a_copy_shares_as_copies_of_modules_do():
+    model = network()
+    twin = copy.copy(model)
+    assert pointers(twin) == pointers(model)
+    assert_same(twin, model)
+
+
+# Processes and hooks
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Any]:
+    """A pool of one other process, which starts with nothing of this one."""
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+def test_a_child_process_works_on_the_shared_model(child):
+    before = network().requires_grad_(False)
+    model = copy.deepcopy(before).share_memory()  # gradients do not cross between processes
+    assert all(part.is_shared() for weight in weights(model).values() for part in parts(weight).values())
     x = torch.randn(3, K)
-    expected = model(x)
-    getattr(model, cast)()
-    assert torch.allclose(model(x), expected, rtol=0.02, atol=0.02)  # the bias may have been rounded once more
+    found = child.apply(nn.Sequential.forward, (model, x))  # the child has the reference only, whose sums are others
+    torch.testing.assert_close(found, model(x), rtol=2e-2, atol=2e-2)
+    assert_same(model, before)
+    child.apply(QuantizedTensor.map, (model[0].weight, torch.zero_))  # writes zeros over every part
+    assert not any(part.any() for part in parts(model[0].weight).values())
 
 
-def test_a_missing_weight_is_missing():
-    state = layer().state_dict()
-    rest = {"bias": state["bias"]}
-    assert layer().load_state_dict(rest, strict=False).missing_keys == ["weight"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"up\.weight"'):
-        nn.ModuleDict({"up": layer()}).load_state_dict({"up.bias": state["bias"]})
+def test_hooks_of_the_state_dict_run():
+    model = network()
+    seen: list[str] = []
+
+    def rename(module, state, prefix, metadata) -> None:
+        seen.append(prefix)
+        for name in list(state):
+            if name.startswith(prefix):
+                state[f"model.{name}"] = state.pop(name)
+
+    def restore(module, state, prefix, *_) -> None:
+        for name in list(state):
+            state[name.removeprefix("model.")] = state.pop(name)
+
+    model.register_state_dict_post_hook(rename)
+    state = model.state_dict()
+    assert seen == [""]
+    assert "model.0.weight.absmax" in state
+    other = network()
+    other.register_load_state_dict_pre_hook(restore)
+    other.load_state_dict(state)
+    assert_same(other, model)
 
 
-@pytest.mark.parametrize("key", ["weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", PAYLOAD])
-def test_a_missing_part_is_named(key):
-    model = layer()
-    before = model.weight
-    state = layer().state_dict()
-    del state[key]
-    with pytest.raises(RuntimeError, match=key.removesuffix("nf4").replace(".", r"\.")):
-        model.load_state_dict(state)
-    assert_same_bits(model.weight, before)
+def test_a_hook_of_the_layer_sees_its_weight():
+    model = network()
+    seen: list[set[str]] = []
+    model[0].register_state_dict_post_hook(lambda module, state, prefix, _: seen.append(set(state)))
+    model.state_dict()
+    assert {"0.weight", "0.weight.absmax", "0.weight.quant_state.bitsandbytes__nf4"} <= seen[0]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("weight", torch.zeros(5, 1, dtype=torch.uint8), r"tensor 'weight': is torch\.uint8 \[5, 1\]"),
-        ("weight.absmax", torch.zeros(65), r"tensor 'weight\.absmax': is torch\.float32"),
-        (PAYLOAD, torch.tensor(list(b"{"), dtype=torch.uint8), "is not JSON"),
-        ("weight.quant_map", torch.zeros(16), "is not the nf4 codebook"),
-        ("extra", torch.zeros(1), 'Unexpected key.*"extra"'),
-    ],
-    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
-)
-def test_a_malformed_part_is_reported(key, value, message):
-    with pytest.raises(RuntimeError, match=message):
-        layer().load_state_dict({**layer().state_dict(), key: value})
+# Compiled, and with adapters
 
 
-def test_a_weight_of_another_shape_is_reported():
-    other = QuantizedLinear.from_linear(nn.Linear(N, K)).state_dict()
-    with pytest.raises(RuntimeError, match=r"weight is \[66, 63\] in the checkpoint; the layer is \[63, 66\]"):
-        layer(bias=False).load_state_dict({key: value for key, value in other.items() if key != "bias"})
+@codebooks
+def test_it_is_compiled_in_one_piece(codebook):
+    model = network(codebook)
+    x = torch.randn(3, K, requires_grad=True)
+    torch._dynamo.reset()
+    found, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x, torch.ones_like(y)) for y in (found, expected))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_dense_checkpoint_is_refused():
-    with pytest.raises(RuntimeError, match="a 4-bit weight has exactly one"):
-        layer().load_state_dict(nn.Linear(K, N).state_dict())
+def test_a_model_with_adapters_goes_through_a_file(tmp_path):
+    def make() -> nn.Module:
+        model = ql.quantize_(nn.Sequential(nn.Linear(K, H), nn.Linear(H, N)), compute_dtype=torch.float32)
+        return ql.inject_(model, ql.LoraConfig(r=4, lora_alpha=8))
 
-
-def test_repr_says_how_it_is_held():
-    assert "in_features=66, out_features=63, bias=True, nf4, block_size=64, double_quant=True" in repr(layer())
+    model, other = make(), make()
+    with torch.no_grad():
+        for parameter in ql.trainable(model):
+            parameter.normal_()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert_same(other, model)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # what PEFT says of any layer it is told of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qloralab.lora.inject import quantize_
+from qloralab.nf4.model import quantize_
 from qloralab.nf4.own_memory import own_memory_
 
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import inject_, quantize_, wrap_
+from qloralab.lora.inject import inject_, wrap_
+from qloralab.nf4.model import quantize_
 from qloralab.train import loss as module
 from qloralab.train.loss import AnswerLoss, linear_cross_entropy
 

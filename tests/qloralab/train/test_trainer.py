@@ -24,7 +24,8 @@ from qloralab.data.encoding import NO_LABEL, encode_all
 from qloralab.data.examples import read_jsonl
 from qloralab.errors import UserError
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_, quantize_
+from qloralab.lora.inject import adapters, inject_
+from qloralab.nf4.model import quantize_
 from qloralab.settings import Method
 from qloralab.train.trainer import Trainer, schedule
 

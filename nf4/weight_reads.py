@@ -6,13 +6,13 @@ which rescales weights in place.
 
 What is read is found in the source, without running it: in ``forward`` of each class of the model and the functions of
 that class and its file that it names, an expression ``a.b.weight`` whose value is used. ``self.b.weight`` is the layer
-b; of any other ``x.a.b.weight`` the layers below the module whose paths end in a.b. Only the dtype, device or shape
-is no use of the value, nor is ``isinstance``. A branch that an attribute of the module rules out
+b; any other ``x.a.b.weight`` stands for the layers below the module whose paths end in a.b. To look at the dtype,
+device or shape uses no value. A branch that an attribute of the module rules out
 (``if self.config.pretraining_tp > 1``) does not count.
 
-Not found: a layer under another name (``proj = self.proj; proj.weight``), and classes without source, such as those
-typed at a prompt. There a dense layer with an adapter raises when its weight is used (see ``lora/layer.py``), and one
-in 4 bits raises TypeError, as its weight is no ``torch.Tensor``.
+A layer under another name (``proj = self.proj; proj.weight``) is not found, nor is one in a class without source. There
+a dense layer with an adapter raises when its weight is used (see ``lora/layer.py``), and one in 4 bits raises
+TypeError, as its weight is no ``torch.Tensor``.
 """
 
 from __future__ import annotations
@@ -27,24 +27,19 @@ from typing import Any
 
 from torch import nn
 
-_METADATA = frozenset(
-    ("device", "dim", "dtype", "element_size", "is_meta", "ndim", "numel", "requires_grad", "shape", "size")
-)
-_LOOKS_AT = frozenset(("hasattr", "id", "isinstance", "type"))
+_METADATA = ("device", "dim", "dtype", "element_size", "is_meta", "ndim", "numel", "requires_grad", "shape", "size")
+_LOOKS_AT = ("hasattr", "id", "isinstance", "type")
 
 
 def weights_read(model: nn.Module) -> dict[nn.Module, str]:
     """The modules whose weight another one reads, and who does: "MambaMixer.forward"."""
     found: dict[nn.Module, str] = {}
     for module in model.modules():
-        named = _functions(type(module), type(module).forward) if module._modules else []
-        functions = [function for function in named if _chains(_tree(function), None)]
-        below = dict(module.named_modules(remove_duplicate=False)) if functions else {}
-        for function in functions:
-            for chain in _chains(_tree(function), module):
-                for name, layer in below.items():
-                    if re.fullmatch(chain, name):
-                        found.setdefault(layer, function.__qualname__)
+        for function in _functions(type(module), type(module).forward) if module._modules else ():
+            chains = _chains(_tree(function), module)
+            for name, layer in module.named_modules(remove_duplicate=False) if chains else ():
+                if any(re.fullmatch(chain, name) for chain in chains):
+                    found.setdefault(layer, function.__qualname__)
     return found
 
 
@@ -83,13 +78,8 @@ def _tree(function: FunctionType) -> ast.AST:
         return ast.Module([], [])
 
 
-def _chains(tree: ast.AST, module: nn.Module | None) -> list[str]:
-    """Patterns of the paths, below a module, of the layers whose weight is used.
-
-    Args:
-        tree: of a function.
-        module: that runs it; None takes every branch.
-    """
+def _chains(tree: ast.AST, module: nn.Module) -> list[str]:
+    """Patterns of the paths, below the module that runs a function, of the layers whose weight the function uses."""
     found = []
     for node, parent in _live(tree, tree, module):
         if not isinstance(node, ast.Attribute) or node.attr != "weight" or not isinstance(node.ctx, ast.Load):
@@ -115,10 +105,10 @@ def _component(node: ast.Attribute | ast.Subscript) -> str:
     return re.escape(str(node.slice.value)) if isinstance(node.slice, ast.Constant) else r"[^.]+"
 
 
-def _live(node: ast.AST, parent: ast.AST, module: nn.Module | None) -> Iterator[tuple[ast.AST, ast.AST]]:
+def _live(node: ast.AST, parent: ast.AST, module: nn.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
     """Each node and its parent, without the branches that the attributes of a module rule out."""
     yield node, parent
-    known = _known(node.test, module) if module is not None and isinstance(node, ast.If | ast.IfExp) else None
+    known = _known(node.test, module) if isinstance(node, ast.If | ast.IfExp) else None
     for field, value in ast.iter_fields(node):
         if known is None or field != ("orelse" if known else "body"):
             for child in value if isinstance(value, list) else [value]:

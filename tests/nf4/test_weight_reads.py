@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from qloralab.lora.weight_reads import weights_read
+from qloralab.nf4.weight_reads import weights_read
 
 
 class Block(nn.Module):

@@ -1,11 +1,13 @@
-"""Names without the wrappers that torch puts around a module: the ones that a file has, and PEFT looks for.
+"""Names of modules: parts of a dotted path, and paths without the wrappers that torch puts around a module.
 
 ``torch.compile``, DDP, FSDP and activation checkpointing hold the module they wrap as a child, whose name then stands
-in every path below it: ``_orig_mod.layers.0.up`` is the layer ``layers.0.up``. That is told by the wrapper itself, not
-by the text: a model may have a child called "module".
+in every path below it: ``_orig_mod.layers.0.up`` is the layer ``layers.0.up``, as a file has it and PEFT looks for it.
+That is told by the wrapper itself, not by the text: a model may have a child called "module".
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -14,6 +16,16 @@ from torch.optim.swa_utils import AveragedModel
 _AROUND_MODULE = (DataParallel, DistributedDataParallel, AveragedModel)
 # torch.compile; FullyShardedDataParallel; checkpoint_wrapper and offload_wrapper: nobody else has such a child.
 _CHILDREN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def ends_with(name: str, suffix: str) -> bool:
+    """Whether a path equals a suffix or ends with its components."""
+    return f".{name}".endswith(f".{suffix}")
+
+
+def is_part_of(name: str, modules: Iterable[str]) -> bool:
+    """Whether one of some names, of one or more components, stands in a path."""
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def bare_name(model: nn.Module, name: str) -> str:

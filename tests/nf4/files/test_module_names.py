@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from qloralab.lora.wrappers import bare_name, without_wrappers
+from qloralab.nf4.files.module_names import bare_name, without_wrappers
 
 
 class Block(nn.Module):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.dense_shares import LOGGER, dense_shares, described
-from qloralab.lora.inject import inject_, quantize_
+from qloralab.lora.inject import inject_
+from qloralab.nf4.dense_shares import LOGGER, dense_shares, described
+from qloralab.nf4.model import quantize_
 
 
 class Experts(nn.Module):

@@ -9,25 +9,21 @@ from collections.abc import Collection
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from qloralab.nf4.linear import QuantizedLinear
-
-from .layer import LoRALinear
+from .linear import Adapted, QuantizedLinear
 
 LOGGER = logging.getLogger("qloralab")
-_EXPECTED = ("embeddings", "output head", "skipped")
-_MUCH = 0.1  # of the weights
 
 
 def dense_shares(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[str, float]:
-    """Shares of all weights of a model that are not in 4 bits, by what holds them, the largest first.
+    """Shares of all weights of a model that are not in 4 bits, the largest first. Adapters are not counted, shared
+    weights once.
 
     Args:
         model: dense or quantized.
         skipped: modules that are dense on request.
 
     Returns:
-        by "skipped", "output head", "embeddings", "biases" (of layers in 4 bits) or the class of the module. Adapters
-        are not counted, shared weights once.
+        by "skipped", "output head", "embeddings", "biases" (of layers in 4 bits) or the class of the module.
     """
     heads = output_heads(model)
     packed = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, QuantizedLinear)}
@@ -40,7 +36,7 @@ def dense_shares(model: nn.Module, skipped: Collection[nn.Module] = ()) -> dict[
             else "biases" if isinstance(module, QuantizedLinear)
             else type(module).__name__
         )  # fmt: skip
-        for parameter in module.parameters(recurse=False) if not isinstance(module, LoRALinear) else ():
+        for parameter in module.parameters(recurse=False) if not isinstance(module, Adapted) else ():
             if id(parameter) not in seen and not is_lazy(parameter):
                 held[kind] += parameter.numel()
                 seen.add(id(parameter))
@@ -58,8 +54,9 @@ def described(model: nn.Module, skipped: Collection[nn.Module] = ()) -> str:
 def log_dense(model: nn.Module, skipped: Collection[nn.Module] = ()) -> None:
     """Log what is not in 4 bits: a warning where more than a tenth of the weights are neither skipped nor those of
     embeddings or the head."""
-    unexpected = sum(share for kind, share in dense_shares(model, skipped).items() if kind not in _EXPECTED)
-    LOGGER.log(logging.WARNING if unexpected > _MUCH else logging.INFO, "not in 4 bits: %s", described(model, skipped))
+    shares = dense_shares(model, skipped)
+    unexpected = sum(shares.values()) - sum(shares.get(kind, 0) for kind in ("embeddings", "output head", "skipped"))
+    LOGGER.log(logging.WARNING if unexpected > 0.1 else logging.INFO, "not in 4 bits: %s", described(model, skipped))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
