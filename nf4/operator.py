@@ -9,6 +9,7 @@ raises NotImplementedError: PyTorch would drop the tangents of a custom operator
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ class Operator(CustomOpDef):
         at = first + self._at
         end = at + len(Packed._fields)
 
+        @functools.wraps(function)
         def of_arguments(*arguments: Any) -> Any:
             return function(*arguments[:at], Packed._make(arguments[at:end]), *arguments[end:])
 
