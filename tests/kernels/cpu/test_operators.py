@@ -267,7 +267,7 @@ def test_linear_and_its_gradient(path, rows, dtype, bias, whole_weight):
         y.backward(grad)
         assert y.dtype == dtype
         assert x.grad is not None
-        W = ops.dequantize.reference(*weight, dtype=dtype).double()
+        W = ops.dequantize.reference(*weight, dtype).double()
         exact, exact_dx = x.detach().double() @ W.T + (0 if b is None else b.detach().double()), grad.double() @ W
         if not by_panels(path, dtype):
             assert torch.equal(y, exact.to(dtype))
