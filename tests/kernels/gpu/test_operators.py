@@ -268,38 +268,35 @@ def test_a_weight_that_is_not_contiguous_goes_to_the_reference(device, served):
     quantized = weight(device, shape=(16, 64))
     packed = torch.cat([quantized.packed, quantized.packed], 1)[:, :1]
     assert not packed.is_contiguous()
-    operands = dataclasses.replace(quantized, packed=packed).operands()
+    operands = quantized.operands()._replace(packed=packed)
     expected = ops.dequantize.reference(*quantized.operands(), torch.float32)
     assert same(operators.dequantize(*operands, torch.float32), expected)
     assert served == []
 
 
 SPOILED = {
-    "packed too short": lambda w: dataclasses.replace(w, packed=w.packed[:-1]),
-    "scales too short": lambda w: dataclasses.replace(w, scales=w.scales[:-1]),
-    "scales in float64": lambda w: dataclasses.replace(w, scales=w.scales.double()),
-    "second level too short": lambda w: dataclasses.replace(w, absmax2=w.absmax2[:0]),
-    "no offset": lambda w: dataclasses.replace(w, offset=None),
-    "offset of two": lambda w: dataclasses.replace(w, offset=w.offset.repeat(2)),
-    "block size": lambda w: dataclasses.replace(w, block_size=48),
-    "values in float64": lambda w: dataclasses.replace(w, values=w.values.double()),
-    "codes in int32": lambda w: dataclasses.replace(w, packed=w.packed.int()),
-    "scales elsewhere": lambda w: dataclasses.replace(w, scales=w.scales.to("meta")),
-    "second level elsewhere": lambda w: dataclasses.replace(w, absmax2=w.absmax2.to("meta")),
-    "offset elsewhere": lambda w: dataclasses.replace(w, offset=w.offset.to("meta")),
-    "codebook elsewhere": lambda w: dataclasses.replace(w, values=w.values.to("meta")),
+    "packed too short": lambda w: w._replace(packed=w.packed[:-1]),
+    "scales too short": lambda w: w._replace(scales=w.scales[:-1]),
+    "scales in float64": lambda w: w._replace(scales=w.scales.double()),
+    "second level too short": lambda w: w._replace(absmax2=w.absmax2[:0]),
+    "no offset": lambda w: w._replace(offset=None),
+    "offset of two": lambda w: w._replace(offset=w.offset.repeat(2)),
+    "block size": lambda w: w._replace(block_size=48),
+    "values in float64": lambda w: w._replace(values=w.values.double()),
+    "codes in int32": lambda w: w._replace(packed=w.packed.int()),
+    "scales elsewhere": lambda w: w._replace(scales=w.scales.to("meta")),
+    "second level elsewhere": lambda w: w._replace(absmax2=w.absmax2.to("meta")),
+    "offset elsewhere": lambda w: w._replace(offset=w.offset.to("meta")),
+    "codebook elsewhere": lambda w: w._replace(values=w.values.to("meta")),
 }
 
 
 @pytest.mark.parametrize("change", SPOILED.values(), ids=SPOILED)
 def test_no_kernel_sees_operands_that_do_not_fit(change, device):
-    quantized = weight(device)
-    assert operators._is_weight(quantized.operands(), torch.bfloat16)
-    assert not operators._is_weight(change(quantized).operands(), torch.bfloat16)
-
-
-def test_no_kernel_writes_another_dtype(device):
-    assert not operators._is_weight(weight(device).operands(), torch.float64)
+    operands = weight(device).operands()
+    assert operators._is_weight(operands, torch.bfloat16)
+    assert not operators._is_weight(change(operands), torch.bfloat16)
+    assert not operators._is_weight(operands, torch.float64)
 
 
 def test_an_input_of_another_width_is_refused_in_words(device, served):
@@ -353,17 +350,27 @@ def test_the_report_says_what_serves(device):
     assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
 
-@pytest.mark.parametrize(("choice", "implementation"), [("auto", "reference"), ("triton", "none")])
-def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "choice", "implementation", "served"),
+    [
+        ("dequantize", "auto", "reference", {"quantize_scales"}),
+        ("dequantize", "triton", "none", {"quantize_scales"}),
+        ("grad_A", "auto", "reference", {"quantize_scales", "adapted_linear", "linear_grad_input"}),
+    ],
+)
+def test_the_report_of_a_kernel_that_fails(kernel, choice, implementation, served, device, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setenv(self_check.VARIABLE, choice)
-    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
+    monkeypatch.setitem(self_check.CHECKS, kernel, broken)
     found = rows(torch.device(device))
-    for name in ("dequantize", "linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
-        assert found[name] == (implementation, "RuntimeError: no such instruction")
-    assert found["quantize_scales"][0] == "triton"
+    for name, kernels in operators.KERNELS.items():
+        if kernel in kernels:
+            assert found[name] == (implementation, "RuntimeError: no such instruction")
+        else:
+            assert found[name][0] in ("triton", "two-pass")
+    assert all(kernel not in operators.KERNELS[name] for name in served)
 
 
 def test_the_report_where_the_reference_is_asked_for(device, monkeypatch):
@@ -381,16 +388,6 @@ def test_the_report_without_a_gpu(monkeypatch):
 def test_the_report_refuses_another_device():
     with pytest.raises(ValueError, match="cpu or cuda, not 'tpu'"):
         dispatch.report("tpu")
-
-
-def test_the_report_of_an_adapters_kernel_that_fails(device, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setitem(self_check.CHECKS, "grad_A", broken)
-    found = rows(torch.device(device))
-    assert found["adapted_linear_backward"] == ("reference", "RuntimeError: no such instruction")
-    assert found["adapted_linear"][0] == found["linear_grad_input"][0] == "two-pass"
 
 
 def test_importing_and_working_on_the_cpu_does_not_import_triton():
