@@ -54,10 +54,7 @@ def dequantize_blockwise(packed: Tensor, absmax: Tensor, values: Tensor, block_s
     """The float32 weights that the codes and scales stand for.
 
     Args:
-        packed: uint8 [(numel + 1) // 2, 1], or [numel, 1] where a code has other than 4 bits.
-        absmax: float32 [blocks].
-        values: the codebook, float32 [2**bits].
-        block_size: elements that share a scale, even.
+        packed, absmax, values, block_size: as for ``quantize_blockwise``.
         numel: how many weights there are.
 
     Returns:
@@ -76,15 +73,7 @@ def dequantize_blockwise(packed: Tensor, absmax: Tensor, values: Tensor, block_s
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
-    """The code of the nearest value of a codebook; of two equally near values the lower one's.
-
-    Args:
-        x: float32, any shape.
-        values: float32 [n], n <= 256.
-
-    Returns:
-        uint8, the shape of x.
-    """
+    """The code of the nearest value of a codebook, uint8 in the shape of x; of two equally near ones the lower."""
     thresholds, codes = decision_table(values)
     below = torch.bucketize(x, thresholds, out_int32=True)
     return codes.index_select(0, below.flatten()).view(x.shape)

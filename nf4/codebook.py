@@ -1,10 +1,11 @@
 """The codebooks: NF4 derived from the normal distribution, the data types it is compared with, the map of the scales.
 
-**NormalFloat** (QLoRA, arXiv 2305.14314, section 3 and appendix E). Trained weights are close to normally distributed
-with mean 0. A data type with ``2**bits`` values wastes nothing when each value is used equally often, so the values
-are placed at quantiles of N(0, 1) and scaled to [-1, 1]. A symmetric set of 16 quantiles has no zero, yet a zero must
-be represented exactly (padding, pruned weights). So the two halves are built apart: 8 positive values, 7 negative
-ones, and one 0::
+**NormalFloat** (QLoRA, arXiv 2305.14314, section 3, appendix E) places its ``2**bits`` values at quantiles of N(0, 1)
+and scales them to [-1, 1], so that normally distributed weights use each value about equally often. Equal use is not
+what minimizes the error: the weights of a block are divided by its largest, which changes their distribution with the
+block size (Yoshida, arXiv 2306.06965), and other values have less error (BOF4, arXiv 2505.06653). NF4 is the paper's
+choice, and that of the files. A symmetric set of 16 quantiles has no zero, yet a zero must be represented exactly
+(padding, pruned weights). So the two halves are built apart: 8 positive values, 7 negative ones, and one 0::
 
     positive   Q(linspace(offset, 1/2,  9))[:8]       Q = inverse of the normal distribution function
     negative  -Q(linspace(offset, 1/2,  8))[:7]
@@ -13,24 +14,16 @@ ones, and one 0::
 ``offset`` stands in for the probability 1 whose quantile is infinite; equation 4 of the paper as printed would need
 that infinity. bitsandbytes ships the result as a literal table. The table comes out bit for bit only with its order
 of roundings: the probabilities in float32, Q in float64, the cast to float32, and only then the division by the
-largest value.
+largest value. The same construction gives 2 to 8 bits (nf2, nf3, nf5, ...).
 
-The same construction gives 2 to 8 bits (nf2, nf3, nf5, ...).
-
-**The others** are what the paper compares NF4 with (table 2), scaled to [-1, 1] as well:
-
-=========  =============================================================================================
-fp4        sign, 2 bits of exponent, 1 of mantissa, with the values and the order of codes of bitsandbytes
-fp4_e3m0   sign, 3 bits of exponent: 0 and the powers of two
-int4       two's complement, q / 7; -8 is in the table and never chosen
-=========  =============================================================================================
+**The others** are what the paper compares NF4 with (table 2), scaled to [-1, 1] as well: fp4, with the values and the
+order of codes of bitsandbytes, fp4_e3m0 and int4.
 
 **The dynamic map** (Dettmers, arXiv 1511.04561; used by bitsandbytes for second-level scales and optimizer states)
 spends its 256 values on seven decades: 2, 4, ..., 128 values (both signs together) in (1e-7, 1e-6], ..., (0.1, 1],
 each decade cut evenly, plus 0 and 1. Unsigned, all of them are positive.
 
-A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending. A user's own has
-4 to 256 values, ascending.
+A codebook is a tensor of values in the order of their codes, which for fp4 and int4 is not ascending.
 """
 
 from __future__ import annotations
@@ -47,17 +40,11 @@ _SMALLEST = 2.0**-24  # so that its products with scales are as large as kernels
 
 
 def normal_float(bits: int = 4) -> Tensor:
-    """The NormalFloat codebook of a given width.
-
-    Args:
-        bits: 2 to 8.
+    """The NormalFloat codebook of 2 to 8 bits; others raise ValueError.
 
     Returns:
         float32 [2**bits], ascending, from -1 to 1, with an exact 0 at index ``2**(bits-1) - 1``. For 4 bits it equals
         the table of the paper's appendix E, and of bitsandbytes, bit for bit.
-
-    Raises:
-        ValueError: bits is outside 2 to 8.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"a NormalFloat has 2 to 8 bits, not {bits}")
@@ -83,14 +70,11 @@ def _normal_quantile(probability: Tensor) -> Tensor:
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """The 8-bit dynamic map.
-
-    Args:
-        signed: False for numbers that are never negative: the values of the other sign make each decade twice as fine.
+    """The 8-bit dynamic map, that of ``create_dynamic_map`` of bitsandbytes, bit for bit.
 
     Returns:
-        float32 [256], ascending: the map of ``create_dynamic_map`` of bitsandbytes, bit for bit. Signed, from -0.99297
-        to 1, with an exact 0 at index 127 (its ``nested_quant_map``); unsigned, from an exact 0 at index 0 to 1.
+        float32 [256], ascending. Signed, from -0.99297 to 1, with an exact 0 at index 127; unsigned, from an exact 0 at
+        index 0 to 1, each decade twice as fine.
     """
     values = [_linspace(0, 1, 2)]
     for decade in range(7):
@@ -101,32 +85,27 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 def fp4() -> Tensor:
-    """The 4-bit floating-point numbers of bitsandbytes: code = sign << 3 | e << 1 | m.
+    """The 4-bit floating-point numbers of bitsandbytes, float32 [16]: code = sign << 3 | e << 1 | m.
 
-    Returns:
-        float32 [16] in the order of the codes: m / 16 where e = 0, else (2 + m) * 2**(3 - e), divided by the largest of
-        them, 12. Unlike in IEEE types, the magnitudes fall with e, and the one subnormal number is far below the rest.
-        Codes 0 and 8 are both 0.
+    A magnitude is m / 16 where e = 0, else (2 + m) * 2**(3 - e), divided by the largest of them, 12. Unlike in IEEE
+    types, it falls with e, and the one subnormal number is far below the rest. Codes 0 and 8 are both 0.
     """
     magnitudes = [m / 16 if e == 0 else (2 + m) * 2.0 ** (3 - e) for e in range(4) for m in range(2)]
     return _with_sign_bit(_float32(magnitudes) / max(magnitudes))
 
 
 def fp4_e3m0() -> Tensor:
-    """The 4-bit numbers with three bits of exponent and no mantissa (QLoRA, table 2): code = sign << 3 | e.
+    """The 4-bit numbers of three bits of exponent (QLoRA, table 2), float32 [16]: code = sign << 3 | e.
 
-    Returns:
-        float32 [16] in the order of the codes: 0 where e = 0, else 2**(e - 7). Codes 0 and 8 are both 0.
+    A magnitude is 0 where e = 0, else 2**(e - 7). Codes 0 and 8 are both 0.
     """
     return _with_sign_bit(_float32([0.0 if e == 0 else 2.0 ** (e - 7) for e in range(8)]))
 
 
 def int4() -> Tensor:
-    """Symmetric 4-bit integers: code = q in two's complement.
+    """Symmetric 4-bit integers, float32 [16]: the value is q / 7, the code q in two's complement.
 
-    Returns:
-        float32 [16] in the order of the codes: q / 7 for q = 0, ..., 7, -8, ..., -1. No number in [-1, 1] is nearest to
-        -8 / 7.
+    No number in [-1, 1] is nearest to -8 / 7.
     """
     return _float32([*range(8), *range(-8, 0)]) / 7
 
@@ -145,31 +124,18 @@ CODEBOOKS = tuple(_NAMED)
 
 
 def codebook_values(name: str) -> Tensor:
-    """The values of a codebook by its name.
-
-    Args:
-        name: one of ``CODEBOOKS``.
-
-    Returns:
-        float32 [2**bits] in the order of the codes.
-
-    Raises:
-        ValueError: there is no such codebook.
-    """
+    """The values of a codebook of ``CODEBOOKS``, float32 [2**bits]; another name raises ValueError."""
     if name not in _NAMED:
         raise ValueError(f"unknown codebook {name!r}; known: {', '.join(CODEBOOKS)}")
     return _NAMED[name]()
 
 
 def custom(values: Tensor | Sequence[float]) -> Tensor:
-    """A codebook that a user gives, checked.
+    """A codebook that a user gives, checked: float32 [n], a copy, with +0.0 for a -0.0.
 
     Args:
         values: 4 to 256 numbers, ascending, in [-1, 1], each 0 or at least 2**-24 in magnitude: a float32 tensor [n],
             or a sequence, of which each number is rounded to float32.
-
-    Returns:
-        float32 [n], a copy, with +0.0 for a -0.0.
 
     Raises:
         TypeError: they are no numbers.
@@ -191,22 +157,13 @@ def custom(values: Tensor | Sequence[float]) -> Tensor:
 
 
 def thresholds(values: Tensor) -> Tensor:
-    """The decision thresholds of ascending values: the float32 midpoints of neighbours.
-
-    Args:
-        values: float32 [n], ascending.
-
-    Returns:
-        float32 [n - 1]. A number equal to a threshold goes to the lower value.
-    """
+    """The decision thresholds of ascending values, float32 [n - 1]: the midpoints of neighbours. A number equal to one
+    goes to the lower value."""
     return (values[:-1] + values[1:]) / 2
 
 
 def decision_table(values: Tensor) -> tuple[Tensor, Tensor]:
     """How to find the code of a number: count the thresholds below it, and look the count up.
-
-    Args:
-        values: a codebook, float32 [n], in any order.
 
     Returns:
         thresholds: float32 [k - 1], those of the k different values.

@@ -47,16 +47,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-    """The scales that the 8-bit codes stand for.
-
-    Args:
-        codes: uint8 [blocks].
-        absmax2: float32 [ceil(blocks / 256)].
-        offset: float32 [].
-
-    Returns:
-        float32 [blocks].
-    """
+    """The scales that the 8-bit codes stand for, float32 [blocks]; the inverse of ``quantize_scales``."""
     values = _MAP.to(codes.device).index_select(0, codes.int())
     blocks = pad(values, (0, -len(codes) % SCALES_PER_BLOCK)).view(len(absmax2), SCALES_PER_BLOCK)
     return ((blocks * absmax2[:, None]).flatten() + offset)[: len(codes)]

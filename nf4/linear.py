@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(bitsandbytes_layout.to_state_dict(self.weight, f"{prefix}weight"))
+        destination.update(self.weight.stored(f"{prefix}weight"))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -9,6 +9,7 @@ raises NotImplementedError: PyTorch would drop the tangents of a custom operator
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.autograd import forward_ad
 from . import packed
 from .packed import Packed
 
+_Function = Callable[..., Any]
+
 
 class Operator(CustomOpDef):
     """An operator. Its reference serves every device for which nothing faster is registered, and the cases that a
@@ -30,7 +33,7 @@ class Operator(CustomOpDef):
         reference: the definition in plain PyTorch, as a function of the arguments of the schema.
     """
 
-    def __init__(self, schema: str, reference: Callable[..., Any]):
+    def __init__(self, schema: str, reference: _Function):
         before, found, _ = schema.partition(packed.SCHEMA)
         self._at = before.count(",") if found else None  # where the weight is among the arguments
         self.reference = self._flat(reference)
@@ -57,7 +60,7 @@ class Operator(CustomOpDef):
         with torch._C._AutoDispatchBelowAutograd():
             return self._opoverload(*arguments)
 
-    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def fake(self, function: _Function) -> _Function:
         """Register what gives results of the right shapes, for ``torch.compile``."""
         return self.register_fake(self._flat(function))
 
@@ -76,9 +79,7 @@ class Operator(CustomOpDef):
         keep_flat = self._flat(keep, first=2)
         self.register_autograd(all_gradients, setup_context=lambda ctx, inputs, output: keep_flat(ctx, output, *inputs))
 
-    def on(
-        self, device: str, around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda flat: flat
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def on(self, device: str, around: Callable[[_Function], _Function] | None = None) -> Callable:
         """Register an implementation for a device, and make it a function of the arguments of the schema.
 
         This goes past ``register_kernel``, which looks at every call whether a result is an argument: that takes as
@@ -89,27 +90,28 @@ class Operator(CustomOpDef):
             around: a wrapper of the function of the arguments.
         """
 
-        def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            flat = around(self._flat(function))
+        def register(function: _Function) -> _Function:
+            flat = self._flat(function) if around is None else around(self._flat(function))
             torch.library.impl(self._qualname, device, flat)
             return flat
 
         return register
 
-    def _flat(self, function: Callable[..., Any], first: int = 0) -> Callable[..., Any]:
+    def _flat(self, function: _Function, first: int = 0) -> _Function:
         """A function of a ``Packed`` as one of the arguments of the schema, which come after the ``first`` others."""
         if self._at is None:
             return function
         at = first + self._at
         end = at + len(Packed._fields)
 
+        @functools.wraps(function)
         def of_arguments(*arguments: Any) -> Any:
             return function(*arguments[:at], Packed._make(arguments[at:end]), *arguments[end:])
 
         return of_arguments
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
+def operator(schema: str) -> Callable[[_Function], Operator]:
     """Declare a function, the reference, as an operator of its name."""
     return lambda reference: Operator(schema, reference)
 

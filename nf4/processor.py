@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 
 VARIABLE = "QLORALAB_ISA"
-# What /proc/cpuinfo calls the features of x86-64-v3 and -v4 (System V ABI, table 3.1); abm is lzcnt.
+# The features of x86-64-v3 and -v4 by their names in /proc/cpuinfo (System V ABI, table 3.1); abm is lzcnt.
 AVX2 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 AVX512 = AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
-# What multiplies bfloat16, by the name of /proc/cpuinfo.
+# Of what multiplies bfloat16.
 _BFLOAT16 = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm's BF16"}
 # From the smallest; native is whatever the processor has.
 ISAS = ("portable", "avx2", "avx512", "native")
@@ -40,15 +40,10 @@ _LOW_ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE"
 
 
 class ComputeDtype(NamedTuple):
-    """The dtype in which a device multiplies in hardware, and why it is that one.
-
-    Attributes:
-        dtype: bfloat16 or float32.
-        why: a phrase for a person: "the processor has AVX512-BF16".
-    """
+    """The dtype in which a device multiplies in hardware, and why it is that one."""
 
     dtype: torch.dtype
-    why: str
+    why: str  # a phrase for a person: "the processor has AVX512-BF16"
 
 
 @functools.cache
@@ -93,11 +88,7 @@ def isa() -> str:
 def compute_dtype(device: torch.device | str = "cpu") -> ComputeDtype:
     """The dtype in which a device multiplies in hardware: bfloat16 where it can, as in the paper, otherwise float32.
 
-    Args:
-        device: where the products are taken. On "meta", where none is, the paper's bfloat16.
-
-    Raises:
-        ValueError: see ``isa``.
+    On "meta", where nothing is multiplied, it is the paper's bfloat16. Raises ValueError as ``isa`` does.
     """
     device = torch.device(device)
     if device.type == "meta":
@@ -121,11 +112,8 @@ def emulates(x: torch.Tensor) -> bool:
 
 
 def processor_class() -> str:
-    """The class of the CPU in a word, lowered as asked for: what a measured figure is to be filed under.
-
-    amx-bf16, avx512-bf16, avx512, avx2 or portable on x86-64; elsewhere the name of the architecture, and bf16 after it
-    where that is multiplied.
-    """
+    """The class of the CPU, lowered as asked for, that a measured figure is filed under: amx-bf16, avx512-bf16, avx512,
+    avx2 or portable on x86-64; elsewhere the architecture, with bf16 after it where that is multiplied."""
     features, chosen = set(cpu_features().split()), isa()
     multiplies = compute_dtype("cpu").dtype == torch.bfloat16
     if platform.machine() != "x86_64":

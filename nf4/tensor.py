@@ -43,14 +43,8 @@ class QuantizedTensor:
     block_size: int
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in full: float32 product of value and scale, rounded once.
-
-        Args:
-            dtype: float32, bfloat16 or float16; by default the dtype of the original weight.
-
-        Returns:
-            dtype, the shape of the weight.
-        """
+        """The weight in full: the float32 product of value and scale, rounded once to dtype, by default that of the
+        original weight."""
         return ops.dequantize(*self.operands(), dtype or self.dtype)
 
     def absmax(self) -> Tensor:
@@ -58,8 +52,7 @@ class QuantizedTensor:
         return absmax(self.operands())
 
     def codes(self) -> Tensor:
-        """The codes, one an element: int32, the shape of the weight. ``values[codes()]`` is the weight without its
-        scales."""
+        """The codes: int32, the shape of the weight. ``values[codes()]`` is the weight without its scales."""
         codes = unpack(self.packed, self.numel()) if is_packed(self.values) else self.packed.flatten()
         return codes.int().view(self.shape)
 
@@ -84,8 +77,7 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes held, the scales of both levels included (the codebook is not)."""
-        parts = (self.packed, self.scales, self.absmax2, self.offset)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self.operands().tensors[:-1] if part is not None)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -111,8 +103,8 @@ class QuantizedTensor:
         def carry(part: Tensor) -> Tensor:
             return function(part) if part.dtype == torch.uint8 else function(part.view(torch.int32)).view(torch.float32)
 
-        parts = {name: getattr(self, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
-        return dataclasses.replace(self, **{name: carry(part) for name, part in parts.items() if part is not None})
+        parts = zip(Packed._fields, self.operands().tensors, strict=False)
+        return dataclasses.replace(self, **{name: carry(part) for name, part in parts if part is not None})
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> QuantizedTensor:
         """The same weight on another device.
@@ -140,7 +132,7 @@ class QuantizedTensor:
         return self
 
     def to_bitsandbytes(self, prefix: str = "weight", storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
-        """The tensors of a bitsandbytes checkpoint, by their names there; see ``nf4/bitsandbytes_layout.py``.
+        """The tensors of a bitsandbytes checkpoint, by their names there; see ``files/bitsandbytes_layout.py``.
 
         Args:
             prefix: full name of the weight.
@@ -153,7 +145,11 @@ class QuantizedTensor:
             raise ValueError(
                 f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
             )
-        return bitsandbytes_layout.to_state_dict(self, prefix, storage)
+        return self.stored(prefix, storage)
+
+    def stored(self, prefix: str, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+        """The same for any codebook; bitsandbytes refuses by name the tensors of one that it does not know."""
+        return bitsandbytes_layout.to_state_dict(self.operands(), self.dtype, self.codebook, prefix, storage)
 
     @classmethod
     def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
@@ -166,7 +162,8 @@ class QuantizedTensor:
         Raises:
             FormatError: the tensors are missing or do not fit each other.
         """
-        return cls(**bitsandbytes_layout.from_state_dict(tensors, prefix))
+        weight, dtype, codebook = bitsandbytes_layout.from_state_dict(tensors, prefix)
+        return cls(**weight._asdict(), dtype=dtype, codebook=codebook)
 
     def __copy__(self) -> QuantizedTensor:
         return self  # nothing of it can be changed
@@ -204,7 +201,7 @@ def quantize(
     double_quant: bool = True,
     name: str = "weight",
 ) -> QuantizedTensor:
-    """Quantize a tensor to 4 bits (QLoRA, section 3).
+    """Quantize a tensor to 4 bits (QLoRA, section 3), on its device.
 
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
@@ -214,9 +211,6 @@ def quantize(
         block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
         double_quant: quantize the scales too, to 8 bits in blocks of 256.
         name: of the tensor, for error messages.
-
-    Returns:
-        the packed weight, on the device of ``weight``.
 
     Raises:
         TypeError: weight is float64, complex, an integer or no tensor; codebook is neither a name nor numbers.
@@ -229,11 +223,7 @@ def quantize(
         raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if isinstance(codebook, str):
-        values = codebook_values(codebook)
-    else:
-        values, codebook = custom(codebook), CUSTOM
-    values = values.to(weight.device)
+    values = (codebook_values(codebook) if isinstance(codebook, str) else custom(codebook)).to(weight.device)
     weight = weight.detach()
     packed, scales = ops.quantize_blockwise(weight, values, block_size)
     if scales.numel() and not weight.is_meta and not scales.amax() < float("inf"):  # nor is NaN
@@ -242,9 +232,8 @@ def quantize(
     if double_quant:
         scales, absmax2, offset = ops.quantize_scales(scales)
         _check_decoded(scales, absmax2, offset, weight.dtype, name)
-    return QuantizedTensor(
-        packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook=codebook, block_size=block_size
-    )
+    codebook = codebook if isinstance(codebook, str) else CUSTOM
+    return QuantizedTensor(packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook, block_size)
 
 
 def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, name: str) -> None:
@@ -266,8 +255,7 @@ def _raise_not_finite(weight: Tensor, name: str) -> None:
 
 
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias with a weight in 4 bits, dequantized to the dtype of x for the product (QLoRA, equation 5,
-    without the adapter).
+    """x @ W.T + bias with a weight in 4 bits, dequantized to the dtype of x (QLoRA, equation 5, without the adapter).
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -292,11 +280,7 @@ def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Te
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the dtype of a product.
-
-    Raises:
-        TypeError: x is no floating-point tensor: what comes out in its dtype would be truncated.
-    """
+    """x in the dtype of a product; TypeError for one whose dtype would truncate what comes out."""
     if not x.is_floating_point():
         raise TypeError(f"linear: x is {x.dtype}; a floating-point tensor is needed")
     return x.to(dtype)

@@ -40,12 +40,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import rate, threshold
-from qloralab.nf4 import ops, product
+from qloralab.nf4 import ops
 from qloralab.nf4.packed import BLOCK_SIZES, DTYPES, SCALES_PER_BLOCK, Packed, has_16_values
 from qloralab.nf4.processor import emulates
+from qloralab.nf4.product import without_autocast
 
 from .. import dispatch
 from ..operands import is_adapted, is_product
@@ -123,6 +125,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return y
 
 
+@without_autocast
 def _linear_by_panels(x: Tensor, library: Library, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """x [tokens, K] -> y [tokens, N]."""
     K = x.shape[1]
@@ -130,10 +133,10 @@ def _linear_by_panels(x: Tensor, library: Library, weight: Weight, bias: Tensor 
         W = x.new_empty(len(panel), K)
         library.dequantize(weight, panel, range(K), W)
         part = slice(panel.start, panel.stop)
-        y[:, part] = product.linear(x, W, None if bias is None else bias[part])
+        y[:, part] = F.linear(x, W, None if bias is None else bias[part])
 
 
-@ops.linear_grad_input.on("CPU")
+@ops.linear_grad_input.on("CPU", without_autocast)
 def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     """``product.h``, or panels of columns, whose sums are whole."""
     library = dispatch.native()
@@ -148,7 +151,7 @@ def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     for panel in _panels(K, N * grad.itemsize):
         W = grad.new_empty(N, len(panel))
         library.dequantize(packed, range(N), panel, W)
-        dx.view(len(rows), K)[:, panel.start : panel.stop] = product.matmul(rows, W)
+        dx.view(len(rows), K)[:, panel.start : panel.stop] = rows @ W
     return dx
 
 

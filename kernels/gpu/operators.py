@@ -24,6 +24,7 @@ record of it is there. Without one, which is how the library comes, all products
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function = without_autocast(function)
 
+    @functools.wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
         if not first.is_cuda:  # in the interpreter
             return function(first, *args)
@@ -99,8 +101,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @ops.dequantize.on("CUDA", _on_its_device)
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     """``dequantize.py``."""
-    fits = weight.is_regular(dtype) and _on(weight.packed.device, *weight.tensors)
-    launch = self_check.kernel("dequantize", weight.packed.device) if fits else None
+    launch = self_check.kernel("dequantize", weight.packed.device) if _is_weight(weight, dtype) else None
     return (launch or ops.dequantize.reference)(*weight, dtype)
 
 
@@ -127,8 +128,7 @@ def adapted_linear(
     x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``adapter.project``, then a product with h B' inside."""
-    fits = is_adapted(x, weight, A, B, bias) and _is_adapter(A, B, seed, x.device, bias, *weight.tensors)
-    if not fits or not _are_served("adapted_linear", x.device):
+    if not _is_adapted(x, weight, A, B, seed, bias=bias) or not _are_served("adapted_linear", x.device):
         return lora_ops.adapted_linear.reference(x, *weight, bias, A, B, scaling, p, seed)
     from .adapter import project
     from .adapter_operands import LowRank
@@ -143,7 +143,7 @@ def adapted_linear_backward(
     needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """cuBLAS, ``adapter.grad_A``, then a product with keep∘(G A) inside."""
-    fits = is_adapted(x, weight, A, B, grad=grad, h=h) and _is_adapter(A, B, seed, x.device, grad, h, *weight.tensors)
+    fits = _is_adapted(x, weight, A, B, seed, grad=grad, h=h)
     if not fits or not _are_served("adapted_linear_backward", x.device):
         return lora_ops.adapted_linear_backward.reference(grad, x, h, *weight, A, B, scaling, p, seed, needs_input)
     from .adapter import grad_A
@@ -192,9 +192,19 @@ def _are_served(name: str, device: torch.device) -> bool:
     return all(self_check.kernel(kernel, device) is not None for kernel in KERNELS[name])
 
 
-def _is_adapter(A: Tensor, B: Tensor, seed: Tensor, device: torch.device, *others: Tensor | None) -> bool:
-    """Whether an adapter has a rank, a seed, and all operands on one device."""
-    return len(A) > 0 and (seed.dtype, seed.numel()) == (torch.int64, 1) and _on(device, A, B, seed, *others)
+def _is_weight(weight: Packed, dtype: torch.dtype) -> bool:
+    """Whether a kernel may run on a weight."""
+    return weight.is_regular(dtype) and _on(weight.packed.device, *weight.tensors)
+
+
+def _is_adapted(x: Tensor, weight: Packed, A: Tensor, B: Tensor, seed: Tensor, **others: Tensor | None) -> bool:
+    """Whether kernels may run on operands of an adapted product: bias, or grad and h, are the others."""
+    return (
+        is_adapted(x, weight, A, B, **others)
+        and len(A) > 0
+        and (seed.dtype, seed.numel()) == (torch.int64, 1)
+        and _on(x.device, A, B, seed, *others.values(), *weight.tensors)
+    )
 
 
 def _on(device: torch.device, *tensors: Tensor | None) -> bool:

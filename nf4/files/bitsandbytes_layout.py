@@ -25,19 +25,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..blockwise import is_packed, packed_bytes
 from ..codebook import CODEBOOKS, CUSTOM, codebook_values, custom, dynamic_map
-from ..packed import BLOCK_SIZES, SCALES_PER_BLOCK
+from ..packed import BLOCK_SIZES, SCALES_PER_BLOCK, Packed
 from .errors import FormatError
 from .json_file import parse_object
-
-if TYPE_CHECKING:
-    from ..tensor import QuantizedTensor
 
 KNOWN = ("nf4", "fp4")  # to bitsandbytes
 STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,11 +49,15 @@ _MAX_PAYLOAD = 1 << 16  # bytes; of one with a shape of so many sizes it would h
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def to_state_dict(weight: QuantizedTensor, prefix: str, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+def to_state_dict(
+    weight: Packed, dtype: torch.dtype, codebook: str, prefix: str, storage: torch.dtype = torch.uint8
+) -> dict[str, Tensor]:
     """The tensors of the layout above, by full name.
 
     Args:
         weight: any codebook.
+        dtype: of the weight that was quantized.
+        codebook: name of the codebook.
         prefix: full name of the weight.
         storage: one of ``STORAGE``, for the codes.
 
@@ -73,10 +74,10 @@ def to_state_dict(weight: QuantizedTensor, prefix: str, storage: torch.dtype = t
     if weight.absmax2 is not None and weight.offset is not None:
         offset = weight.offset.item()
         tensors[f"{prefix}.nested_absmax"] = weight.absmax2
-        tensors[f"{prefix}.nested_quant_map"] = dynamic_map().to(weight.device)
-    payload = _payload(weight.codebook, weight.block_size, weight.dtype, weight.shape, offset)
+        tensors[f"{prefix}.nested_quant_map"] = dynamic_map().to(weight.packed.device)
+    payload = _payload(codebook, weight.block_size, dtype, weight.shape, offset)
     bytes_ = torch.tensor(list(payload), dtype=torch.uint8, device="cpu")
-    tensors[_payload_name(prefix, weight.codebook)] = bytes_.to(weight.device)
+    tensors[_payload_name(prefix, codebook)] = bytes_.to(weight.packed.device)
     return tensors
 
 
@@ -122,8 +123,8 @@ def describe(
     return layout
 
 
-def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """The fields of a ``QuantizedTensor``, read from the layout above and checked against each other.
+def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed, torch.dtype, str]:
+    """A weight, the dtype of what was quantized and the name of its codebook, from the layout above; all are checked.
 
     Raises:
         FormatError: a tensor or field is missing, has the wrong dtype or size, or a value that no writer produces.
@@ -167,17 +168,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any
     for other in names(tensors, prefix):
         if other not in expected:
             raise FormatError("does not belong to a weight with this payload", tensor=other)
-    return {
-        "packed": packed,
-        "scales": scales,
-        "absmax2": absmax2,
-        "offset": offset,
-        "values": values,
-        "shape": torch.Size(dims),
-        "dtype": _DTYPES[dtype],
-        "codebook": codebook,
-        "block_size": block_size,
-    }
+    weight = Packed(packed, scales, absmax2, offset, values, torch.Size(dims), block_size)
+    return weight, _DTYPES[dtype], codebook
 
 
 def names(tensors: Iterable[str], prefix: str) -> list[str]:

@@ -268,7 +268,7 @@ def _convert(stream: _Stream, name: str) -> tuple[int, dict[str, torch.Tensor]]:
         weight = quantize(tensor, options.codebook, options.block_size, options.double_quant, name=name)
     except (ValueError, TypeError) as error:
         raise UserError(f"{stream.checkpoint.file_of(name)}: {error}") from error
-    return weight.nbytes, bitsandbytes_layout.to_state_dict(weight, name, options.storage)
+    return weight.nbytes, weight.stored(name, options.storage)
 
 
 def _load_and_save(path: Path, out: Path, options: Options, display: Display) -> Result:

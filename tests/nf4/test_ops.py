@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
@@ -53,11 +54,8 @@ def assert_near(found: Tensor, exact: Tensor, tolerance: float) -> None:
 def test_opcheck_quantize(n, dtype):
     weight = torch.randn(n).to(dtype)
     torch.library.opcheck(ops.quantize_blockwise, (weight, normal_float(4), 64))
+    torch.library.opcheck(ops.quantize_blockwise, (torch.randn(9, 7).to(dtype).t(), normal_float(4), 32))  # a view
     torch.library.opcheck(ops.quantize_scales, (weight.float().abs(),))
-
-
-def test_opcheck_quantize_of_a_view():
-    torch.library.opcheck(ops.quantize_blockwise, (torch.randn(9, 7).t(), normal_float(4), 32))
 
 
 @dtypes
@@ -121,6 +119,46 @@ def test_opcheck_linear_of_views():
     for x in (torch.randn(2, K, 3).transpose(1, 2), torch.randn(1, 3, K).expand(2, 3, K), torch.randn(K, 4).t()):
         torch.library.opcheck(ops.linear, (x.requires_grad_(), *weight_of().operands(), None))
         torch.library.opcheck(ops.linear_grad_input, (x.detach()[..., :N].requires_grad_(), *weight_of().operands()))
+
+
+class Called(TorchDispatchMode):
+    """Notes the operators of the namespace ``qloralab`` that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "qloralab":
+            self.names.append(func._schema.name.removeprefix("qloralab::"))
+        return func(*args, **(kwargs or {}))
+
+
+INNER = {
+    ops.linear: "dequantize",
+    ops.linear_grad_input: "dequantize",
+    lora_ops.adapted_linear: "linear",
+    lora_ops.adapted_linear_backward: "linear_grad_input",
+}
+
+
+@pytest.mark.parametrize(("operator", "inner"), INNER.items(), ids=lambda it: getattr(it, "_name", it))
+def test_a_reference_calls_the_operator_that_it_contains_and_changes_nothing(operator, inner):
+    """So a faster inner operator serves the outer one."""
+    weight, bias, adapter = weight_of().operands(), torch.randn(N), (*adapter_of(), 2.0, 0.3, SEED)
+    x, grad, h = torch.randn(3, K), torch.randn(3, N), torch.randn(3, 5)
+    given: tuple[Any, ...] = {
+        ops.linear: (x, *weight, bias),
+        ops.linear_grad_input: (grad, *weight),
+        lora_ops.adapted_linear: (x, *weight, bias, *adapter),
+        lora_ops.adapted_linear_backward: (grad, x, h, *weight, *adapter, True),
+    }[operator]
+    before = [part.clone() if isinstance(part, Tensor) else part for part in given]
+    with Called() as called, torch.no_grad():
+        operator.reference(*given)
+    assert called.names == [inner]
+    for part, copy in zip(given, before, strict=True):
+        assert torch.equal(part, copy) if isinstance(part, Tensor) else part == copy
 
 
 @dtypes

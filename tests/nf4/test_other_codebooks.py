@@ -14,7 +14,6 @@ from qloralab import QuantizedTensor, normal_float, quantize
 from qloralab.nf4 import codebook
 from qloralab.nf4.blockwise import nearest, unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values
-from qloralab.nf4.files import bitsandbytes_layout
 
 FOUR_BITS = ("nf4", "fp4", "fp4_e3m0", "int4")
 NORMAL_FLOATS = tuple(f"nf{bits}" for bits in range(2, 9))
@@ -217,7 +216,7 @@ def test_a_codebook_has_4_to_256_values(count, kind):
     scaled = torch.cat([part.double() / part.abs().max() for part in scales]).view(5, 13, 1)
     assert torch.equal(q.codes(), (scaled - grid.double()).abs().argmin(-1).int())
     assert (q.bits, q.codebook, len(q.values)) == (math.ceil(math.log2(count)), "custom", count)
-    stored = bitsandbytes_layout.to_state_dict(q, "w")
+    stored = q.stored("w")
     assert torch.equal(QuantizedTensor.from_bitsandbytes(stored, "w").dequantize(), q.dequantize())
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qloralab import QuantizedTensor, linear, quantize
-from qloralab.nf4.files.bitsandbytes_layout import from_state_dict, to_state_dict
 
 GRID = torch.linspace(-1, 1, 16)
 CODEBOOKS = {
@@ -195,7 +194,7 @@ def test_a_child_process_sees_the_same_memory(child, double_quant):
 @pytest.mark.parametrize("how", ["torch", "safetensors"])
 def test_its_tensors_go_through_a_file_bit_for_bit(how, shape, codebook, double_quant, tmp_path):
     q = quantize(torch.randn(shape, dtype=torch.float16), codebook, block_size=32, double_quant=double_quant)
-    tensors = to_state_dict(q, "a.b")
+    tensors = q.stored("a.b")
     file = tmp_path / "weight"
     if how == "torch":
         torch.save(tensors, file)
@@ -204,7 +203,7 @@ def test_its_tensors_go_through_a_file_bit_for_bit(how, shape, codebook, double_
         save_file(tensors, file)
         loaded = load_file(file)
     assert loaded.keys() == tensors.keys()
-    assert_same_bits(QuantizedTensor(**from_state_dict(loaded, "a.b")), q)
+    assert_same_bits(QuantizedTensor.from_bitsandbytes(loaded, "a.b"), q)
 
 
 @pytest.mark.parametrize("codebook", ["int4", "fp4_e3m0", "nf3", GRID], ids=["int4", "fp4_e3m0", "nf3", "own"])

@@ -24,6 +24,7 @@ from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import ops, processor
 from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.packed import DTYPES
 from qloralab.nf4.processor import distinct_isas
 
 pytestmark = pytest.mark.compiler
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.compiler
 N, K, R = 33, 65, 5  # odd, and blocks cross rows
 SCALING, P, SEED = 1.5, 0.3, torch.tensor(20230523)
 NF4 = normal_float(4)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (8,), (9,), (20,), (2, 3), (2, 0, 3), (2, 3, 5)], ids=str)
 
@@ -189,7 +189,7 @@ def test_torch_multiplies_nothing_that_it_would_emulate(tokens, dtype, monkeypat
     """Not in the operators, not in the reference, which takes unusual weights."""
     monkeypatch.setattr(processor, "compute_dtype", lambda device: processor.ComputeDtype(torch.float32, "a test"))
     weight, (A, B) = normal_weight(), adapter()
-    usual, unusual = weight, (*weight[:4], strided(weight[4]), *weight[5:])
+    usual, unusual = weight, weight._replace(values=strided(weight.values))
     taken: set[str] = set()
     for operands in (usual, unusual):
         for choice in ("native", "reference"):
@@ -267,7 +267,7 @@ def test_linear_and_its_gradient(path, rows, dtype, bias, whole_weight):
         y.backward(grad)
         assert y.dtype == dtype
         assert x.grad is not None
-        W = ops.dequantize.reference(*weight, dtype=dtype).double()
+        W = ops.dequantize.reference(*weight, dtype).double()
         exact, exact_dx = x.detach().double() @ W.T + (0 if b is None else b.detach().double()), grad.double() @ W
         if not by_panels(path, dtype):
             assert torch.equal(y, exact.to(dtype))
@@ -413,7 +413,6 @@ UNUSUAL: dict[str, tuple[dict[str, Callable[[Any], Any]], dict[str, Any]]] = {
     "absmax2 missing": ({"absmax2": lambda absmax2: absmax2[:0]}, {}),
     "too many scales": ({"scales": lambda scales: torch.cat([scales, scales])}, {}),
 }
-NAMES = ("packed", "scales", "absmax2", "offset", "values", "shape", "block_size")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -421,8 +420,8 @@ NAMES = ("packed", "scales", "absmax2", "offset", "values", "shape", "block_size
 def test_an_unusual_weight_is_left_to_the_reference(what, dtype, monkeypatch):
     """The C takes pointers and trusts them: it must not see these. Results and complaints are the reference's."""
     changes, options = UNUSUAL[what]
-    usual = dict(zip(NAMES, normal_weight((96, 96), **options), strict=True))
-    operands = tuple(changes.get(name, lambda same: same)(value) for name, value in usual.items())
+    usual = normal_weight((96, 96), **options)
+    operands = usual._replace(**{name: change(getattr(usual, name)) for name, change in changes.items()})
     for name in ("dequantize", "linear_few", "adapted_linear", "adapted_linear_backward"):
         monkeypatch.setattr(Library, name, not_for_the_library)
     for call in [

@@ -24,6 +24,7 @@ from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import ops
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.packed import DTYPES
 
 ROOT = Path(__file__).resolve().parents[3]
 NAMES = tuple(operators.KERNELS)
@@ -83,7 +84,7 @@ def same(result, expected) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantize_is_served(dtype, device, served):
     w, values = torch.randn(33, 35, device=device).to(dtype), codebook_values("nf4").to(device)
     codes, absmax = operators.quantize_blockwise(w.T, values, 64)
@@ -92,7 +93,7 @@ def test_quantize_is_served(dtype, device, served):
     assert served == ["quantize_blockwise", "quantize_scales"]
 
 
-@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 4096}, {"codebook": "fp4"}], ids=str)
 def test_dequantize_and_the_products_are_served(dtype, options, device, served):
     quantized = weight(device, **options)
@@ -133,7 +134,7 @@ def adapted(device, dtype=torch.bfloat16, tokens=(2, 9), r=8, p=0.1, **options) 
     return x, grad, operands, bias, (A, B, 1.5, p, torch.tensor(-77, device=device))
 
 
-@pytest.mark.parametrize("dtype", operators.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", ADAPTED.values(), ids=ADAPTED)
 def test_the_adapted_products_are_served(dtype, options, device, served):
     x, grad, operands, bias, rest = adapted(device, dtype, **options)
@@ -164,7 +165,7 @@ def definition(wide, W, A, B, scaling, p, seed):
 
 
 def test_gradients_of_the_whole_operator_through_autograd(device, served):
-    """The functions in the place that ``ops.py`` gives them, against autograd's own derivative of the definition."""
+    """The functions where ``ops.py`` calls them, against autograd's own derivative of the definition."""
 
     class Adapted(torch.autograd.Function):
         @staticmethod
@@ -219,10 +220,9 @@ SPOILED_ADAPTERS = {
 
 @pytest.mark.parametrize("change", SPOILED_ADAPTERS.values(), ids=SPOILED_ADAPTERS)
 def test_no_kernel_sees_an_adapter_that_does_not_fit(change, device):
-    x, _, _, _, (A, B, _, _, seed) = adapted(device)
-    assert operators._is_adapter(A, B, seed, x, (63, 65))
-    A, B, seed = change(A, B, seed)
-    assert not operators._is_adapter(A, B, seed, x, (63, 65))
+    x, _, operands, _, (A, B, _, _, seed) = adapted(device)
+    assert operators._is_adapted(x, operands, A, B, seed)
+    assert not operators._is_adapted(x, operands, *change(A, B, seed))
 
 
 def test_an_adapter_in_the_dtype_of_x_goes_to_the_reference(device, served):
@@ -268,38 +268,35 @@ def test_a_weight_that_is_not_contiguous_goes_to_the_reference(device, served):
     quantized = weight(device, shape=(16, 64))
     packed = torch.cat([quantized.packed, quantized.packed], 1)[:, :1]
     assert not packed.is_contiguous()
-    operands = dataclasses.replace(quantized, packed=packed).operands()
+    operands = quantized.operands()._replace(packed=packed)
     expected = ops.dequantize.reference(*quantized.operands(), torch.float32)
     assert same(operators.dequantize(*operands, torch.float32), expected)
     assert served == []
 
 
 SPOILED = {
-    "packed too short": lambda w: dataclasses.replace(w, packed=w.packed[:-1]),
-    "scales too short": lambda w: dataclasses.replace(w, scales=w.scales[:-1]),
-    "scales in float64": lambda w: dataclasses.replace(w, scales=w.scales.double()),
-    "second level too short": lambda w: dataclasses.replace(w, absmax2=w.absmax2[:0]),
-    "no offset": lambda w: dataclasses.replace(w, offset=None),
-    "offset of two": lambda w: dataclasses.replace(w, offset=w.offset.repeat(2)),
-    "block size": lambda w: dataclasses.replace(w, block_size=48),
-    "values in float64": lambda w: dataclasses.replace(w, values=w.values.double()),
-    "codes in int32": lambda w: dataclasses.replace(w, packed=w.packed.int()),
-    "scales elsewhere": lambda w: dataclasses.replace(w, scales=w.scales.to("meta")),
-    "second level elsewhere": lambda w: dataclasses.replace(w, absmax2=w.absmax2.to("meta")),
-    "offset elsewhere": lambda w: dataclasses.replace(w, offset=w.offset.to("meta")),
-    "codebook elsewhere": lambda w: dataclasses.replace(w, values=w.values.to("meta")),
+    "packed too short": lambda w: w._replace(packed=w.packed[:-1]),
+    "scales too short": lambda w: w._replace(scales=w.scales[:-1]),
+    "scales in float64": lambda w: w._replace(scales=w.scales.double()),
+    "second level too short": lambda w: w._replace(absmax2=w.absmax2[:0]),
+    "no offset": lambda w: w._replace(offset=None),
+    "offset of two": lambda w: w._replace(offset=w.offset.repeat(2)),
+    "block size": lambda w: w._replace(block_size=48),
+    "values in float64": lambda w: w._replace(values=w.values.double()),
+    "codes in int32": lambda w: w._replace(packed=w.packed.int()),
+    "scales elsewhere": lambda w: w._replace(scales=w.scales.to("meta")),
+    "second level elsewhere": lambda w: w._replace(absmax2=w.absmax2.to("meta")),
+    "offset elsewhere": lambda w: w._replace(offset=w.offset.to("meta")),
+    "codebook elsewhere": lambda w: w._replace(values=w.values.to("meta")),
 }
 
 
 @pytest.mark.parametrize("change", SPOILED.values(), ids=SPOILED)
 def test_no_kernel_sees_operands_that_do_not_fit(change, device):
-    quantized = weight(device)
-    assert operators._is_weight(quantized.operands(), torch.bfloat16)
-    assert not operators._is_weight(change(quantized).operands(), torch.bfloat16)
-
-
-def test_no_kernel_writes_another_dtype(device):
-    assert not operators._is_weight(weight(device).operands(), torch.float64)
+    operands = weight(device).operands()
+    assert operators._is_weight(operands, torch.bfloat16)
+    assert not operators._is_weight(change(operands), torch.bfloat16)
+    assert not operators._is_weight(operands, torch.float64)
 
 
 def test_an_input_of_another_width_is_refused_in_words(device, served):
@@ -329,7 +326,6 @@ def test_the_reference_serves_where_it_is_asked_for(device, served, monkeypatch)
 
 def test_the_functions_are_registered_for_cuda():
     for name in NAMES:
-        assert hasattr(ops, name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qloralab::{name}", "CUDA"), name
         assert getattr(operators, name).__name__ == name
 
@@ -354,17 +350,27 @@ def test_the_report_says_what_serves(device):
     assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
 
-@pytest.mark.parametrize(("choice", "implementation"), [("auto", "reference"), ("triton", "none")])
-def test_the_report_of_a_kernel_that_fails(choice, implementation, device, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "choice", "implementation", "served"),
+    [
+        ("dequantize", "auto", "reference", {"quantize_scales"}),
+        ("dequantize", "triton", "none", {"quantize_scales"}),
+        ("grad_A", "auto", "reference", {"quantize_scales", "adapted_linear", "linear_grad_input"}),
+    ],
+)
+def test_the_report_of_a_kernel_that_fails(kernel, choice, implementation, served, device, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setenv(self_check.VARIABLE, choice)
-    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
+    monkeypatch.setitem(self_check.CHECKS, kernel, broken)
     found = rows(torch.device(device))
-    for name in ("dequantize", "linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
-        assert found[name] == (implementation, "RuntimeError: no such instruction")
-    assert found["quantize_scales"][0] == "triton"
+    for name, kernels in operators.KERNELS.items():
+        if kernel in kernels:
+            assert found[name] == (implementation, "RuntimeError: no such instruction")
+        else:
+            assert found[name][0] in ("triton", "two-pass")
+    assert all(kernel not in operators.KERNELS[name] for name in served)
 
 
 def test_the_report_where_the_reference_is_asked_for(device, monkeypatch):
@@ -382,16 +388,6 @@ def test_the_report_without_a_gpu(monkeypatch):
 def test_the_report_refuses_another_device():
     with pytest.raises(ValueError, match="cpu or cuda, not 'tpu'"):
         dispatch.report("tpu")
-
-
-def test_the_report_of_an_adapters_kernel_that_fails(device, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setitem(self_check.CHECKS, "grad_A", broken)
-    found = rows(torch.device(device))
-    assert found["adapted_linear_backward"] == ("reference", "RuntimeError: no such instruction")
-    assert found["adapted_linear"][0] == found["linear_grad_input"][0] == "two-pass"
 
 
 def test_importing_and_working_on_the_cpu_does_not_import_triton():
@@ -445,7 +441,7 @@ def test_a_canary_sees_a_wrong_bit(device, monkeypatch):
 
 def test_a_canary_sees_a_wrong_product(device, monkeypatch):
     right = two_pass.linear
-    monkeypatch.setattr(two_pass, "linear", lambda *args: right(*args) * 1.01)
+    monkeypatch.setattr(two_pass, "linear", lambda *args, **options: right(*args, **options) * 1.01)
     canary = next(one for one in SMALL if one.name == "linear 63x65")
     assert str(verdict(canary, torch.device(device))).startswith("CanaryError: error 0.01, 0.003 allowed")
 

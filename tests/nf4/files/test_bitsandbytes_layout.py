@@ -83,7 +83,7 @@ def test_codes_that_do_not_fill_the_storage_are_refused():
 def test_the_layout_is_known_before_the_weight_is_quantized(shape, double_quant, codebook, storage):
     weight = torch.randn(shape) * 1e-38 - 1e-38  # an offset with as many characters as there can be
     q = quantize(weight, codebook, 32, double_quant)
-    found = layout.to_state_dict(q, "h.0.w", storage)
+    found = q.stored("h.0.w", storage)
     described = layout.describe("h.0.w", shape, torch.float32, codebook, 32, double_quant, storage)
     assert list(described) == sorted(found, key=list(described).index)
     payload = list(described)[-1]
@@ -102,7 +102,7 @@ def test_codebooks_of_our_own_round_trip_and_bitsandbytes_refuses_them(codebook,
     q = quantize(torch.randn(shape), values, double_quant=double_quant)
     with pytest.raises(ValueError, match=rf"^w is {codebook}; bitsandbytes knows nf4 and fp4 only"):
         q.to_bitsandbytes("w")
-    tensors = layout.to_state_dict(q, "w")
+    tensors = q.stored("w")
     assert f"w.quant_state.qloralab__{codebook}" in tensors
     again = QuantizedTensor.from_bitsandbytes(tensors, "w")
     assert (again.codebook, again.bits) == (codebook, q.bits)
@@ -113,7 +113,7 @@ def test_codebooks_of_our_own_round_trip_and_bitsandbytes_refuses_them(codebook,
 
 
 def test_codes_beyond_the_codebook_are_refused():
-    tensors = layout.to_state_dict(quantize(torch.randn(64), "nf3"), "w")
+    tensors = quantize(torch.randn(64), "nf3").stored("w")
     tensors["w"] = tensors["w"].clone()
     tensors["w"][5] = 8
     with pytest.raises(FormatError, match=r"'w': holds a code above 7"):
@@ -126,7 +126,7 @@ def test_codes_beyond_the_codebook_are_refused():
     ids=["descending", "beyond-1", "nan", "float64", "short"],
 )
 def test_a_custom_codebook_in_a_file_is_checked(spoil):
-    tensors = layout.to_state_dict(quantize(torch.randn(64), torch.linspace(-1, 1, 16)), "w")
+    tensors = quantize(torch.randn(64), torch.linspace(-1, 1, 16)).stored("w")
     tensors["w.quant_map"] = spoil(tensors["w.quant_map"])
     with pytest.raises(FormatError) as caught:
         QuantizedTensor.from_bitsandbytes(tensors, "w")
