@@ -22,8 +22,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    T5ForConditionalGeneration,
 )
 
 from qloralab.lora.config import LoraConfig
@@ -326,7 +326,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str | None, set[str]]] = {
     "causal": (llama, "CAUSAL_LM", set()),
     "classification": (lambda: AutoModelForSequenceClassification.from_config(llama().config), None, set()),
     "encoder": (lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)), None, set()),
-    "encoder and decoder": (lambda: T5ForConditionalGeneration(AutoConfig.for_model("t5", **T5)), None, set()),
+    "encoder and decoder": (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), None, set()),
     "experts, whose names PEFT keeps": (
         lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **EXPERTS)), "CAUSAL_LM", set()
     ),

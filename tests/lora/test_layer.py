@@ -16,6 +16,7 @@ from qloralab.lora.config import LoraConfig
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.adapter import rate
 from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.tensor import quantize
 
 K, N, R = 65, 63, 7  # inputs, outputs, rank
 P = 0.3
@@ -31,7 +32,7 @@ dropouts = pytest.mark.parametrize("p", [0.0, P], ids=["plain", "dropout"])
 
 def base_layer(base: str, dtype: torch.dtype, bias: bool = True) -> Any:
     dense = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
-    return dense if base == "dense" else QuantizedLinear.from_linear(dense, compute_dtype=dtype)
+    return dense if base == "dense" else QuantizedLinear(quantize(dense.weight), dense.bias, dtype)
 
 
 def adapted(base: str, dtype: torch.dtype, p: float = 0.0, bias: bool = True) -> Any:
