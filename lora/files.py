@@ -52,7 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # The others (PiSSA, OLoRA, CorDA, LoftQ) change the weights beside the adapter.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
-# Of a model whose experts transformers 5 holds as one parameter, PEFT (0.21) turns these targets into parameters.
+# PEFT (0.21) turns these targets into parameters in a model whose experts transformers 5 holds as one parameter.
 _EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
 
 

@@ -54,8 +54,8 @@ def described(model: nn.Module, skipped: Collection[nn.Module] = ()) -> str:
 def log_dense(model: nn.Module, skipped: Collection[nn.Module] = ()) -> None:
     """Log what is not in 4 bits: a warning where more than a tenth of the weights are neither skipped nor those of
     embeddings or the head."""
-    shares = dense_shares(model, skipped)
-    unexpected = sum(shares.values()) - sum(shares.get(kind, 0) for kind in ("embeddings", "output head", "skipped"))
+    expected = "embeddings", "output head", "skipped"
+    unexpected = sum(share for kind, share in dense_shares(model, skipped).items() if kind not in expected)
     LOGGER.log(logging.WARNING if unexpected > 0.1 else logging.INFO, "not in 4 bits: %s", described(model, skipped))
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codebook import Codebook
 from .files import bitsandbytes_layout
 from .files.errors import FormatError
 from .processor import compute_dtype as dtype_of
-from .tensor import QuantizedTensor, converted, linear, quantize
+from .tensor import QuantizedTensor, converted, linear
 
 
 class QuantizedLinear(nn.Module):
@@ -50,20 +49,6 @@ class QuantizedLinear(nn.Module):
     @weight.setter
     def weight(self, weight: QuantizedTensor) -> None:
         self._shared = [weight]
-
-    @classmethod
-    def from_linear(
-        cls,
-        layer: nn.Linear,
-        codebook: Codebook = "nf4",
-        block_size: int = 64,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        name: str = "layer",
-    ) -> QuantizedLinear:
-        """Quantize the weight of a linear layer, which is not changed. Errors of ``quantize`` have the layer's name."""
-        weight = quantize(layer.weight, codebook, block_size, double_quant, name=f"{name}.weight")
-        return cls(weight, layer.bias, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""

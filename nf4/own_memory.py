@@ -6,6 +6,7 @@ quantized would be freed in name only.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 import torch
@@ -22,7 +23,10 @@ def own_memory_(tensors: Iterable[Tensor]) -> None:
         groups[-1].append(tensor)
         end = max(end, _end(tensor))
     for group in groups:
-        _copy_(group)
+        if len(group) == 1:
+            group[0].data = group[0].data.clone()
+        else:
+            _copy_together_(group)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -36,17 +40,12 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
-def _copy_(group: list[Tensor]) -> None:
-    """Copy tensors of one stretch of memory, which begins with the first."""
-    if len(group) == 1:
-        group[0].data = group[0].data.clone()
-        return
-    start = group[0].data_ptr() // 16 * 16  # a multiple of every itemsize
-    memory = torch.empty(max(map(_end, group)) - start, dtype=torch.uint8, device="cpu")
+def _copy_together_(group: list[Tensor]) -> None:
+    """Copy the one stretch of memory that tensors cover, which begins with the first of them."""
+    first, end = group[0].data_ptr(), max(map(_end, group))
+    start = first // 16 * 16  # a multiple of every itemsize
+    memory = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+    ctypes.memmove(memory.data_ptr() + first - start, first, end - first)
     for tensor in group:
-        offset, length, itemsize = tensor.data_ptr() - start, _end(tensor) - tensor.data_ptr(), tensor.itemsize
-        # Byte by byte: copy_ refuses tensors whose elements share memory, as after expand.
-        source = memory.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset() * itemsize, (length,), (1,))
-        memory[offset : offset + length] = source
-        copy = torch.empty(0, dtype=tensor.dtype, device="cpu")
-        tensor.data = copy.set_(memory.untyped_storage(), offset // itemsize, tensor.shape, tensor.stride())
+        copy, offset = torch.empty(0, dtype=tensor.dtype, device="cpu"), tensor.data_ptr() - start
+        tensor.data = copy.set_(memory.untyped_storage(), offset // tensor.itemsize, tensor.shape, tensor.stride())

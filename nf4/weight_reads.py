@@ -1,6 +1,6 @@
 """Which layers a model reads instead of calling: their weight is taken out and multiplied by another module.
 
-Of ``F.linear(x, self.proj.weight)`` an adapter beside ``proj`` learns nothing, and weights in 4 bits are no tensor to
+An adapter beside ``proj`` learns nothing of ``F.linear(x, self.proj.weight)``, and weights in 4 bits are no tensor to
 multiply by. Torch's ``TransformerEncoderLayer`` and ``MultiheadAttention`` do that, the mixers of Mamba, and RWKV,
 which rescales weights in place.
 

@@ -1,8 +1,8 @@
 """``save_pretrained`` of a model of transformers whose layers are ours, and the ``quantization_config`` it needs.
 
 Its own would write what it opens as another model, without a word: weights in 4 bits under a config that does not say
-so. From ``quantize_`` on it writes the model with a ``quantization_config``; ``lora/files.py`` has adapters saved
-instead. The checkpoints of transformers' ``Trainer`` are written by it, too.
+so. From ``quantize_`` on it writes the model with a ``quantization_config``, and from ``inject_`` on the adapters alone
+(``lora/files.py``). The checkpoints of transformers' ``Trainer`` are written by it, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import quantization_config
 from .module_names import bare_name, is_part_of, without_wrappers
 from .quantization_config import FIELD, QuantizationConfig
 
-# Of a layer whose compute dtype was left open, in a file: the paper's, on whatever machine it is written.
+# A file states the paper's dtype where that of a layer was left open, on whatever machine it is written.
 COMPUTE_DTYPE = torch.bfloat16
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from qloralab.lora.config import ALL_LINEAR, LoraConfig, ends_with
+from qloralab.lora.config import ALL_LINEAR, LoraConfig
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -147,11 +147,3 @@ def test_a_target_that_matches_nothing_is_named_beside_what_there_is(targets, mi
 def test_no_names_at_all(targets):
     with pytest.raises(ValueError, match="linear layers here: none"):
         LoraConfig(8, 16, target_modules=targets).select([])
-
-
-def test_ends_with_compares_components():
-    assert ends_with("a.b.c", "b.c")
-    assert ends_with("a.b.c", "a.b.c")
-    assert not ends_with("a.bb.c", "b.c")
-    assert not ends_with("a.b.c", "a.b")
-    assert not ends_with("c", "b.c")

@@ -19,14 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-    T5Config,
 )
 
 from qloralab.lora.config import LoraConfig
@@ -38,7 +35,10 @@ from .models import adapted, llama, logits
 
 # Largest difference of two logits of about 1: float32 sums, in another order, through two layers.
 SAME_LOGITS = 2e-6
-UP = "base_model.model.model.layers.1.mlp.up_proj"
+
+
+def adapted_by_peft(model: nn.Module) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def assert_same(found: nn.Module, expected: nn.Module) -> None:
@@ -68,8 +68,7 @@ def test_peft_opens_ours(fields, tmp_path):
     assert_same(theirs, model)
     assert (logits(theirs) - logits(llama())).abs().max() > 0.1
     assert theirs.peft_config["default"].lora_dropout == fields.get("lora_dropout", 0)
-    found = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    assert found == set(adapters(model))
+    assert adapted_by_peft(theirs) == set(adapters(model))
 
 
 @pytest.mark.parametrize("fields", CONFIGS[:4], ids=str)
@@ -137,7 +136,7 @@ def test_a_path_that_is_the_end_of_another_is_no_wider_to_peft(tmp_path):
 
     save_adapter(adapted(model(), target_modules="up", task_type=None), tmp_path)
     theirs = peft.PeftModel.from_pretrained(model(), str(tmp_path))  # pyright: ignore[reportArgumentType]
-    assert [name for name, m in theirs.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.up"]
+    assert adapted_by_peft(theirs) == {"up"}
 
 
 def test_load_into_a_model_with_adapters(saved):
@@ -315,41 +314,25 @@ def test_a_module_at_two_paths_is_named(tmp_path):
     assert torch.equal(load_adapter_(model(), tmp_path)(x), ours(x))
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-EXPERTS: dict[str, Any] = {
-    "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_key_value_heads": 4,
+SMALL = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+EXPERTS = {
+    **SMALL, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4,
     "mlp_only_layers": [0],
-}
-KINDS: dict[str, tuple[Callable[[], Any], str | None, list[str]]] = {
-    "plain": (lambda: nn.Sequential(nn.Linear(8, 8)), None, []),
-    "causal": (llama, "CAUSAL_LM", []),
-    "classification": (lambda: AutoModelForSequenceClassification.from_config(llama().config), None, []),
-    "encoder": (lambda: AutoModelForMaskedLM.from_config(BertConfig(**SMALL)), None, []),
-    "encoder and decoder": (
-        lambda: AutoModelForSeq2SeqLM.from_config(
-            T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
-        ),
-        None,
-        [],
-    ),
+}  # fmt: skip
+T5 = {"vocab_size": 97, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+# By kind: the model, the task type in the file, and the layers that PEFT leaves out.
+KINDS: dict[str, tuple[Callable[[], Any], str | None, set[str]]] = {
+    "plain": (lambda: nn.Sequential(nn.Linear(8, 8)), None, set()),
+    "causal": (llama, "CAUSAL_LM", set()),
+    "classification": (lambda: AutoModelForSequenceClassification.from_config(llama().config), None, set()),
+    "encoder": (lambda: AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL)), None, set()),
+    "encoder and decoder": (lambda: AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **T5)), None, set()),
     "experts, whose names PEFT keeps": (
-        lambda: AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SMALL, **EXPERTS)),
-        "CAUSAL_LM",
-        [],
+        lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **EXPERTS)), "CAUSAL_LM", set()
     ),
     "experts, whose names PEFT takes": (
-        lambda: AutoModelForCausalLM.from_config(Qwen3MoeConfig(**SMALL, **EXPERTS)),
-        "CAUSAL_LM",
-        ["gate_proj", "up_proj", "down_proj"],
+        lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **EXPERTS)), "CAUSAL_LM",
+        {"gate_proj", "up_proj", "down_proj"},
     ),
 }  # fmt: skip
 
@@ -367,9 +350,8 @@ def test_peft_opens_every_kind_of_model_or_it_is_said_what_it_leaves_out(kind, t
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path))
-    found = {name.removeprefix("base_model.model.") for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
-    missing = [name for name in adapters(model) if name not in found]
-    assert {name.rpartition(".")[2] for name in missing} == set(dropped)
+    missing = [name for name in adapters(model) if name not in adapted_by_peft(theirs)]
+    assert {name.rpartition(".")[2] for name in missing} == dropped
     told = "save_adapter: PEFT takes these names for those of experts, and leaves their adapters out: " + ", ".join(
         missing
     )

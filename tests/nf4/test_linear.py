@@ -36,16 +36,19 @@ stricts = pytest.mark.parametrize("strict", [False, True], ids=["lenient", "stri
 PAYLOAD = "weight.quant_state.bitsandbytes__nf4"
 
 
+def in_4_bits(dense: nn.Linear, dtype: torch.dtype | None = torch.float32, **options: Any) -> QuantizedLinear:
+    return QuantizedLinear(quantize(dense.weight, **options), dense.bias, dtype)
+
+
 def layer(double_quant: bool = True, bias: bool = True, dtype: torch.dtype = torch.bfloat16) -> QuantizedLinear:
-    return QuantizedLinear.from_linear(nn.Linear(K, N, bias=bias), double_quant=double_quant, compute_dtype=dtype)
+    return in_4_bits(nn.Linear(K, N, bias=bias), dtype, double_quant=double_quant)
 
 
 def network(codebook: Any = "nf4", double_quant: bool = True) -> Any:
     """An nn.Sequential of two layers in 4 bits, one with and one without a bias, and a norm that is not quantized."""
     first, last = nn.Linear(K, H), nn.Linear(H, N, bias=False)
-    options = {"codebook": codebook, "double_quant": double_quant, "compute_dtype": torch.float32}
-    block = nn.Sequential(nn.LayerNorm(H), QuantizedLinear.from_linear(last, **options))
-    return nn.Sequential(QuantizedLinear.from_linear(first, **options), block)
+    options = {"codebook": codebook, "double_quant": double_quant}
+    return nn.Sequential(in_4_bits(first, **options), nn.Sequential(nn.LayerNorm(H), in_4_bits(last, **options)))
 
 
 def weights(model: nn.Module) -> dict[str, QuantizedTensor]:
@@ -90,7 +93,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_is_the_product_with_the_dequantized_weight_in_the_compute_dtype(given, compute, bias):
     dense = nn.Linear(K, N, bias=bias)
-    found = QuantizedLinear.from_linear(dense, compute_dtype=compute)
+    found = in_4_bits(dense, compute)
     x = torch.randn(2, 5, K, dtype=given, requires_grad=True)
     weight = quantize(dense.weight).dequantize(compute).double()
     exact = F.linear(x.to(compute).double(), weight, None if dense.bias is None else dense.bias.to(compute).double())
@@ -118,7 +121,7 @@ class Device:
 @pytest.mark.parametrize("cpu", [torch.float32, torch.bfloat16], ids=str)
 def test_without_a_compute_dtype_it_follows_the_device_of_the_weight(monkeypatch, cpu):
     monkeypatch.setattr(module, "dtype_of", Device(cpu))
-    open_, chosen = (QuantizedLinear.from_linear(nn.Linear(K, N), compute_dtype=d) for d in (None, torch.float16))
+    open_, chosen = (in_4_bits(nn.Linear(K, N), dtype) for dtype in (None, torch.float16))
     assert (open_.follows_device, open_.compute_dtype, chosen.follows_device) == (True, cpu, False)
     assert open_.bias is not None
     assert open_.bias.dtype == cpu
@@ -133,26 +136,17 @@ def test_without_a_compute_dtype_it_follows_the_device_of_the_weight(monkeypatch
     assert y.dtype == torch.float32
 
 
-def test_from_linear_leaves_the_layer_and_shares_nothing():
+def test_it_leaves_the_dense_layer_as_it_was_and_is_frozen():
     dense = nn.Linear(K, N)
-    before = copy.deepcopy(dense.state_dict())
-    found = QuantizedLinear.from_linear(dense, block_size=128, double_quant=False, compute_dtype=torch.float32)
-    assert_same_bits(found.weight, quantize(dense.weight, block_size=128, double_quant=False))
+    before = copy.deepcopy(dense)
+    found = in_4_bits(dense)
+    found.to(torch.float16)
     assert dense.weight.requires_grad
     assert dense.bias.requires_grad
-    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+    assert all(torch.equal(one, other) for one, other in zip(dense.parameters(), before.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in found.parameters())
     assert (found.in_features, found.out_features) == (K, N)
-
-
-def test_a_bad_weight_is_named():
-    dense = nn.Linear(K, N)
-    with torch.no_grad():
-        dense.weight[2, 3] = torch.nan
-    with pytest.raises(ValueError, match=r"^h\.0\.up\.weight\[2, 3\] is nan"):
-        QuantizedLinear.from_linear(dense, name="h.0.up")
-    with pytest.raises(TypeError, match=r"^h\.0\.up\.weight is torch\.float64"):
-        QuantizedLinear.from_linear(dense.double(), name="h.0.up")
+    assert "in_features=66, out_features=63, bias=True, nf4, block_size=64, double_quant=True" in repr(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -163,10 +157,6 @@ def test_a_cast_of_the_model_does_not_break_the_forward(cast, dtype):
     expected = model(x)
     getattr(model, cast)()
     assert torch.allclose(model(x), expected, rtol=0.02, atol=0.02)  # the bias may have been rounded once more
-
-
-def test_repr_says_how_it_is_held():
-    assert "in_features=66, out_features=63, bias=True, nf4, block_size=64, double_quant=True" in repr(layer())
 
 
 # Files
@@ -353,7 +343,7 @@ def test_a_deep_copy_has_memory_of_its_own(codebook):
 
 
 def test_a_shared_weight_is_copied_once():
-    layer = QuantizedLinear.from_linear(nn.Linear(K, K))
+    layer = in_4_bits(nn.Linear(K, K))
     model = nn.Sequential(layer, QuantizedLinear(layer.weight, layer.bias))
     twin: Any = copy.deepcopy(model)
     assert twin[0].weight is twin[1].weight

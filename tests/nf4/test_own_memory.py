@@ -25,19 +25,13 @@ def test_each_tensor_lets_go_of_the_memory_it_lay_in():
 def test_what_overlaps_overlaps_in_the_copy():
     whole = torch.arange(64.0)[1:]  # begins between multiples of 16 bytes
     row, column, bits = whole[:8], whole[:56].view(8, 7)[:, 6], whole.view(torch.int32)[50:60]
-    tensors = [row, column, bits, whole, whole[3].expand(2, 5)]
+    tensors = [row, column, bits, whole, whole[3].expand(2, 5), torch.from_numpy(whole[20:30].numpy())]
     before = [one.clone() for one in tensors]
     own_memory_(reversed(tensors))
     for found, expected in zip(tensors, before, strict=True):
         assert torch.equal(found, expected)
     whole.zero_()
     assert not any(one.any() for one in tensors)
-
-
-def test_elements_that_share_memory():
-    zeros = torch.zeros(1).expand(4, 4)
-    own_memory_([zeros])
-    assert torch.equal(zeros, torch.zeros(4, 4))
 
 
 def test_parameters_that_are_nothing_but_one_memory_stay_one():
@@ -49,10 +43,11 @@ def test_parameters_that_are_nothing_but_one_memory_stay_one():
     assert a.grad is grad
 
 
-def test_others_are_left_alone():
-    sparse, meta = torch.eye(3).to_sparse(), torch.empty(3, device="meta")
-    own_memory_([sparse, meta])
+def test_tensors_without_a_stretch_of_their_own():
+    sparse, meta, zeros = torch.eye(3).to_sparse(), torch.empty(3, device="meta"), torch.zeros(1).expand(4, 4)
+    own_memory_([sparse, meta, zeros])
     assert torch.equal(sparse.to_dense(), torch.eye(3))
+    assert torch.equal(zeros, torch.zeros(4, 4))
 
 
 def test_a_buffer_that_is_a_view_of_a_parameter_stays_one():

@@ -240,7 +240,7 @@ def test_a_small_layer_computes_what_its_weight_says():
     nn.init.normal_(layer.weight)
     x = torch.randn(16, 32)
     leaf = x.clone().requires_grad_()
-    ours = QuantizedLinear.from_linear(layer, double_quant=False, compute_dtype=torch.float32)
+    ours = QuantizedLinear(quantize(layer.weight, double_quant=False), None, torch.float32)
     y = ours(leaf)
     y.sum().backward()
     exact = layer.weight.detach()
