@@ -1,4 +1,4 @@
-"""What the benchmarks of optimizers share: parameters and gradients, who takes part, the check, and the timing of steps.
+"""What the benchmarks of optimizers share: parameters and gradients, who takes part, the check, and steps in turns.
 
 Parameters are float32, the same in every process. The gradients of a step are those of the step before times -0.75: so
 they differ, and a process that resumes can make them again. Each optimizer has to train small tensors to where

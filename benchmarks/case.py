@@ -1,4 +1,4 @@
-"""A case of the operators' benchmarks: an operation on a weight, its operands, the right answer, and what passes for it.
+"""A case of the operators' benchmarks: an operation on a weight, its operands, the right answer, what passes for it.
 
 All operations but quantize start from the codes and scales of the definition in plain PyTorch: a peer loads them, and a
 dense weight is the dequantized one, rounded to the dtype of the product. So all providers have one right answer,

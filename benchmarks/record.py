@@ -59,7 +59,7 @@ def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """The fields that every record of a CPU carries: device, class, what torch uses of it, threads, versions, commit."""
+    """The fields that a record of a CPU carries: device, class, what torch uses of it, threads, versions, commit."""
     return {
         "device": device(),
         "class": processor_class(),

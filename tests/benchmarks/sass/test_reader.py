@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qloralab.kernels.sass import CLASSES, OTHER, Counts, Instruction, count, main_loop, parse, sections
+from qloralab.benchmarks.sass.reader import CLASSES, OTHER, Counts, Instruction, count, main_loop, parse, sections
 
 
 def text(*lines: str) -> str:
