@@ -192,6 +192,13 @@ class Case:
         return torch.linspace(0, M - 1, min(M, ROWS), device=self.weight.device).round().long()
 
     @cached_property
+    def seed(self) -> Tensor:
+        """What the dropout of an adapted layer draws after ``torch.manual_seed(SEED)``: int64 [], on the device."""
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return torch.randint(2**63 - 1, (), dtype=torch.int64).to(self.weight.device)
+
+    @cached_property
     def frozen(self) -> tuple[Tensor, ...]:
         """The right answer without an adapter, float64; of an adapted layer y and the gradient of x."""
         W = self.weight.dequantized(self.dtype).double()
@@ -207,12 +214,7 @@ class Case:
             return self.frozen
         y, dx = self.frozen
         x, dy, A, B = (part.double() for part in (self.x, self.gradient, *self.adapter))
-        keep = torch.ones_like(x)
-        if self.dropout:
-            with torch.random.fork_rng():
-                torch.manual_seed(SEED)
-                seed = torch.randint(2**63 - 1, (), dtype=torch.int64).to(x.device)
-            keep = keep_mask(seed, *x.shape, self.dropout) / (1 - rate(self.dropout))
+        keep = keep_mask(self.seed, *x.shape, self.dropout) / (1 - rate(self.dropout))
         h, G = SCALING * (x * keep) @ A.T, SCALING * dy @ B
         rows = self.rows
         return y + h[rows] @ B.T, dx + keep[rows] * (G[rows] @ A), G.T @ (x * keep), dy.T @ h
@@ -293,13 +295,13 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(expected.double()))
 
 
-def definition_of_quantize(weight: Tensor) -> ql.QuantizedTensor:
+def definition_of_quantize(weight: Tensor, block_size: int = BLOCK_SIZE, double: bool = True) -> ql.QuantizedTensor:
     """``ql.quantize`` by the functions that define it, whatever serves the operators."""
     values = codebook_values("nf4").to(weight.device)
-    packed, absmax = blockwise.quantize_blockwise(weight, values, BLOCK_SIZE)
-    scales, absmax2, offset = quantize_scales(absmax)
+    packed, absmax = blockwise.quantize_blockwise(weight, values, block_size)
+    levels = quantize_scales(absmax) if double else (absmax, None, None)
     return ql.QuantizedTensor(
-        packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook="nf4", block_size=BLOCK_SIZE
+        packed, *levels, values, weight.shape, weight.dtype, codebook="nf4", block_size=block_size
     )
 
 

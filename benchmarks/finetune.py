@@ -262,9 +262,10 @@ def _hear(name: str, child: subprocess.Popen[str]) -> str:
 
 
 def _turn() -> None:
-    """Let the other process work, asleep."""
+    """Let the other process work, asleep; without the one that hands out turns there is nothing left to do."""
     print(WAITING, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        raise SystemExit("nobody waits for this record")
 
 
 _CONVERT = """

@@ -20,14 +20,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+import qloralab as ql
 from qloralab.kernels.gpu import choice
 from qloralab.nf4 import blockwise, double_quant
-from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 
-from .case import WrongResultError, relative_error, within
+from .case import (
+    SCALE,
+    SCALING,
+    Case,
+    Weight,
+    WrongResultError,
+    definition_of_dequantize,
+    definition_of_quantize,
+    relative_error,
+    within,
+)
 from .gpu_providers import ADAPTED, FUSED, ONCE
 from .provider import text
 
@@ -63,13 +72,9 @@ class Guard:
         generator = torch.Generator(self.device).manual_seed(seed)
         return self.copy(torch.randn(tuple(shape), generator=generator, device=self.device).to(dtype))
 
-    def packed(self, shape: tuple[int, int], block_size: int = 64, double: bool = True) -> tuple[Any, ...]:
-        """The operands of a random weight, by the definition, in such memory."""
-        values = self.copy(codebook_values("nf4").to(self.device))
-        packed, scales = blockwise.quantize_blockwise(self.random(shape, torch.float32), values, block_size)
-        levels = double_quant.quantize_scales(scales) if double else (scales,)
-        guarded = [*map(self.copy, levels), None, None][:3]
-        return self.copy(packed), *guarded, values, shape, block_size
+    def operands(self, weight: ql.QuantizedTensor) -> Any:
+        """What the operators take of a weight, in such memory."""
+        return weight.map(self.copy).operands()
 
     def verify(self) -> None:
         """Raise CanaryError where something was written around a tensor."""
@@ -141,13 +146,6 @@ def _expect(result: Tensor, expected: Tensor, what: str) -> None:
         raise CanaryError(f"{what}: {wrong:,} of {result.numel():,} elements differ")
 
 
-def _definition(operands: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    packed, scales, absmax2, offset, values, shape, block_size = operands
-    absmax = scales if absmax2 is None else double_quant.dequantize_scales(scales, absmax2, offset)
-    flat = blockwise.dequantize_blockwise(packed, absmax, values, block_size, math.prod(shape))
-    return flat.to(dtype).view(shape)
-
-
 def _quantize(guard: Guard, shape: tuple[int, int], dtype: torch.dtype) -> None:
     from qloralab.kernels.gpu.quantize import quantize_blockwise, quantize_scales
 
@@ -168,8 +166,8 @@ def _dequantize(
 ) -> None:
     from qloralab.kernels.gpu.dequantize import dequantize
 
-    operands: Any = guard.packed(shape, block_size, double)
-    expected = _definition(operands, dtype)
+    weight = definition_of_quantize(guard.random(shape, torch.float32), block_size, double)
+    operands, expected = guard.operands(weight), definition_of_dequantize(weight).to(dtype)
     _expect(dequantize(*operands, dtype), expected, "weights")
     _expect(dequantize(*operands, dtype, out=guard.empty(shape, dtype)), expected, "weights in guarded memory")
 
@@ -178,10 +176,10 @@ def _product(guard: Guard, way: str, backward: bool, shape: tuple[int, int], M: 
     """y = x W' + bias, or its gradient by x, by one of the ways to multiply; "": as it is registered."""
     from qloralab.kernels.gpu import canonical, linear, linear_grad_input, operators, packing
 
-    operands: Any = guard.packed(shape)
-    x, bias = guard.random((M, shape[0 if backward else 1]), seed=1), guard.random(shape[:1], seed=2)
-    W = _definition(operands, torch.float32 if way == "fused" else torch.bfloat16).double()
-    expected = x.double() @ W if backward else F.linear(x.double(), W, bias.double())
+    case = Case("input gradient" if backward else "linear", Weight(shape, guard.device), M)
+    operands = guard.operands(case.weight.quantized)
+    bias = guard.copy(guard.random(shape[:1], seed=2) * (SCALE * shape[1] ** 0.5))  # as large as the product
+    x, (expected,) = guard.copy(case.gradient if backward else case.x), case.frozen
     if way == "fused":
         tiles = packing.tile(*operands)
         parts = {name: guard.copy(getattr(tiles, name)) for name in ("words", "scales", "scales_bf16")}
@@ -191,27 +189,20 @@ def _product(guard: Guard, way: str, backward: bool, shape: tuple[int, int], M: 
         y = canonical.linear_grad_input(x, operands) if backward else canonical.linear(x, operands, bias)
     else:
         y = operators.linear_grad_input(x, *operands) if backward else operators.linear(x, *operands, bias)
-    within(y, expected, FUSED if way == "fused" else ONCE)
+    within(y, expected if backward else expected + bias.double(), FUSED if way == "fused" else ONCE)
 
 
-def _adapted(guard: Guard, shape: tuple[int, int], M: int, way: str, p: float, r: int = 16) -> None:
+def _adapted(guard: Guard, shape: tuple[int, int], M: int, way: str, p: float) -> None:
     """A layer with its adapter, forward and backward, by one of the ways to multiply."""
     from qloralab.kernels.gpu import operators
 
-    (N, K), scaling = shape, 2.0
-    operands: Any = guard.packed(shape)
-    x, grad = guard.random((M, K), seed=1), guard.random((M, N), seed=2)
-    A, B = guard.copy(guard.random((r, K), torch.float32, 3) * K**-0.5), guard.random((N, r), torch.float32, 4)
-    seed = guard.copy(torch.tensor(20230523, device=guard.device))
+    case = Case("adapted layer", Weight(shape, guard.device), M, dropout=p)
+    operands = guard.operands(case.weight.quantized)
+    x, grad, A, B, seed = map(guard.copy, (case.x, case.gradient, *case.adapter, case.seed))
     with choice.use(way):
-        y, h = operators.adapted_linear(x, *operands, None, A, B, scaling, p, seed)
-        of_x = operators.adapted_linear_backward(grad, x, h, *operands, A, B, scaling, p, seed, True)
-    W = _definition(operands, torch.bfloat16).double()
-    keep = keep_mask(seed, M, K, p).double() * (scaling / (1 - rate(p)))
-    kept, G = x.double() * keep, grad.double() @ B.double()
-    low_rank = kept @ A.double().T
-    right = (x.double() @ W.T + low_rank @ B.double().T, grad.double() @ W + keep * (G @ A.double()))
-    for result, expected in zip((y, *of_x), (*right, G.T @ kept, grad.double().T @ low_rank), strict=True):
+        y, h = operators.adapted_linear(x, *operands, None, A, B, SCALING, p, seed)
+        gradients = operators.adapted_linear_backward(grad, x, h, *operands, A, B, SCALING, p, seed, True)
+    for result, expected in zip((y, *gradients), case.expected, strict=True):
         within(result, expected, ADAPTED)
 
 
@@ -222,10 +213,9 @@ def _two_streams(guard: Guard, shape: tuple[int, int] = (1024, 1024), turns: int
     wrong: list[str] = []
 
     def work(seed: int) -> None:
-        packed, scales, absmax2, offset, values, _, block_size = guard.packed(shape)
-        operands = packed, scales, absmax2, offset, values * seed, shape, block_size
-        x = guard.random((8, shape[1]), seed=seed)
-        expected = F.linear(x.double(), _definition(operands, torch.bfloat16).double())
+        weight = definition_of_quantize(seed * guard.random(shape, torch.float32))
+        operands, x = guard.operands(weight), guard.random((8, shape[1]), seed=seed)
+        expected = x.double() @ definition_of_dequantize(weight).bfloat16().double().T
         try:
             results = [two_pass.linear(x, operands) for _ in range(turns)]
             differ = sum(not relative_error(result, expected) <= ONCE for result in results)

@@ -195,7 +195,7 @@ def adapted_layer(weight: ql.QuantizedTensor, case: Case) -> LoRALinear:
 
 def both_ways(layer: Callable[[Tensor], Tensor], case: Case, parameters: Sequence[Tensor] = ()) -> Run:
     """Forward and backward of a layer: the output, the gradients of the input and of the parameters."""
-    x = case.x.clone().requires_grad_()
+    x = case.x.detach().requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
         with torch.enable_grad():
