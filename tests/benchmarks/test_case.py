@@ -163,11 +163,11 @@ def test_work_counts_each_byte_once(weight, operation, M, dtype, dense, work):
     assert Case(operation, weight, M, dtype).work(dense) == work
 
 
-@pytest.mark.parametrize(("share", "count"), [(100, 32), (0.1, 20), (0.0101, 3), (0.01, 2), (1e-6, 2)])
-def test_copies_fill_the_cache_twice_within_limits(weight, monkeypatch, share, count):
+@pytest.mark.parametrize(("times", "count"), [(1000, 32), (10, 20), (1.01, 3), (1, 2), (1e-4, 2)])
+def test_copies_fill_the_cache_twice_within_limits(weight, monkeypatch, times, count):
     case = Case("linear", weight, 4)
     monkeypatch.setattr(weight, "most", 32)
-    monkeypatch.setattr(weight, "cache", case.work(False)[0] * share * 100)
+    monkeypatch.setattr(weight, "cache", int(case.work(False)[0] * times))
     assert case.copies() == count
 
 

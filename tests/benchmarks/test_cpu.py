@@ -74,20 +74,20 @@ def test_a_wrong_provider_is_not_timed_and_the_rest_goes_on():
 
 
 def test_the_providers_of_the_readme(tmp_path, monkeypatch):
-    """The example is timed; one that is a percent off is refused with its error; what it does not take is no record."""
+    """The example is timed; one that is off is refused with its error; what it does not take is no record."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     name = re.search(r"^def (\w+)", example, re.MULTILINE)
     assert name
     (tmp_path / "readme_example.py").write_text(example)
     (tmp_path / "readme_wrong.py").write_text(
         f"from readme_example import {name[1]}\n\ndef off(case):\n    runs = {name[1]}(case)\n"
-        "    return runs and [lambda run=run: 1.01 * run() for run in runs]\n"
+        "    return runs and [lambda run=run: 1.25 * run() for run in runs]\n"
     )
     monkeypatch.chdir(tmp_path)
     mine = from_user(f"readme_example:{name[1]}"), from_user("readme_wrong:off")
     right, wrong = measured([("linear", 4), ("dequantize", None)], mine)
     assert right["ms"]["p50"] > 0
-    assert (wrong["ms"], wrong["wrong"]) == (None, "error 0.01, 0.002 allowed")
+    assert (wrong["ms"], wrong["wrong"]) == (None, "error 0.25, 0.002 allowed")
     for unknown in ("no_such_module:f", "readme_example:no_such_name", "readme_example"):
         with pytest.raises(SystemExit, match="module:NAME"):
             from_user(unknown)

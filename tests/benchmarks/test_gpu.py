@@ -117,7 +117,7 @@ def test_one_failing_provider_is_a_record_and_the_rest_goes_on():
         "bf16": ("ok", None),
         "raises": ("failed", "RuntimeError: no kernel image is available for execution"),
         "raises when called": ("failed", "ValueError: odd"),
-        "off": ("wrong", "error 0.25, 0.003 allowed"),
+        "off": ("wrong", "error 0.25, 0.002 allowed"),
         "absent": ("missing", "a_package_that_nobody_has is not installed"),
     }
     assert dequantize["ours"]["error"] == 0.0
@@ -132,7 +132,7 @@ def test_a_record_holds_ratios_and_its_share_of_the_roofline():
     nbytes = 64 * 64 + 128 + 4 + 4 + 4 * 2 * (64 + 128)  # codes, scales, one second-level scale, the offset; x and y
     assert ours["bound_ms"] == pytest.approx(max(1e-6 * nbytes / 10.0, 1e-9 * 2 * 4 * 64 * 128 / 0.1))
     assert ours["roofline_share"] == pytest.approx(ours["bound_ms"] / ours["ms"]["p50"])
-    assert ours["reps"] == 15
+    assert ours["reps"] == 5
     assert ours["timing"] == "host"
 
 
@@ -166,6 +166,13 @@ def test_a_weight_that_cannot_be_made_is_skipped():
 
 def test_a_lost_device_ends_the_measurement_not_the_report(monkeypatch):
     why = "the device was lost: RuntimeError: an illegal memory access was encountered"
+
+    def synchronize() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert dataclasses.replace(device(), device=torch.device("cuda")).lost() == why
+    assert device().lost() is None
     monkeypatch.setattr(Device, "lost", lambda self: why)
     first, second = (by_provider(part) for part in (lambda r: (r[:6], r[6:]))(measured([("linear", 4), ("linear", 1)])))
     assert first["ours"]["status"] == "ok"
