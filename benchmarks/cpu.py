@@ -3,13 +3,14 @@
     python -m benchmarks.cpu                measure, write benchmarks/records/cpu-CLASS.json, show it
     python -m benchmarks.cpu --view         show every class again: tables on the terminal, a picture in cpu-CLASS.png
     python -m benchmarks.cpu --view avx2    one of them
+    python -m benchmarks.cpu --provider module:NAME     a function of yours besides, see ``provider.py``
 
-A class lower than the processor's own is measured with variables, see ``benchmarks/provenance.py``.
+A class lower than the processor's own is measured with variables, see ``record.py``.
 
 A point is an operation on a weight of [N, K], for products with M rows of input. All providers of a point take turns in
-one process (``benchmarks/timing.py``), after each has passed the check of its result (``benchmarks/cpu_check.py``);
-one that fails is not timed. Each rotates over copies of its weight that fill the last-level cache twice, so that a
-product with one row reads memory, not cache.
+one process (``clock.py``), after each has passed the check of its result (``case.py``); one that fails is not timed.
+Each rotates over copies of its weight that fill the last-level cache twice, so that a product with one row reads
+memory, not cache.
 
 **Memory.** A dequantized weight is new memory at every call. glibc returns a block of more than 32 MiB to the system
 when it is freed, and the next one is cleared page by page on first touch, which takes longer than the dequantization.
@@ -36,16 +37,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.cpu_check import WrongResultError, check
-from benchmarks.cpu_problem import EMULATED, SEED, Problem, Weight
-from benchmarks.cpu_providers import PROVIDERS, Provider
-from benchmarks.cpu_views import plot, tables
-from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
-from benchmarks.timing import Run, interleave, quantiles
 from qloralab.kernels import dispatch
 from qloralab.nf4.processor import processor_class
+
+from .case import Case, Weight
+from .clock import host, interleave
+from .cpu_providers import COMPUTE, DROPOUT, EMULATED, PROVIDERS
+from .cpu_views import plot, tables
+from .provider import Provider, compare, from_user
+from .record import lower_mkl, parse, provenance, record_file, record_files, write
+from .view import show
 
 SHAPES = ((4096, 4096), (11008, 4096))  # [N, K]: attention and MLP of a model with 7 billion weights
 POINTS = [
@@ -59,7 +61,7 @@ MEMORY = {
     "fresh": {},
 }
 HEAP = 2**30
-WIDTH = 156  # of the tables, where the terminal says less or is none
+WIDTH = 200  # of the tables, where the terminal says less or is none
 SECONDS = 1.0  # a provider and point
 OPERATORS = {
     "dequantize": "dequantize",
@@ -92,21 +94,16 @@ class Roofline:
 
 
 def roofline(nbytes: int = 2**28, shape: tuple[int, int, int] = (512, 4096, 4096), seconds: float = 1.0) -> Roofline:
-    """Measure the rates; the best repetition counts, it is a bound.
-
-    Args:
-        nbytes: of the copy.
-        shape: (M, N, K) of the product.
-        seconds: for each of them.
-    """
+    """Measure the rates, with a copy of so many bytes and products of (M, N, K); the best sample counts, it is a
+    bound."""
     M, N, K = shape
     source = torch.ones(nbytes, dtype=torch.uint8)  # zeros would all be one page of the kernel's
     target = torch.empty_like(source)
-    contenders: dict[str, list[Run]] = {"copy": [lambda: target.copy_(source)]}
-    for name in ("float32", "bfloat16")[: 1 if EMULATED else 2]:
+    timers = {"copy": host([lambda: target.copy_(source)])}
+    for name in ("float32",) if EMULATED else ("float32", "bfloat16"):
         x, weight = (torch.randn(size).to(getattr(torch, name)) for size in ((M, K), (N, K)))
-        contenders[name] = [partial(torch.nn.functional.linear, x, weight)]
-    least = {name: min(times) for name, times in interleave(contenders, seconds).items()}
+        timers[name] = host([partial(torch.nn.functional.linear, x, weight)])
+    least = {name: min(times) for name, times in interleave(timers, seconds).items()}
     rates = {name: 1e-6 * 2 * M * N * K / ms for name, ms in least.items()}
     return Roofline(1e-6 * 2 * nbytes / least["copy"], rates["float32"], rates.get("bfloat16"))
 
@@ -129,7 +126,7 @@ def measure(
         providers: to compare.
         seconds: a provider and point.
         heap: bytes to touch and free before each point. Where freed memory is kept, glibc would otherwise hand out new
-            memory for the first calls, a place further each, although the last one is free again.
+            memory for the first calls, a bit further each time, although the last one is free again.
         fields: that every record gets besides.
 
     Yields:
@@ -141,53 +138,39 @@ def measure(
     for shape in shapes:
         weight = Weight(shape)
         for operation, M in points:
-            dtypes = {torch.bfloat16} if M is None else {provider.dtype for provider in providers}
-            problems = {dtype: Problem(operation, weight, M, dtype) for dtype in dtypes}
-            runs, results = {}, {}
-            for provider in providers:
-                if operation not in provider.operations:
-                    continue
-                problem = problems[torch.bfloat16 if M is None else provider.dtype]
-                result: dict[str, Any] = {"provider": provider.name, "dtype": str(problem.dtype).removeprefix("torch.")}
-                result |= {"error": None, "wrong": None, "skipped": None, "ms": None, "reps": 0}
-                result["bound_ms"] = limits.bound_ms(*problem.work(provider.dense), problem.dtype)
-                if provider.name.startswith("ours"):
-                    result["implementation"] = served[OPERATORS[operation]]
-                results[provider.name] = result
-                if (M or 0) > provider.most_rows:
-                    result["skipped"] = f"PyTorch emulates this product; timed up to M = {provider.most_rows}"
-                    continue
-                contender = provider.runs(problem)
-                torch.manual_seed(SEED)
-                try:
-                    result["error"] = check(problem, provider, contender[0]())
-                except WrongResultError as error:
-                    result["wrong"] = str(error)
-                else:
-                    result["copies"] = len(contender)
-                    runs[provider.name] = contender
-            torch.ones(heap, dtype=torch.uint8)
-            fewest = {provider.name: provider.fewest for provider in providers}
-            for name, times in interleave(runs, seconds, fewest).items():
-                results[name] |= {"ms": quantiles(times), "reps": len(times)}
-            for result in results.values():
-                yield {**common, "operation": operation, "shape": list(shape), "M": M, **result}
-
-
-def write(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the records as a JSON list, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+            able = [provider for provider in providers if provider.does(operation, M)]
+            dtypes = {one.name: one.dtype if M else torch.bfloat16 for one in able}
+            cases = {dtype: Case(operation, weight, M, dtype, DROPOUT) for dtype in dtypes.values()}
+            heat = partial(torch.ones, heap, dtype=torch.uint8)
+            outcomes = compare(lambda one, of=cases, by=dtypes: of[by[one.name]], able, host, heat, seconds=seconds)
+            for one in able:
+                if outcome := outcomes.get(one.name):
+                    case = cases[dtypes[one.name]]
+                    record = {
+                        "operation": operation,
+                        "shape": list(shape),
+                        "M": M,
+                        "provider": one.name,
+                        "dtype": str(case.dtype).removeprefix("torch."),
+                        "error": outcome.error,
+                        "wrong": outcome.why if outcome.status in ("wrong", "failed") else None,
+                        "skipped": outcome.why if outcome.status == "skipped" else None,
+                        "ms": outcome.ms,
+                        "reps": len(outcome.samples),
+                        "bound_ms": limits.bound_ms(*case.work(one.dense), case.dtype),
+                    }
+                    if one.name.startswith("ours"):
+                        record["implementation"] = served[OPERATORS[operation]]
+                    if outcome.copies:
+                        record["copies"] = outcome.copies
+                    yield {**common, **record}
 
 
 def view(out: Path, asked: str) -> None:
     """Show the records in a folder, of a class or of all: tables on the terminal, the picture beside them."""
-    console = Console()
-    console.width = max(console.width, WIDTH)
     for file in record_files(out, "cpu", asked):
         records = json.loads(file.read_text())
-        for table in tables(records):
-            console.print(table)
+        show(tables(records), WIDTH)
         plot(records, file.with_suffix(".png"))
 
 
@@ -197,26 +180,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", nargs="?", const="all", metavar="CLASS", help="show the records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="a provider and point")
+    parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
     parser.add_argument("--worker", choices=MEMORY, help=argparse.SUPPRESS)
     args = parse(parser, arguments)
+    mine = [from_user(name, dtype=COMPUTE) for name in args.provider or ()]
     if args.worker:
         shapes = [(N, K) for N, K in args.shape or SHAPES]
-        for record in measure(shapes, POINTS, roofline(), seconds=args.seconds, heap=HEAP, memory=args.worker):
+        options = {"seconds": args.seconds, "heap": HEAP, "memory": args.worker}
+        for record in measure(shapes, POINTS, roofline(), [*PROVIDERS, *mine], **options):
             print(json.dumps(record), flush=True)
         return
     if not args.view:
         lower_mkl()
-        command = [sys.executable, "-m", "benchmarks.cpu", "--seconds", str(args.seconds)]
-        command += [word for shape in args.shape or () for word in ("--shape", *map(str, shape))]
-        file = record_file(args.out, "cpu")
-        write([r for memory in MEMORY for r in _worker([*command, "--worker", memory], memory)], file)
+        command = [sys.executable, "-m", "benchmarks.cpu", *(arguments if arguments is not None else sys.argv[1:])]
+        records = [record for memory in MEMORY for record in _worker([*command, "--worker", memory], memory)]
+        write(records, record_file(args.out, "cpu"))
     view(args.out, args.view or processor_class())
 
 
 def _worker(command: list[str], memory: str) -> Iterator[dict[str, Any]]:
     """The records of a process with this kind of memory, as they come; a line each on stderr."""
-    environment = {**os.environ, **MEMORY[memory]}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env={**os.environ, **MEMORY[memory]}, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             record = json.loads(line)
             N, K = record["shape"]

@@ -1,15 +1,14 @@
-"""The records of ``benchmarks/cpu.py`` as tables and as a picture, and the goals they are held against."""
+"""The records of ``cpu.py`` as tables and as a picture, and the goals they are held against."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-Record = Mapping[str, Any]
+from .view import Goal, Record, annotate, grid, p50, picture, point_cells, points, yes
 
 COLOURS = {
     "ours": "#1f5fa8",
@@ -24,36 +23,9 @@ COLOURS = {
 COLUMNS = ("ours", "ours, f32", "reference", "bitsandbytes", "bf16", "f32")
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer")
 
-
-@dataclass(frozen=True)
-class Goal:
-    """A ratio to reach on a class of processors, by what of ours multiplies in the dtype of its hardware.
-
-    Attributes:
-        operation: of the point.
-        M: rows, or None.
-        peer: a column of the table, or dense, the faster of bf16 and f32.
-        ratio: of the times.
-        faster: the peer's time over ours is at least the ratio; else ours over the peer's is at most the ratio.
-    """
-
-    operation: str
-    M: int | None
-    peer: str
-    ratio: float
-    faster: bool = True
-
-    def __str__(self) -> str:
-        peer = self.peer + _mode(self.operation, self.peer)
-        return f"{peer} / ours ≥ {self.ratio:g}" if self.faster else f"ours / {peer} ≤ {self.ratio:.2f}"
-
-    def reached(self, ours: float, peer: float) -> tuple[float, bool]:
-        """The ratio of two times, and whether it is good enough."""
-        ratio = peer / ours if self.faster else ours / peer
-        return ratio, ratio >= self.ratio if self.faster else ratio <= self.ratio
-
-
 _PRODUCTS = ("linear", "input gradient")
+# By class: ratios to reach by what of ours multiplies in the dtype of its hardware. A peer is a column of the table, or
+# dense, the faster of bf16 and f32.
 GOALS = {
     "avx512-bf16": [
         Goal("dequantize", None, "bitsandbytes", 6),
@@ -78,40 +50,21 @@ GOALS = {
 }
 
 
-def points(records: Sequence[Record]) -> Iterator[dict[str, Record]]:
-    """The records of each point, by provider, in the order of their first record."""
-    found: dict[tuple, dict[str, Record]] = {}
-    for record in records:
-        key = (record["memory"], record["operation"], tuple(record["shape"]), record["M"])
-        found.setdefault(key, {})[record["provider"]] = record
-    yield from found.values()
-
-
 def columns(point: Mapping[str, Record]) -> dict[str, Record]:
     """A point's records by column, and the faster dense one: bitsandbytes is the faster of its modes that is right."""
     chosen = {name: record for name, record in point.items() if name != "bitsandbytes, eval"}
-    modes = [record for name, record in point.items() if name.startswith("bitsandbytes")]
-    if right := [record for record in modes if record["ms"]]:
-        chosen["bitsandbytes"] = min(right, key=_median)
-    if dense := [point[name] for name in ("bf16", "f32") if name in point and point[name]["ms"]]:
-        chosen["dense"] = min(dense, key=_median)
+    timed = {name: record for name, record in point.items() if record["ms"]}
+    if right := [record for name, record in timed.items() if name.startswith("bitsandbytes")]:
+        chosen["bitsandbytes"] = min(right, key=p50)
+    if dense := [timed[name] for name in ("bf16", "f32") if name in timed]:
+        chosen["dense"] = min(dense, key=p50)
     return chosen
-
-
-def _median(record: Record) -> float:
-    return record["ms"]["p50"]
-
-
-def _best(kind: str, M: int | None) -> str:
-    """The column of ours that a class is judged by: products in the dtype that its hardware multiplies."""
-    return "ours" if M is None or kind.endswith("bf16") else "ours, f32"
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
     """A table for each kind of memory: a row for each point, a column for each provider, goals and what is reached."""
     for memory in dict.fromkeys(record["memory"] for record in records):
-        mine = [record for record in records if record["memory"] == memory]
-        yield _table(memory, mine)
+        yield _table(memory, [record for record in records if record["memory"] == memory])
 
 
 def _table(memory: str, records: Sequence[Record]) -> Table:
@@ -119,31 +72,31 @@ def _table(memory: str, records: Sequence[Record]) -> Table:
     limits = first["roofline"]
     rates = {dtype: limits[f"{dtype}_gflop_per_s"] for dtype in ("float32", "bfloat16")}
     lowered = "".join(f", {name}={value}" for name, value in first.get("lowered", {}).items())
-    view = Table(
+    there = dict.fromkeys(record["provider"].partition(", eval")[0] for record in records)
+    shown = [name for name in dict.fromkeys([*COLUMNS, *there]) if name in there]
+
+    def row(point: Mapping[str, Record]) -> list[str]:
+        operation, _, M = head = point_cells(point)
+        by_column = columns(point)
+        goals = [g for g in GOALS.get(kind, ()) if (g.operation, str(g.M or "")) == (operation, M)]
+        ours = by_column.get("ours" if not M or kind.endswith("bf16") else "ours, f32")
+        return [
+            *head,
+            *(_cell(by_column.get(name)) for name in shown),
+            f"{ours['bound_ms'] / p50(ours):.0%}" if ours and ours["ms"] else "",
+            "\n".join(map(_asked, goals)),
+            "\n".join(_reached(goal, ours, by_column.get(goal.peer)) for goal in goals),
+        ]
+
+    return grid(
+        ("operation", "weight", "M", *shown, "bound", "goal", "reached"),
+        map(row, points(records)),
+        left=("operation", "weight", "goal"),
         title=f"{kind}: {first['device']}, commit {first['commit']}{lowered}, memory {memory}: median ms",
         caption=f"copy {limits['copy_gb_per_s']:.1f} GB/s, "
         + "".join(f"{dtype} product {rate:.0f} GFLOP/s, " for dtype, rate in rates.items() if rate)
         + "bound: the least time at these rates over ours",
     )
-    there = dict.fromkeys(record["provider"].partition(", eval")[0] for record in records)
-    shown = [name for name in dict.fromkeys([*COLUMNS, *there]) if name in there]
-    for heading in ("operation", "weight", "M", *shown, "bound", "goal", "reached"):
-        left = heading in ("operation", "weight", "goal")
-        view.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    for point in points(records):
-        some, by_column = next(iter(point.values())), columns(point)
-        goals = [g for g in GOALS.get(kind, ()) if (g.operation, g.M) == (some["operation"], some["M"])]
-        ours = by_column.get(_best(kind, some["M"]))
-        view.add_row(
-            some["operation"],
-            "x".join(map(str, some["shape"])),
-            str(some["M"] or ""),
-            *(_cell(by_column.get(name)) for name in shown),
-            f"{ours['bound_ms'] / ours['ms']['p50']:.0%}" if ours and ours["ms"] else "",
-            "\n".join(map(str, goals)),
-            "\n".join(_reached(goal, ours, by_column.get(goal.peer)) for goal in goals),
-        )
-    return view
 
 
 def _cell(record: Record | None) -> str:
@@ -151,7 +104,7 @@ def _cell(record: Record | None) -> str:
         return ""
     if not record["ms"]:
         return "emulated" if record.get("skipped") else "wrong"
-    return f"{record['ms']['p50']:.3g}{_mode(record['operation'], record['provider'])}"
+    return f"{p50(record):.3g}{_mode(record['operation'], record['provider'])}"
 
 
 def _mode(operation: str, provider: str) -> str:
@@ -161,59 +114,45 @@ def _mode(operation: str, provider: str) -> str:
     return " eval" if provider.endswith(", eval") else ""
 
 
+def _asked(goal: Goal) -> str:
+    peer = goal.peer + _mode(goal.operation, goal.peer)
+    return f"{peer} / ours ≥ {goal.ratio:g}" if goal.faster else f"ours / {peer} ≤ {goal.ratio:.2f}"
+
+
 def _reached(goal: Goal, ours: Record | None, peer: Record | None) -> str:
     if not (ours and peer and ours["ms"] and peer["ms"]):
         return "not timed"
-    ratio, enough = goal.reached(ours["ms"]["p50"], peer["ms"]["p50"])
-    return f"{ratio:.2f} {'yes' if enough else 'no'}"
+    ratio, enough = goal.reached(p50(ours), p50(peer))
+    return f"{ratio:.2f} {yes(enough)}"
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Draw the recycled points: a row of panels for each weight, a panel for each operation.
-
-    Args:
-        records: of one run.
-        path: of the PNG.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Draw the recycled points: a row of panels for each weight, a panel for each operation."""
     drawn = [record for record in records if record["memory"] == "recycled" and record["ms"]]
     shapes = list(dict.fromkeys(tuple(record["shape"]) for record in drawn))
-    figure, grid = plt.subplots(
-        max(len(shapes), 1), len(OPERATIONS), figsize=(18, 1 + 3.4 * max(len(shapes), 1)), squeeze=False,
-        layout="constrained", width_ratios=[1, 1, 1.6, 1, 1],
-    )  # fmt: skip
-    for shape, row in zip(shapes, grid, strict=False):
-        for operation, axes in zip(OPERATIONS, row, strict=True):
-            panel = [r for r in drawn if tuple(r["shape"]) == shape and r["operation"] == operation]
-            axes.set_title(f"{operation}, {shape[0]}x{shape[1]}")
-            if any(record["M"] for record in panel):
-                _lines(axes, panel)
-            else:
-                _bars(axes, panel)
-    if drawn:
-        figure.suptitle(
-            f"{drawn[0]['class']}: {drawn[0]['device']}: median, 20th and 80th percentile; dotted: the bound of ours"
-        )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size, widths = (18, 1 + 3.4 * max(len(shapes), 1)), [1, 1, 1.6, 1, 1]
+    with picture(path, max(len(shapes), 1), len(OPERATIONS), figsize=size, width_ratios=widths) as (figure, axes):
+        for shape, row in zip(shapes, axes, strict=False):
+            for operation, panel in zip(OPERATIONS, row, strict=True):
+                some = [r for r in drawn if tuple(r["shape"]) == shape and r["operation"] == operation]
+                panel.set_title(f"{operation}, {shape[0]}x{shape[1]}")
+                (_lines if any(record["M"] for record in some) else _bars)(panel, some)
+        if drawn:
+            what = "median, 20th and 80th percentile; dotted: the bound of ours"
+            figure.suptitle(f"{drawn[0]['class']}: {drawn[0]['device']}: {what}")
 
 
 def _lines(axes: Any, panel: Sequence[Record]) -> None:
     for name in dict.fromkeys([*COLOURS, *(record["provider"] for record in panel)]):
         mine = sorted((r for r in panel if r["provider"] == name), key=lambda record: record["M"])
-        rows = [record["M"] for record in mine]
-        p20, p50, p80 = ([record["ms"][q] for record in mine] for q in ("p20", "p50", "p80"))
-        if not rows:
+        if not mine:
             continue
-        (line,) = axes.plot(rows, p50, "o-", color=COLOURS.get(name), label=name, markersize=4)
-        colour = line.get_color()
-        axes.fill_between(rows, p20, p80, color=colour, alpha=0.2, linewidth=0)
+        rows = [record["M"] for record in mine]
+        low, middle, high = ([record["ms"][q] for record in mine] for q in ("p20", "p50", "p80"))
+        (line,) = axes.plot(rows, middle, "o-", color=COLOURS.get(name), label=name, markersize=4)
+        axes.fill_between(rows, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         if name.startswith("ours"):
-            axes.plot(rows, [record["bound_ms"] for record in mine], ":", color=colour)
+            axes.plot(rows, [record["bound_ms"] for record in mine], ":", color=line.get_color())
     axes.set(xscale="log", yscale="log", xlabel="M, rows of the input", ylabel="ms")
     ticks = sorted({record["M"] for record in panel})
     axes.set_xticks(ticks, labels=map(str, ticks))
@@ -223,12 +162,12 @@ def _lines(axes: Any, panel: Sequence[Record]) -> None:
 
 
 def _bars(axes: Any, panel: Sequence[Record]) -> None:
-    for place, record in enumerate(panel):
-        p20, p50, p80 = (record["ms"][q] for q in ("p20", "p50", "p80"))
-        axes.bar(place, p50, color=COLOURS.get(record["provider"]), yerr=[[p50 - p20], [p80 - p50]])
-        axes.annotate(f"{p50:.3g}", (place, p80), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+    for x, record in enumerate(panel):
+        low, middle, high = (record["ms"][q] for q in ("p20", "p50", "p80"))
+        axes.bar(x, middle, color=COLOURS.get(record["provider"]), yerr=[[middle - low], [high - middle]])
+        annotate(axes, x, high, f"{middle:.3g}", fontsize=8)
         if record["provider"] == "ours":
-            axes.hlines(record["bound_ms"], place - 0.4, place + 0.4, color="black", linestyle=":")
+            axes.hlines(record["bound_ms"], x - 0.4, x + 0.4, color="black", linestyle=":")
     labels = [record["provider"] + _mode(record["operation"], record["provider"]) for record in panel]
     axes.set_xticks(range(len(panel)), labels=labels, rotation=30, ha="right")
     axes.set(yscale="log", ylabel="ms")

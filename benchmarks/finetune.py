@@ -1,4 +1,4 @@
-"""QLoRA here, beside bitsandbytes + PEFT: the same job, one after the other, each in a process of its own.
+"""QLoRA here, beside bitsandbytes + PEFT: the same job, each in a process of its own, in turns.
 
     python -m benchmarks.finetune --steps 60
     python -m benchmarks.finetune --view            show every class of processors again; --view avx2: one of them
@@ -10,9 +10,13 @@ The peer is used as its documentation has it: ``BitsAndBytesConfig`` (NF4, doubl
 all linear layers, ``model(..., labels=...).loss``; without ``prepare_model_for_kbit_training``, whose float32 copies
 and activation checkpointing would make it slower.
 
-Speed is in tokens of the examples, padding not counted, from the median step; memory is the peak of the process.
+A turn is a few steps, or what comes before and after them; the other process sleeps meanwhile. So what the machine
+does besides reaches both. Speed is in tokens of the examples, padding not counted, from the median step; memory is the
+peak of the process.
 One JSON record per library goes to ``benchmarks/records/``, the class of the processor in its name; the table is a view
 of the two.
+
+Our job compiles its allocator, so it needs a C++ compiler; without one the benchmark says so before it begins.
 """
 
 from __future__ import annotations
@@ -23,27 +27,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
-from benchmarks.timing import quantiles
 from qloralab.checkpoint.models import default_model, load_model, load_tokenizer, quantize_loaded_, quiet
 from qloralab.data.batches import collate, length_grouped_batches, split
 from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.data.stdlib_corpus import stdlib_examples
+from qloralab.kernels.cpu import allocator
+from qloralab.kernels.cpu.build import BuildError
 from qloralab.nf4.processor import compute_dtype, processor_class
 from qloralab.resident import peak_mb, resident_mb
 from qloralab.train.trainer import LENGTH_MULTIPLE, schedule
 
+from .clock import quantiles
+from .record import lower_mkl, parse, provenance, record_file, record_files
+from .view import grid, show, yes
+
 LIBRARIES = ("qloralab", "bitsandbytes+peft")
 R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
 BATCH, MAX_LENGTH, HELD_OUT, SEED = 4, 256, 64, 0
+TURN, WAITING = 4, "waiting"  # steps; and what a process says that waits for its turn
 # By class: tokens a second over the peer's, at least; memory over the peer's, at most.
 GOALS = {"avx512-bf16": (2.0, 1 / 3), "avx2": (1.8, 0.45)}
 WIDTH = 100  # of the table, where the terminal says less or is none
@@ -55,7 +63,6 @@ Loss = Callable[[dict[str, torch.Tensor]], torch.Tensor]  # a batch -> mean loss
 def qloralab_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
     """The model and its loss, as ``qloralab finetune`` sets them up."""
     import qloralab as ql
-    from qloralab.kernels.cpu import allocator
     from qloralab.train.loss import AnswerLoss
 
     allocator.install()
@@ -93,8 +100,8 @@ def peft_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
 JOBS = {"qloralab": qloralab_job, "bitsandbytes+peft": peft_job}
 
 
-def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Train with one library and measure it, in this process."""
+def run(library: str, directory: Path, steps: int, dtype: torch.dtype, turn: Callable[[], None]) -> dict[str, Any]:
+    """Train with one library and measure it, in this process; ``turn`` waits while the other library has its turn."""
     tokenizer = load_tokenizer(default_model())
     encoded = encode_all(stdlib_examples(), tokenizer, MAX_LENGTH, "skip")
     train, held_out = split(encoded, HELD_OUT, SEED)
@@ -110,6 +117,8 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
     losses, seconds, tokens = [], [], []
     model.train()
     for step in range(steps):
+        if step % TURN == 0:
+            turn()
         examples = [train[i] for i in order[step]]
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -123,6 +132,7 @@ def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[s
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(example.input_ids) for example in examples))
     peak = peak_mb()
+    turn()
     after = validate(model, loss, held_out)
     rates = [t / s for t, s in zip(tokens, seconds, strict=True)]
     return {
@@ -159,31 +169,25 @@ def validate(model: Any, loss: Loss, held_out: Sequence[Encoded]) -> float:
     return total / count
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
+def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """The records of a class side by side; then ours over theirs, the goal, and whether it is reached."""
     ours, theirs = (next(r for r in records if r["library"] == name) for name in LIBRARIES)
     kind = ours["class"]
-    view = Table(title=f"{kind}: {ours['steps']} steps, {ours['tokens']:,} tokens, {ours['dtype']}, {ours['device']}")
-    for heading in ("", *LIBRARIES, "ratio", "goal", "reached"):
-        view.add_column(heading, justify="left" if heading in ("", "goal") else "right")
     speed, memory = GOALS.get(kind, (None, None))
-    rows = [
+    rows = []
+    for name, value, form, relation, goal in (
         ("tokens/s, median step", lambda r: r["tokens_per_s"]["p50"], "{:,.0f}", "≥", speed),
         ("tokens/s, whole training", lambda r: r["tokens_per_s"]["all"], "{:,.0f}", "", None),
         ("peak memory, MB", lambda r: r["peak_mb"], "{:,.0f}", "≤", memory),
         ("validation loss before", lambda r: r["val_before"], "{:.3f}", "", None),
         ("validation loss after", lambda r: r["val_after"], "{:.3f}", "within", SAME_LOSS),
-    ]
-    for name, value, form, relation, goal in rows:
+    ):
         a, b = value(ours), value(theirs)
-        goal_cells = (f"{relation} {goal:.2g}", _reached(a, b, relation, goal)) if goal else ()
-        view.add_row(name, form.format(a), form.format(b), f"{a / b:.2f}", *goal_cells)
-    return view
-
-
-def _reached(a: float, b: float, relation: str, goal: float) -> str:
-    good = {"≥": a / b >= goal, "≤": a / b <= goal, "within": abs(a - b) <= goal}[relation]
-    return "yes" if good else "no"
+        reached = goal and {"≥": a / b >= goal, "≤": a / b <= goal, "within": abs(a - b) <= goal}[relation]
+        rows.append((name, form.format(a), form.format(b), f"{a / b:.2f}"))
+        rows[-1] += (f"{relation} {goal:.2g}", yes(reached)) if goal else ("", "")
+    title = f"{kind}: {ours['steps']} steps, {ours['tokens']:,} tokens, {ours['dtype']}, {ours['device']}"
+    return grid(("", *LIBRARIES, "ratio", "goal", "reached"), rows, left=("", "goal"), wrap=True, title=title)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,32 +201,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.worker:
         library, directory = args.worker
         dtype = compute_dtype("cpu").dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        print(json.dumps(run(library, Path(directory), args.steps, dtype)))
+        _turn()
+        print(json.dumps(run(library, Path(directory), args.steps, dtype, _turn)))
         return
     if not args.view:
+        try:
+            allocator.install()
+        except BuildError as error:
+            raise SystemExit(f"this job needs a C++ compiler, for the allocator that it runs with: {error}") from error
         lower_mkl()
         args.out.mkdir(parents=True, exist_ok=True)
         for record in measure(args.steps, args.dtype):
             record_file(args.out, f"finetune-{record['library']}").write_text(json.dumps(record, indent=1) + "\n")
-    console = Console()
-    console.width = max(console.width, WIDTH)
     for file in record_files(args.out, f"finetune-{LIBRARIES[0]}", args.view or processor_class()):
         files = [file.with_name(file.name.replace(LIBRARIES[0], library)) for library in LIBRARIES]
-        console.print(table([json.loads(one.read_text()) for one in files]))
+        show([table([json.loads(one.read_text()) for one in files])], WIDTH)
 
 
 def measure(steps: int, dtype: str) -> list[dict[str, Any]]:
-    """The records of both libraries, each measured in a process of its own."""
-    records = []
+    """The records of both libraries, each measured in a process of its own, in turns with the other."""
     with tempfile.TemporaryDirectory() as directory:
         # In a process of its own: what loading costs is not the job's memory.
         subprocess.run([sys.executable, "-c", _CONVERT, directory], check=True)
-        for library in LIBRARIES:
-            print(f"{library} …", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(steps), "--dtype", dtype]
-            result = subprocess.run([*command, "--worker", library, directory], stdout=subprocess.PIPE, check=True)
-            records.append(json.loads(result.stdout.splitlines()[-1]))
-    return records
+        command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(steps), "--dtype", dtype]
+        return in_turns({library: [*command, "--worker", library, directory] for library in LIBRARIES})
+
+
+def in_turns(commands: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The records of processes that wait for a line on stdin at each ``_turn``, and end with a record on stdout.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
+    said = dict.fromkeys(children, WAITING)
+    try:
+        for name, child in children.items():
+            _hear(name, child)  # it is loaded, and waits
+        while WAITING in said.values():
+            for name, child in children.items():
+                if said[name] == WAITING:
+                    print(f"{name} …", file=sys.stderr, flush=True)
+                    child.stdin.write("\n")
+                    child.stdin.flush()
+                    said[name] = _hear(name, child)
+        return [json.loads(record) for record in said.values()]
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+
+
+def _hear(name: str, child: subprocess.Popen[str]) -> str:
+    """What a process says next: that it waits, or its record."""
+    for line in child.stdout or ():
+        if line.startswith((WAITING, "{")):
+            return line.strip()
+    raise SystemExit(f"{name} ended with code {child.wait()}, without a record")
+
+
+def _turn() -> None:
+    """Let the other process work, asleep; without the one that hands out turns there is nothing left to do."""
+    print(WAITING, flush=True)
+    if not sys.stdin.readline():
+        raise SystemExit("nobody waits for this record")
 
 
 _CONVERT = """

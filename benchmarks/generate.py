@@ -18,31 +18,30 @@ import argparse
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from benchmarks.provenance import lower_mkl, parse, provenance, record_file, record_files
-from benchmarks.timing import interleave, quantiles
 from qloralab.checkpoint.models import default_model, load_model, load_tokenizer, quantize_loaded_
 from qloralab.kernels import dispatch
 from qloralab.nf4.processor import compute_dtype, processor_class
+
+from .case import WrongResultError, within
+from .clock import host, interleave, quantiles
+from .record import lower_mkl, parse, provenance, record_file, record_files, write
+from .view import show
 
 PROMPT = "Explain in three sentences why the sky is blue."
 NEW_TOKENS = 64
 REPETITIONS = 5
 GOAL = 1.5  # the quantized model's rate over the faster dense one's
-# Of the logits: 30 layers of bfloat16 activations, rounded at other places. Steps of float32 are 2**-16 of those; there
-# it is sums that are rounded, one of n products about sqrt(n / 2) times (benchmarks/cpu_check.py), 28 for 1536.
+# Of the logits: 30 layers of bfloat16 activations, rounded in another order. Steps of float32 are 2**-16 of those;
+# there it is sums that are rounded, one of n products about sqrt(n / 2) times (case.py), 28 for 1536.
 TOLERANCES = {torch.bfloat16: 2**-4, torch.float32: 2**-15}
 DENSE = ("bf16", "f32")
 PROVIDERS = (*DENSE, "ours")
-
-
-class WrongResultError(Exception):
-    """The quantized model's logits are not the reference's."""
 
 
 def check(model: Any, prompt: torch.Tensor) -> float:
@@ -60,13 +59,12 @@ def check(model: Any, prompt: torch.Tensor) -> float:
     """
     with torch.no_grad():
         logits = model(prompt).logits
-        tolerance = TOLERANCES[logits.dtype]
         with dispatch.use("reference"):
-            expected = model(prompt).logits.double()
-    error = float(torch.linalg.vector_norm(logits - expected) / torch.linalg.vector_norm(expected))
-    if not error <= tolerance:  # NaN is not
-        raise WrongResultError(f"the logits differ from the reference's by {error:.2g}, {tolerance:.2g} allowed")
-    return error
+            expected = model(prompt).logits
+    try:
+        return within(logits, expected, TOLERANCES[logits.dtype])
+    except WrongResultError as error:
+        raise WrongResultError(f"the logits differ from the reference's: {error}") from None
 
 
 def measure(models: Mapping[str, Any], prompt: torch.Tensor, new_tokens: int = NEW_TOKENS) -> list[dict]:
@@ -87,9 +85,9 @@ def measure(models: Mapping[str, Any], prompt: torch.Tensor, new_tokens: int = N
     checked = {"ours": {"error": check(models["ours"], prompt), "implementation": served["linear"]}}
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     answer = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **options}
-    contenders = {name: [lambda model=model: model.generate(**answer)] for name, model in models.items()}
     with torch.no_grad():
-        times = interleave(contenders, seconds=0.0, fewest=REPETITIONS, warm_up=0)
+        timers = {name: host([partial(model.generate, **answer)], warm_up=0) for name, model in models.items()}
+        times = interleave(timers, seconds=0.0, fewest=REPETITIONS)
     return [
         {
             "benchmark": "generate",
@@ -134,12 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quantized = quantize_loaded_(copy.deepcopy(model), compute_dtype("cpu").dtype)
         models = {"bf16": model, "f32": copy.deepcopy(model).float(), "ours": quantized}
         prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-        records = measure(models, prompt, args.tokens)
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
-        record_file(args.out, "generate").write_text(text)
-    for file in record_files(args.out, "generate", args.view or processor_class()):
-        Console().print(line(json.loads(file.read_text())), soft_wrap=True, highlight=False)
+        write(measure(models, prompt, args.tokens), record_file(args.out, "generate"))
+    files = record_files(args.out, "generate", args.view or processor_class())
+    show([], lines=[line(json.loads(file.read_text())) for file in files])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
     python -m benchmarks.gpu --save     and let the measured decisions count on this machine (kernels/gpu/choice.py)
+    python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
 of this run, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
@@ -22,29 +23,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional as F
 
-from benchmarks.gpu_canaries import Canary, canaries, verdict
-from benchmarks.gpu_problem import Problem, Weight, WrongResultError
-from benchmarks.gpu_providers import PROVIDERS, Provider
-from benchmarks.gpu_timing import Clock, CudaClock, Timer, interleave
-from benchmarks.gpu_views import points as by_point
-from benchmarks.gpu_views import tables, with_ratios
-from benchmarks.provenance import commit, parse
-from benchmarks.timing import quantiles
 from qloralab.kernels.gpu import choice
+
+from .case import Case, Weight
+from .clock import Run, Timer, cuda, interleave
+from .gpu_canaries import Canary, canaries, verdict
+from .gpu_providers import FUSED, OPTIONS, PROVIDERS
+from .gpu_views import tables, with_ratios
+from .provider import Outcome, Provider, compare, from_user, text
+from .record import gpu_provenance, gpu_record_file, parse, write
+from .view import p50, show
+from .view import points as by_point
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # [N, K]: attention and MLP of a model with 8 billion weights
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -57,9 +56,10 @@ POINTS: list[tuple[str, int | None]] = [
     *(("adapted layer, eager", M) for M in (1024, 4096)),
 ]
 SECONDS = 0.12  # of samples, a provider and point
+MOST = 60  # samples
+COPIES = 32  # of a weight, at most
 BUDGET = 450.0  # seconds in all
 ROOM = 0.9  # of the free memory
-PACKAGES = ("torch", "triton", "bitsandbytes", "unsloth", "transformers", "peft")
 OPERATORS = {"linear": "linear", "input gradient": "linear_grad_input"}
 PROVIDER_KERNELS = {"ours, fused": "fused", "ours, canonical": "canonical", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
@@ -73,36 +73,29 @@ class Device:
         device: for torch.
         name: of the hardware.
         cache: bytes of its last-level cache.
-        clock: that times there.
+        prepare: makes the timers there, see ``clock.py``.
         free: bytes of memory that can be had now.
     """
 
     device: torch.device
     name: str
     cache: int
-    clock: Clock
+    prepare: Callable[[Sequence[Run], bool], Timer]
     free: Callable[[], int]
 
-    def synchronize(self) -> None:
-        """Wait; raises what a kernel of before has done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def lost(self) -> str | None:
+        """Why nothing more can run on the device, or None: waiting raises what a kernel of before has done."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            return f"the device was lost: {text(error)}"
+        return None
 
-
-@dataclass(frozen=True)
-class Deadline:
-    """A moment after which nothing new begins.
-
-    Attributes:
-        at: on the clock of ``time.monotonic``.
-    """
-
-    at: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is over."""
-        return time.monotonic() >= self.at
+    def too_large(self, what: str, need: float) -> str | None:
+        """Why so many bytes cannot be had, or None."""
+        free = self.free()
+        return f"{what} {need / 1e9:.1f} GB, {free / 1e9:.1f} are free" if need > ROOM * free else None
 
 
 def cuda_device() -> Device:
@@ -114,69 +107,24 @@ def cuda_device() -> Device:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
 
-    return Device(device, properties.name, properties.L2_cache_size, CudaClock(), free)
-
-
-def facts(name: str) -> dict[str, Any]:
-    """The fields that every record carries: device, versions, commit."""
-    return {"benchmark": "gpu", "device": name, "versions": library_versions(), "commit": commit()}
-
-
-def library_versions() -> dict[str, str]:
-    """Of what is installed, and of CUDA and the driver where there is one."""
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    if driver := _driver():
-        found["driver"] = driver
-    return found
-
-
-def _driver() -> str | None:
-    """The version of the NVIDIA kernel module, as Linux has it."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        return None
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
-    return found[1] if found else None
-
-
-def check(
-    device: Device, common: Mapping[str, Any], which: Sequence[Canary], deadline: Deadline
-) -> Iterator[dict[str, Any]]:
-    """A record for each canary; ``wrong`` is None where it holds."""
-    for canary in which:
-        wrong = "the time was up" if deadline.passed else verdict(canary, device.device)
-        yield {**common, "kind": "canary", "name": canary.name, "wrong": wrong}
+    return Device(device, properties.name, properties.L2_cache_size, cuda, free)
 
 
 def ceilings(
     device: Device, nbytes: int = 2**30, shape: tuple[int, int, int] = (8192, 8192, 8192), seconds: float = 0.5
 ) -> choice.Limits:
-    """Measure the rates of a copy and of a bfloat16 product; the best sample counts, it is a bound.
-
-    Args:
-        device: to measure.
-        nbytes: of the copy.
-        shape: (M, N, K) of the product.
-        seconds: for each.
-    """
+    """Measure the rates of a copy of so many bytes and of a bfloat16 product (M, N, K); the best sample counts, it is a
+    bound."""
     M, N, K = shape
     nbytes = min(nbytes, int(device.free() * ROOM) // 4)
     source = torch.ones(nbytes, dtype=torch.uint8, device=device.device)
     target = torch.empty_like(source)
     x, weight = (torch.randn(rows, K, device=device.device).bfloat16() for rows in (M, N))
     timers = {
-        "copy": device.clock.prepare([lambda: target.copy_(source)], graph=True),
-        "gemm": device.clock.prepare([lambda: F.linear(x, weight)], graph=True),
+        "copy": device.prepare([lambda: target.copy_(source)], True),
+        "gemm": device.prepare([lambda: F.linear(x, weight)], True),
     }
-    times = interleave(timers, seconds)
+    times = interleave(timers, seconds, fewest=5, most=MOST)
     return choice.Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
 
 
@@ -184,7 +132,7 @@ def measure(
     device: Device,
     common: Mapping[str, Any],
     limits: choice.Limits | None,
-    deadline: Deadline,
+    deadline: float,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     points: Sequence[tuple[str, int | None]] = POINTS,
     providers: Sequence[Provider] = PROVIDERS,
@@ -196,7 +144,7 @@ def measure(
         device: to measure on.
         common: fields of every record.
         limits: of this device, or None where they could not be measured.
-        deadline: after which points are skipped.
+        deadline: on the clock of ``time.monotonic``, after which points are skipped.
         shapes: [N, K] of the weights.
         points: operation, and M where it has one.
         providers: to compare.
@@ -206,179 +154,101 @@ def measure(
         the records of a point: ``status`` is ok, wrong, failed, skipped or missing, ``why`` says more, and ``ms`` is
         None unless it is ok.
     """
-    missing = {provider.name: provider.missing() for provider in providers}
-    lost: str | None = None  # why nothing more can be measured
+    lost: str | None = None
     for shape in shapes:
         weight: Weight | None = None
         for operation, M in points:
             able = [provider for provider in providers if provider.does(operation, M)]
-            head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
-            why = lost or ("the time was up" if deadline.passed else None)
-            problem = None
+            why = lost or ("the time was up" if time.monotonic() >= deadline else None)
+            case = None
             if why is None:
                 try:
-                    weight = weight or _weight(shape, device)
-                    problem = Problem(operation, weight, M)
-                    why = _too_large(problem, len(able), device)
+                    if weight is None and (large := device.too_large("a weight needs", 40 * shape[0] * shape[1])):
+                        raise MemoryError(f"{large}, to make it")
+                    weight = weight or Weight(shape, device.device, device.cache, COPIES)
+                    case = Case(operation, weight, M)
+                    why = device.too_large("it needs", case.memory(len(able)))
                 except Exception as error:
-                    why = _text(error)
-                    lost = _lost(device)
-            if problem is None or why:
-                yield [_record(head, one, limits, None, "skipped", why) for one in able]
-                continue
-            results = {one.name: _prepare(problem, one, missing[one.name], device) for one in able}
-            timers = {name: result for name, result in results.items() if isinstance(result, Prepared)}
-            samples: dict[str, list[float]] = {}
-            try:
-                samples = interleave({name: prepared.timer for name, prepared in timers.items()}, seconds)
-            except Exception as error:
-                results |= dict.fromkeys(timers, ("failed", _text(error)))
-            records = []
-            for one in able:
-                result = results[one.name]
-                if isinstance(result, Prepared):
-                    more = {"ms": quantiles(samples[one.name]), "reps": len(samples[one.name]), **result.fields}
-                    records.append(_record(head, one, limits, problem, "ok", None, **more))
-                else:
-                    records.append(_record(head, one, limits, problem, *result))
-            timers.clear()
-            results.clear()  # the graphs hold memory
-            lost = _lost(device)
+                    why, case = text(error), None
+                    lost = device.lost()
+            if case is None or why:
+                outcomes: Mapping[str, Outcome] = {one.name: Outcome("skipped", why) for one in able}
+                case = None
+            else:
+                outcomes = compare(lambda _, case=case: case, able, device.prepare, seconds=seconds, most=MOST)
+            head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
+            records = [
+                {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}
+                for one in able
+                if one.name in outcomes
+            ]
+            del outcomes  # the graphs hold memory
+            lost = lost or device.lost()
             yield with_ratios(records)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A provider that gave a right result and can be timed.
-
-    Attributes:
-        timer: of it.
-        fields: of its record.
-    """
-
-    timer: Timer
-    fields: Mapping[str, Any]
-
-
-def _weight(shape: tuple[int, int], device: Device) -> Weight:
-    """Raises MemoryError where making it would not fit."""
-    need, free = 40 * shape[0] * shape[1], device.free()
-    if need > ROOM * free:
-        raise MemoryError(f"a weight needs {need / 1e9:.1f} GB to make, {free / 1e9:.1f} are free")
-    return Weight(shape, device.device, device.cache)
-
-
-def _too_large(problem: Problem, providers: int, device: Device) -> str | None:
-    need, free = problem.memory(providers), device.free()
-    return f"it needs {need / 1e9:.1f} GB, {free / 1e9:.1f} are free" if need > ROOM * free else None
-
-
-def _prepare(problem: Problem, provider: Provider, missing: str | None, device: Device) -> Prepared | tuple[str, str]:
-    """Check and warm up, or (status, why)."""
-    if missing:
-        return "missing", missing
-    try:
-        with torch.no_grad():
-            runs = provider.runs(problem)
-            error = provider.check(problem, runs[0]())
-            timer = device.clock.prepare(runs, provider.graph and not problem.eager)
-    except WrongResultError as wrong:
-        return "wrong", str(wrong)
-    except Exception as failure:
-        return "failed", _text(failure)
-    return Prepared(timer, {"error": error, "timing": timer.kind, "note": timer.note, "copies": len(runs)})
-
-
-def _record(
-    head: Mapping[str, Any],
-    provider: Provider,
-    limits: choice.Limits | None,
-    problem: Problem | None,
-    status: str,
-    why: str | None,
-    **fields: Any,
-) -> dict[str, Any]:
-    bound = None
-    if problem and limits:
-        nbytes, flops = problem.work(provider.dense)
+def _record(outcome: Outcome, one: Provider, limits: choice.Limits | None, case: Case | None) -> dict[str, Any]:
+    bound, timer = None, outcome.timer
+    if case and limits:
+        nbytes, flops = case.work(one.dense)
         bound = max(1e-6 * nbytes / limits.copy_gb_per_s, 1e-9 * flops / limits.gemm_tflop_per_s)
-    empty = {"ms": None, "reps": 0, "error": None, "timing": None, "note": None, "copies": None, "ratios": {}}
-    record = {**head, "provider": provider.name, "status": status, "why": why, **empty, **fields}
-    share = bound / record["ms"]["p50"] if bound and record["ms"] else None
-    return {**record, "roofline": limits and asdict(limits), "bound_ms": bound, "roofline_share": share}
-
-
-def _lost(device: Device) -> str | None:
-    """Why nothing more can run on the device, or None."""
-    try:
-        device.synchronize()
-    except Exception as error:
-        return f"the device was lost: {_text(error)}"
-    return None
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return {
+        "status": outcome.status,
+        "why": outcome.why,
+        "ms": outcome.ms,
+        "reps": len(outcome.samples),
+        "error": outcome.error,
+        "timing": timer and timer.kind,
+        "note": timer and timer.note,
+        "copies": outcome.copies,
+        "roofline": limits and asdict(limits),
+        "bound_ms": bound,
+        "roofline_share": bound / outcome.ms["p50"] if bound and outcome.ms else None,
+    }
 
 
 def decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """What ``choice.save`` takes: where two-pass and another way to multiply were timed, their medians."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for point in by_point(records):
-        times = {PROVIDER_KERNELS[n]: r["ms"]["p50"] for n, r in point.items() if n in PROVIDER_KERNELS and r["ms"]}
+        times = {PROVIDER_KERNELS[n]: p50(r) for n, r in point.items() if n in PROVIDER_KERNELS and r["ms"]}
         some = next(iter(point.values()))
         if len(times) > 1 and "two-pass" in times and some["operation"] in OPERATORS:
-            N, K = some["shape"]
-            key = choice.weight_key(OPERATORS[some["operation"]], N, K)
+            key = choice.weight_key(OPERATORS[some["operation"]], *some["shape"])
             found.setdefault(key, {})[str(some["M"])] = times
     return found
 
 
-def record_file(folder: Path, name: str) -> Path:
-    """Where the records of a device go: gpu-nvidia-h100-80gb-hbm3.json."""
-    return folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-
-
-def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the records as a JSON list, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-
-
-def view(path: Path, tables: Callable[[Sequence[Mapping[str, Any]]], Iterator[Table]] = tables) -> None:
-    """Show the records of a file, by default those of this benchmark."""
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    for table in tables(json.loads(path.read_text())):
-        console.print(table)
-
-
-def run(device: Device, path: Path, deadline: Deadline, **options: Any) -> list[dict[str, Any]]:
+def run(
+    device: Device, path: Path, deadline: float, which: Sequence[Canary] | None = None, **options: Any
+) -> list[dict[str, Any]]:
     """Everything, on a device; the records, which are in the file after every step.
 
     Args:
         device: to measure on.
         path: of the records.
-        deadline: of all of it.
-        options: ``canaries``, and what ``ceilings`` and ``measure`` take, as ``ceilings={...}``, ``measure={...}``.
+        deadline: of all of it, on the clock of ``time.monotonic``.
+        which: canaries; None: all.
+        options: what ``ceilings`` and ``measure`` take, as ``ceilings={...}``, ``measure={...}``.
     """
-    common = facts(device.name)
+    common = gpu_provenance("gpu", device.name)
     print(json.dumps(common), file=sys.stderr)
     records: list[dict[str, Any]] = []
-    for record in check(device, common, options.get("canaries", list(canaries())), deadline):
-        records.append(record)
-        print(f"canary {record['name']}: {record['wrong'] or 'holds'}", file=sys.stderr)
+    for canary in canaries() if which is None else which:
+        wrong = "the time was up" if time.monotonic() >= deadline else verdict(canary, device.device)
+        records.append({**common, "kind": "canary", "name": canary.name, "wrong": wrong})
+        print(f"canary {canary.name}: {wrong or 'holds'}", file=sys.stderr)
     write(records, path)
     limits = None
     try:
         limits = ceilings(device, **options.get("ceilings", {}))
     except Exception as error:
-        print(f"no ceilings: {_text(error)}", file=sys.stderr)
+        print(f"no ceilings: {text(error)}", file=sys.stderr)
     for point in measure(device, common, limits, deadline, **options.get("measure", {})):
         records += point
         write(records, path)
         for record in point:
-            time_ = f"{1000 * record['ms']['p50']:,.1f} µs" if record["ms"] else f"{record['status']}, {record['why']}"
+            time_ = f"{1000 * p50(record):,.1f} µs" if record["ms"] else f"{record['status']}, {record['why']}"
             rows = f" M={record['M']}" if record["M"] else ""
             shape = "x".join(map(str, record["shape"]))
             print(f"{record['operation']} {shape}{rows} {record['provider']}: {time_}", file=sys.stderr)
@@ -391,20 +261,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
     parser.add_argument("--save", action="store_true", help="let the measured decisions count on this machine")
     args = parse(parser, arguments)
     if args.view:
-        view(args.view)
+        show(tables(json.loads(args.view.read_text())), WIDTH)
         return
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
         return
     device = cuda_device()
-    path = record_file(args.out, device.name)
-    shapes = [(N, K) for N, K in args.shape or SHAPES]
+    path = gpu_record_file(args.out, device.name)
+    providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
+    options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "providers": providers}
     with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever a record says
-        records = run(device, path, Deadline(time.monotonic() + args.budget), measure={"shapes": shapes})
-    view(path)
+        records = run(device, path, time.monotonic() + args.budget, measure=options)
+    show(tables(records), WIDTH)
     if args.save:
         measured = decisions(records)
         print(f"{choice.save(device.name, measured)}: {len(measured)} weights" if measured else "nothing to save")

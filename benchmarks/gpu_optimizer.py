@@ -14,10 +14,9 @@ Then the ceilings of this run: a copy on the device; copies from and to pinned m
 and what moving managed memory by ``cudaMemPrefetchAsync`` reaches, the way that ``optim/unified_memory.py`` does not
 take. Then the steps, from event to event with all that the host does in between, in turns.
 
-**Rooflines.** On the device an update of float32 parameters moves 28 bytes an element with float32 moments, and 16.06
-with those of 8 bits, at the rate of the copy. State in the host's memory crosses the link both ways: 16 bytes an
-element, or 4, at the rate of both directions at once. Parameters are float32, as those of adapters are: with bfloat16
-PyTorch's AdamW keeps moments in bfloat16 too, and does less.
+**Rooflines.** On the device an update moves what ``adamw.py`` says, at the rate of the copy. State in the host's memory
+crosses the link both ways: 16 bytes an element, or 4, at the rate of both directions at once. Parameters are float32,
+as those of adapters are: with bfloat16 PyTorch's AdamW keeps moments in bfloat16 too, and does less.
 
 All managed memory that is asked for is less than the device has free.
 """
@@ -29,144 +28,44 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
 import qloralab as ql
-from benchmarks.gpu import Device, cuda_device, facts, record_file, view, write
-from benchmarks.gpu_optimizer_views import tables
-from benchmarks.gpu_timing import Timer, interleave
-from benchmarks.provenance import parse
-from benchmarks.timing import quantiles
-from qloralab.optim.unified_memory import HOST, Runtime, load_runtime, pointer_attributes
+from qloralab.optim.unified_memory import HOST, Allocation, Runtime, as_tensor, load_runtime, pointer_attributes
+
+from . import adamw
+from .adamw import BYTES, DECAY, RATE, SMALLEST, Contender, make, ours, torch_fused
+from .case import WrongResultError
+from .clock import interleave, quantiles
+from .gpu import Device, cuda_device
+from .record import gpu_provenance, gpu_record_file, parse, write
+from .view import Record, grid, p50, show
 
 MIB = 2**20
-LORA = 16 * 4096  # elements of an adapter of rank 16
+LORA = adamw.LORA[0]
 ELEMENTS = 2**26  # of each set
-SMALLEST = 16 * MIB  # a budget
-RATE, DECAY = 1e-3, 0.01
 SECONDS = 0.5  # of samples, an optimizer and a set
-ON_DEVICE = {32: 28.0, 8: 16 + 4 * 4 / 256}  # bytes an element, and the scales of 256: read and written, m and v
-OVER_LINK = {32: 16.0, 8: 4.0}
-TOLERANCES = {32: 1e-4, 8: 0.1}  # of the change of the parameters: bitsandbytes divides in fewer bits; 8 bits round
-
-Make = Callable[[Sequence[Parameter]], Optimizer]
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """GB/s of this run, 10**9 bytes; both directions of a pair are counted.
-
-    Attributes:
-        copy: on the device, read and written.
-        to_device, to_host, both: from and to pinned memory.
-        prefetch_to_device, prefetch_to_host, prefetch_both: of managed memory, 32 MiB at a time.
-    """
-
-    copy: float
-    to_device: float
-    to_host: float
-    both: float
-    prefetch_to_device: float
-    prefetch_to_host: float
-    prefetch_both: float
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An optimizer.
-
-    Attributes:
-        name: in records and tables.
-        bits: of its state.
-        make: it, for parameters.
-        away: whether its state is in the host's memory.
-    """
-
-    name: str
-    bits: int
-    make: Make
-    away: bool = False
-
-
-class WrongResultError(Exception):
-    """What was found is not what must be; nothing is timed."""
+LIMITS: dict[str, Any] = {"fewest": 5, "most": 60}
+OVER_LINK = {32: 16.0, 8: 4.0}  # bytes an element
+WIDTH = 200
 
 
 def contenders(peer: bool = True, away: bool = True) -> list[Contender]:
-    """Who takes part.
-
-    Args:
-        peer: bitsandbytes too.
-        away: ours with the smallest budget too.
-    """
-
-    def ours(bits: Any, budget: int | None = None) -> Make:
-        return lambda params: ql.PagedAdamW(params, lr=RATE, weight_decay=DECAY, state_bits=bits, budget=budget)
-
-    found = [
-        Contender("torch fused", 32, lambda params: torch.optim.AdamW(params, lr=RATE, weight_decay=DECAY, fused=True)),
-        Contender("ours", 32, ours(32)),
-        Contender("ours, 8 bits", 8, ours(8)),
-    ]
+    """Who takes part: bitsandbytes too, and ours with the smallest budget too."""
+    found = [torch_fused(), ours("ours", 32), ours("ours, 8 bits", 8)]
     if peer:
-        from bitsandbytes.optim.adamw import PagedAdamW8bit, PagedAdamW32bit
-
-        def theirs(kind: Any) -> Make:
-            return lambda params: kind(list(params), lr=RATE, weight_decay=DECAY)
-
-        found += [
-            Contender("bitsandbytes paged", 32, theirs(PagedAdamW32bit)),
-            Contender("bitsandbytes paged, 8 bits", 8, theirs(PagedAdamW8bit)),
-        ]
+        found += adamw.bitsandbytes("bitsandbytes paged", 1e-4)
     if away:
-        found += [
-            Contender("ours, on the host", 32, ours(32, SMALLEST), away=True),
-            Contender("ours, on the host, 8 bits", 8, ours(8, SMALLEST), away=True),
-        ]
+        found += [ours("ours, on the host", 32, SMALLEST, away=True)]
+        found += [ours("ours, on the host, 8 bits", 8, SMALLEST, away=True)]
     return found
-
-
-def make(numels: Sequence[int], device: torch.device, seed: int = 0) -> list[Parameter]:
-    """Parameters with gradients: float32 [numel] each, N(0, 0.02) and N(0, 1)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    made = []
-    for numel in numels:
-        param = Parameter(torch.randn(numel, generator=generator, device=device) * 0.02)
-        param.grad = torch.randn(numel, generator=generator, device=device)
-        made.append(param)
-    return made
-
-
-def check_contender(one: Contender, device: torch.device) -> float:
-    """Train some tensors for 3 steps and compare with ``torch.optim.AdamW``.
-
-    Returns:
-        root-mean-square difference over the root mean square of the change.
-
-    Raises:
-        WrongResultError: it is too large.
-    """
-    numels = [3 * 10**5, 5000, 256]
-    start, ends = make(numels, device), []
-    for build in (one.make, lambda params: torch.optim.AdamW(params, lr=RATE, weight_decay=DECAY)):
-        params = make(numels, device)
-        optimizer = build(params)
-        for _ in range(3):
-            optimizer.step()
-        ends.append(_flat(params))
-    change = torch.linalg.vector_norm(ends[1] - _flat(start))
-    error = float(torch.linalg.vector_norm(ends[0] - ends[1]) / change)
-    if not error <= TOLERANCES[one.bits]:
-        raise WrongResultError(f"{one.name}: error {error:.2g}, allowed {TOLERANCES[one.bits]:.2g}")
-    return error
 
 
 def check_paging(device: torch.device, state_bits: Any, elements: int = 3 * 2**24) -> dict[str, Any]:
@@ -210,12 +109,16 @@ def check_paging(device: torch.device, state_bits: Any, elements: int = 3 * 2**2
     return found
 
 
-def ceilings(device: Device, nbytes: int = 2**28) -> Ceilings:
-    """Measure them; the best of some runs counts, it is a bound."""
-    where = device.device
+def ceilings(device: torch.device, nbytes: int = 2**28) -> dict[str, float]:
+    """GB/s of this run, 10**9 bytes, the best of some runs: it is a bound. Both directions of a pair are counted.
+
+    Returns:
+        copy: on the device, read and written; to_device, to_host, both: from and to pinned memory; the same with
+        prefetch before it: of managed memory, 32 MiB at a time.
+    """
     pinned = [torch.ones(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    there = [torch.ones(nbytes, dtype=torch.uint8, device=where) for _ in range(2)]
-    streams = [torch.cuda.Stream(where) for _ in range(2)]
+    there = [torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
 
     def copy_in() -> None:
         with torch.cuda.stream(streams[0]):
@@ -226,12 +129,11 @@ def ceilings(device: Device, nbytes: int = 2**28) -> Ceilings:
             pinned[1].copy_(there[1], non_blocking=True)
 
     runtime = Runtime(load_runtime())
-    managed = [_managed(runtime, nbytes, where) for _ in range(2)]
-
-    number = where.index or 0
+    managed = [_managed(runtime, nbytes, device) for _ in range(2)]
+    number = device.index or 0
 
     def prefetch(*moves: tuple[int, int]) -> None:
-        """Of each one, which memory and to where, in turns."""
+        """Move memory, each by its index and to where it goes, in turns."""
         for first in range(0, nbytes, 32 * MIB):
             size = min(32 * MIB, nbytes - first)
             for index, to in moves:
@@ -239,42 +141,31 @@ def ceilings(device: Device, nbytes: int = 2**28) -> Ceilings:
 
     into, out = (0, number), (1, HOST)
     away, back = (0, HOST), (1, number)  # to where they begin
-    return Ceilings(
-        copy=_best(lambda: there[0].copy_(there[1]), 2 * nbytes),
-        to_device=_best(copy_in, nbytes),
-        to_host=_best(copy_out, nbytes),
-        both=_best(lambda: (copy_in(), copy_out()), 2 * nbytes),
-        prefetch_to_device=_best(partial(prefetch, into), nbytes, partial(prefetch, away)),
-        prefetch_to_host=_best(partial(prefetch, out), nbytes, partial(prefetch, back)),
-        prefetch_both=_best(partial(prefetch, into, out), 2 * nbytes, partial(prefetch, away, back)),
-    )
+    return {
+        "copy": _best(lambda: there[0].copy_(there[1]), 2 * nbytes),
+        "to_device": _best(copy_in, nbytes),
+        "to_host": _best(copy_out, nbytes),
+        "both": _best(lambda: (copy_in(), copy_out()), 2 * nbytes),
+        "prefetch_to_device": _best(partial(prefetch, into), nbytes, partial(prefetch, away)),
+        "prefetch_to_host": _best(partial(prefetch, out), nbytes, partial(prefetch, back)),
+        "prefetch_both": _best(partial(prefetch, into, out), 2 * nbytes, partial(prefetch, away, back)),
+    }
 
 
 def points(
     device: Device,
-    limits: Ceilings | None,
+    limits: Mapping[str, float] | None,
     which: Sequence[Contender],
     sets: Mapping[str, Sequence[int]],
     seconds: float,
 ) -> Iterator[dict[str, Any]]:
     """Time a step of each optimizer on each set of parameters, in turns; a record each."""
     for title, numels in sets.items():
-        params = make(numels, device.device)
-        made = {one.name: one.make(params) for one in which}
-        for optimizer in made.values():
-            optimizer.step()
-        timers: dict[str, Timer] = {
-            name: device.clock.prepare([optimizer.step], graph=False) for name, optimizer in made.items()
-        }
-        times = interleave(timers, seconds)
-        total = sum(numels)
+        times, _ = adamw.steps(which, make(numels, device.device), device.prepare, seconds=seconds, **LIMITS)
+        total, middle = sum(numels), {name: quantiles(some)["p50"] for name, some in times.items()}
         for one in which:
-            bound = None
-            if limits:
-                traffic, rate = (OVER_LINK, limits.both) if one.away else (ON_DEVICE, limits.copy)
-                bound = 1e-6 * traffic[one.bits] * total / rate
-            ms = quantiles(times[one.name])
-            ratios = {name: quantiles(some)["p50"] / ms["p50"] for name, some in times.items() if name != one.name}
+            bytes_, rate = (OVER_LINK, "both") if one.away else (BYTES, "copy")
+            bound, ms = limits and 1e-6 * bytes_[one.bits] * total / limits[rate], middle[one.name]
             yield {
                 "kind": "point",
                 "set": title,
@@ -283,12 +174,12 @@ def points(
                 "away": one.away,
                 "elements": total,
                 "tensors": len(numels),
-                "ms": ms,
+                "ms": quantiles(times[one.name]),
                 "reps": len(times[one.name]),
                 "bound_ms": bound,
-                "roofline_share": bound and bound / ms["p50"],
-                "link_gb_per_s": 1e-6 * OVER_LINK[one.bits] * total / ms["p50"] if one.away else None,
-                "ratios": ratios,
+                "roofline_share": bound and bound / ms,
+                "link_gb_per_s": 1e-6 * OVER_LINK[one.bits] * total / ms if one.away else None,
+                "ratios": {name: other / ms for name, other in middle.items() if name != one.name},
             }
 
 
@@ -305,15 +196,13 @@ def overlap(device: Device, elements: int = 2**26) -> dict[str, Any]:
         "update": optimizer.step,
     }
     runs["read"]()  # what is written is what was there
-    times = interleave({name: device.clock.prepare([run], graph=False) for name, run in runs.items()}, SECONDS)
+    times = interleave({name: device.prepare([run], False) for name, run in runs.items()}, SECONDS, **LIMITS)
     return {"kind": "overlap", "elements": elements, **{name: quantiles(some) for name, some in times.items()}}
 
 
-def run(device: Device, path: Path) -> None:
-    """Everything; the records are in the file after every step."""
-    from importlib.util import find_spec
-
-    common = {**facts(device.name), "benchmark": "gpu-optimizer"}
+def run(device: Device, path: Path) -> list[dict[str, Any]]:
+    """Everything; the records, which are in the file after every step."""
+    common = gpu_provenance("gpu-optimizer", device.name)
     print(json.dumps(common), file=sys.stderr)
     records: list[dict[str, Any]] = []
 
@@ -323,15 +212,58 @@ def run(device: Device, path: Path) -> None:
         print(json.dumps(record)[:300], file=sys.stderr)
 
     which = contenders(peer=find_spec("bitsandbytes") is not None)
-    keep({"kind": "errors", **{one.name: check_contender(one, device.device) for one in which}})
+    keep({"kind": "errors", **{one.name: one.check(device.device) for one in which}})
     for bits in (32, 8):
         keep({"kind": "paging", **check_paging(device.device, bits)})
-    limits = ceilings(device)
-    keep({"kind": "ceilings", **asdict(limits)})
+    limits = ceilings(device.device)
+    keep({"kind": "ceilings", **limits})
     keep(overlap(device))
     sets = {"one large": [ELEMENTS], "LoRA-sized": [LORA] * (ELEMENTS // LORA)}
     for record in points(device, limits, which, sets, SECONDS):
         keep(record)
+    return records
+
+
+def tables(records: Sequence[Record]) -> Iterator[Table]:
+    """The steps; beneath, the ceilings, the overlap and the budgets."""
+    first, lines = records[0], []
+    for record in records:
+        if record["kind"] == "ceilings":
+            lines += [
+                "GB/s: copy on the device {copy:,.0f}; pinned memory to the device {to_device:.0f}, to the host "
+                "{to_host:.0f}, both {both:.0f}; managed memory by prefetch to the device {prefetch_to_device:.0f}, "
+                "to the host {prefetch_to_host:.1f}, both {prefetch_both:.0f}".format(**record)
+            ]
+        elif record["kind"] == "overlap":
+            read, written, updated = (record[name]["p50"] for name in ("read", "write", "update"))
+            lines += [f"state on the host, ms: read {read:.1f}, written {written:.1f}, updated {updated:.1f}"]
+        elif record["kind"] == "paging":
+            some = record["budget"]
+            lines += [
+                f"{record['bits']} bits, budget: {some['state_bytes'] / 1e6:.0f} MB of state, "
+                f"{some['resident_bytes'] / 1e6:.0f} resident; the device gave {some['given_by_device'] / 1e6:.0f}; "
+                f"{', '.join(some['pointers'])} memory; bits as without"
+            ]
+
+    def row(record: Record) -> list[str]:
+        peer = "bitsandbytes paged" + ("" if record["bits"] == 32 else ", 8 bits")
+        return [
+            f"{record['set']}, {record['elements'] / 1e6:.0f} M in {record['tensors']:,}",
+            record["optimizer"],
+            "host" if record["away"] else "device",
+            f"{p50(record):.3f}",
+            f"{record['roofline_share']:.0%}" if record["roofline_share"] else "",
+            f"{record['link_gb_per_s']:.0f}" if record["link_gb_per_s"] else "",
+            *(f"{record['ratios'][name]:.2f}" if name in record["ratios"] else "" for name in ("torch fused", peer)),
+        ]
+
+    yield grid(
+        ("set", "optimizer", "state", "median ms", "bound", "link GB/s", "torch/this", "bnb/this"),
+        [row(record) for record in records if record["kind"] == "point"],
+        left=("set", "optimizer", "state"),
+        title=f"{first['device']}, commit {first['commit']}: a step of AdamW",
+        caption="\n".join(sorted(lines, key=lambda line: (not line.startswith("GB/s"), not line.startswith("state")))),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -340,39 +272,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     args = parse(parser, arguments)
     if args.view:
-        view(args.view, tables)
+        show(tables(json.loads(args.view.read_text())), WIDTH)
         return
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
         return
     device = cuda_device()
-    path = record_file(args.out, f"optimizer {device.name}")
-    run(device, path)
-    view(path, tables)
-
-
-def _flat(params: Sequence[Parameter]) -> Tensor:
-    return torch.cat([param.detach() for param in params]).double()
+    show(tables(run(device, gpu_record_file(args.out, f"optimizer {device.name}"))), WIDTH)
 
 
 def _managed(runtime: Runtime, nbytes: int, device: torch.device) -> Tensor:
     """Managed memory on the host, zero, that its tensor frees."""
-    from qloralab.optim.unified_memory import Allocation, as_tensor
-
     allocation = Allocation(runtime, nbytes, device.index or 0)
     memory = as_tensor(allocation, device)
     runtime.prefer(allocation.address, nbytes, HOST)
     runtime.map_into(allocation.address, nbytes, device.index or 0)
-    memory.zero_()
-    return memory
+    return memory.zero_()
 
 
-def _best(run: Callable[[], Any], nbytes: int, before: Callable[[], Any] | None = None, times: int = 5) -> float:
+def _best(run: Callable[[], Any], nbytes: int, before: Callable[[], Any] = lambda: None, times: int = 5) -> float:
     """GB/s, from a device at rest to a device at rest."""
     seconds = []
     for _ in range(times):
-        if before is not None:
-            before()
+        before()
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()

@@ -1,35 +1,15 @@
-"""The records of ``benchmarks/gpu.py`` as tables, and the goals they are held against."""
+"""The records of ``gpu.py`` as tables, and the goals they are held against on an H100."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-Record = Mapping[str, Any]
+from .view import Goal, Record, grid, p50, point_cells, points, yes
 
 COLUMNS = ("ours", "ours, fused", "ours, canonical", "bf16", "bitsandbytes", "unsloth")  # then every other provider
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A peer's time over ours that is to be reached on an H100.
-
-    Attributes:
-        operation: of the point.
-        M: rows, or None.
-        peer: a column of the table.
-        ratio: at least this.
-    """
-
-    operation: str
-    M: int | None
-    peer: str
-    ratio: float
-
-
 GOALS = [
     Goal("dequantize", None, "bitsandbytes", 1.5),
     Goal("quantize", None, "bitsandbytes", 3.5),
@@ -48,40 +28,22 @@ GOALS = [
 ]
 
 
-def points(records: Sequence[Record]) -> Iterator[dict[str, Record]]:
-    """The records of each point, by provider, in the order of their first record."""
-    found: dict[tuple, dict[str, Record]] = {}
-    for record in records:
-        if record["kind"] == "point":
-            key = (record["operation"], tuple(record["shape"]), record["M"])
-            found.setdefault(key, {})[record["provider"]] = record
-    yield from found.values()
-
-
 def with_ratios(point: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of one point, each with the time of every other provider over its own, where both were timed."""
-    times = {record["provider"]: record["ms"]["p50"] for record in point if record["ms"]}
-    return [
-        {
-            **record,
-            "ratios": {name: ms / times[record["provider"]] for name, ms in times.items() if name != record["provider"]}
-            if record["ms"]
-            else {},
-        }
-        for record in point
-    ]
+    times = {record["provider"]: p50(record) for record in point if record["ms"]}
+    for record in point:
+        own = times.get(record["provider"])
+        record["ratios"] = {name: ms / own for name, ms in times.items() if name != record["provider"]} if own else {}
+    return list(point)
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
     """The canaries that do not hold, if any; then a row for each point."""
     canaries = [record for record in records if record["kind"] == "canary"]
-    if wrong := [record for record in canaries if record["wrong"]]:
-        view = Table(title=f"{len(wrong)} of {len(canaries)} canaries do not hold")
-        view.add_column("canary")
-        view.add_column("what was found")
-        for record in wrong:
-            view.add_row(record["name"], record["wrong"])
-        yield view
+    if wrong := [(record["name"], record["wrong"]) for record in canaries if record["wrong"]]:
+        headings = ("canary", "what was found")
+        title = f"{len(wrong)} of {len(canaries)} canaries do not hold"
+        yield grid(headings, wrong, left=headings, wrap=True, title=title)
     if measured := list(points(records)):
         yield _table(measured, len(canaries) - len(wrong), len(canaries))
 
@@ -94,28 +56,27 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         if limits
         else "no ceilings were measured"
     )
-    view = Table(
+    shown = dict.fromkeys([*COLUMNS, *(name for point in measured for name in point)])
+
+    def row(point: Mapping[str, Record]) -> list[str]:
+        ours = [record for name, record in point.items() if name.startswith("ours") and record["ms"]]
+        best = min(ours, key=p50, default=None)
+        return [
+            *point_cells(point),
+            *(_cell(point.get(name)) for name in shown),
+            f"{best['roofline_share']:.0%}" if best and best["roofline_share"] else "",
+            *_against(point, best, "bf16"),
+            *_against(point, best, "bitsandbytes"),
+        ]
+
+    return grid(
+        ("operation", "weight", "M", *shown, "bound", "bf16/ours", "goal", "bnb/ours", "goal"),
+        map(row, measured),
+        left=("operation", "weight"),
         title=f"{first['device']}, commit {first['commit']}, {held} of {canaries} canaries hold: median µs",
         caption=f"{rates}; bound: the least time at these rates over ours; e: with launches, not from a CUDA graph; "
         "/ours: that provider's time over ours; of our times, the least",
     )
-    shown = dict.fromkeys([*COLUMNS, *(name for point in measured for name in point)])
-    for heading in ("operation", "weight", "M", *shown, "bound", "bf16/ours", "goal", "bnb/ours", "goal"):
-        view.add_column(heading, justify="left" if heading in ("operation", "weight") else "right", no_wrap=True)
-    for point in measured:
-        some = next(iter(point.values()))
-        ours = [record for name, record in point.items() if name.startswith("ours") and record["ms"]]
-        timed = min(ours, key=lambda record: record["ms"]["p50"], default=None)
-        view.add_row(
-            some["operation"],
-            "x".join(map(str, some["shape"])),
-            str(some["M"] or ""),
-            *(_cell(point.get(name)) for name in shown),
-            f"{timed['roofline_share']:.0%}" if timed and timed["roofline_share"] else "",
-            *_against(some, timed, "bf16"),
-            *_against(some, timed, "bitsandbytes"),
-        )
-    return view
 
 
 def _cell(record: Record | None) -> str:
@@ -123,13 +84,15 @@ def _cell(record: Record | None) -> str:
         return ""
     if not record["ms"]:
         return record["status"]
-    return f"{1000 * record['ms']['p50']:,.1f}{' e' if record['timing'] == 'events' else ''}"
+    return f"{1000 * p50(record):,.1f}{' e' if record['timing'] == 'events' else ''}"
 
 
-def _against(point: Record, ours: Record | None, peer: str) -> tuple[str, str]:
+def _against(point: Mapping[str, Record], ours: Record | None, peer: str) -> tuple[str, str]:
     """The ratio to a peer, and the goal with whether it is reached."""
-    ratio = ours["ratios"].get(peer) if ours else None
-    goal = next((g for g in GOALS if (g.operation, g.M, g.peer) == (point["operation"], point["M"], peer)), None)
-    if ratio is None:
-        return "", f"≥ {goal.ratio:.3g}" if goal else ""
-    return f"{ratio:.2f}", f"≥ {goal.ratio:.3g} {'yes' if ratio >= goal.ratio else 'no'}" if goal else ""
+    some, there = next(iter(point.values())), point.get(peer)
+    goal = next((g for g in GOALS if (g.operation, g.M, g.peer) == (some["operation"], some["M"], peer)), None)
+    asked = f"≥ {goal.ratio:.3g}" if goal else ""
+    if not (ours and there and there["ms"]):
+        return "", asked
+    ratio, enough = (goal or Goal("", None, peer, 0)).reached(p50(ours), p50(there))
+    return f"{ratio:.2f}", f"{asked} {yes(enough)}" if goal else ""

@@ -31,14 +31,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.optimizer_jobs import SPARE, TOO_LATE
-from benchmarks.optimizer_views import goals, plot, tables
-from benchmarks.provenance import ROOT, parse, provenance
+from .adamw import SMALLEST
+from .optimizer_jobs import SPARE, TOO_LATE
+from .optimizer_views import goals, plot, tables
+from .record import ROOT, parse, provenance, write
+from .view import show
 
 STATE, BUDGET, STEPS = 4 * 10**9, 256 * 10**6, 5
-SMALLEST = 1 << 24  # bytes of a budget
 ROUNDS = 3  # of steps and disk
 ELEMENTS = 2**24  # of each set of the resident comparison
 FILE = "optimizer"
@@ -109,16 +108,7 @@ def kill(state: int, budget: int, directory: str) -> dict[str, Any]:
 
 
 def measure(state: int, budget: int, steps: int, rounds: int, elements: int, directory: str) -> list[dict[str, Any]]:
-    """The records of all questions.
-
-    Args:
-        state: bytes of float32 moments.
-        budget: bytes of them that may be resident.
-        steps: that are watched.
-        rounds: of steps and disk.
-        elements: of each set of the resident comparison.
-        directory: on the disk that is paged to.
-    """
+    """The records of all questions; the arguments are the command's options."""
     common = {"benchmark": FILE, **provenance()}
     answers: list[Mapping[str, Any]] = []
     quarter = state // 4, max(budget // 4, SMALLEST)
@@ -131,16 +121,6 @@ def measure(state: int, budget: int, steps: int, rounds: int, elements: int, dir
         answers += question()
         print(answers[-1]["kind"], "done", file=sys.stderr)
     return [{**common, **answer} for answer in answers]
-
-
-def view(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print tables and goals."""
-    console = Console()
-    console.width = max(console.width, WIDTH)
-    for table in tables(records):
-        console.print(table)
-    for line in goals(records):
-        console.print(line, highlight=False, markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records = measure(*sizes, args.steps, args.rounds, args.elements, args.directory)
         except JobError as error:
             parser.exit(1, f"{error}\n")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        write(records, file)
         plot(records, file.with_suffix(".png"))
-    view(json.loads(file.read_text()))
+    records = json.loads(file.read_text())
+    show(tables(records), WIDTH, goals(records))
 
 
 if __name__ == "__main__":

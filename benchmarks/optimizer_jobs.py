@@ -1,4 +1,4 @@
-"""What the processes of ``benchmarks/optimizer.py`` do: one job each, so that nothing is left of the one before.
+"""What the processes of ``optimizer.py`` do: one job each, so that nothing is left of the one before.
 
     python -m benchmarks.optimizer_jobs JOB '{"state": 40000000, "budget": 17000000, ...}'
 
@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,35 +24,93 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from benchmarks.optimizer_disk import Disk, kind
-from benchmarks.optimizer_problem import RATE, Problem, advance, digest, make, sizes
-from benchmarks.optimizer_resident import resident
-from benchmarks.optimizer_watch import Watch, status_bytes
 from qloralab.optim.pager import Chunk
+
+from .adamw import BYTES, LORA, RATE, advance, bitsandbytes, digest, make, ours, sizes, steps, torch_fused
+from .clock import host, quantiles
+from .disk import Disk, kind
 
 SPARE = 64 * 10**6  # bytes beyond the budget: what is allowed for tables, temporary tensors and threads
 TOO_LATE = 3  # exit status: the step was over before the process could be killed in it
+EVERY = 0.05  # seconds between two samples
+COPY = 2**28  # bytes
+
+
+class Watch:
+    """Samples what of an optimizer's state is in memory, by a thread, while it is entered and steps.
+
+    Three witnesses, none of which is the pager itself:
+
+    * ``mincore`` on all of the state: pages in the kernel's cache, whether this process has them mapped or not;
+    * the resident set of the mapping, from /proc/self/smaps;
+    * the growth of the process's whole resident set since before the optimizer was made, from /proc/self/status. So it
+      has everything that the optimizer takes, tables and temporary tensors too, and neither parameters nor gradients.
+
+    Args:
+        optimizer: to look at.
+        before: bytes of VmRSS before it was made.
+
+    Attributes:
+        samples: by name, a list each: seconds since the start; mincore_mb, mapping_mb, process_mb, 10**6 bytes.
+        ends: seconds when the steps ended.
+    """
+
+    def __init__(self, optimizer: ql.PagedAdamW, before: int):
+        self._optimizer, self._before = optimizer, before
+        self._start = time.perf_counter()
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run)
+        self.samples: dict[str, list[float]] = {"seconds": [], "mincore_mb": [], "mapping_mb": [], "process_mb": []}
+        self.ends: list[float] = []
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def end_of_step(self) -> None:
+        """Take a sample now, and note the time."""
+        self.ends.append(round(time.perf_counter() - self._start, 3))
+        self._sample()
+
+    def _run(self) -> None:
+        while not self._stop.wait(EVERY):
+            self._sample()
+
+    def _sample(self) -> None:
+        with self._lock:
+            at, paging = time.perf_counter() - self._start, self._optimizer.paging()
+            self.samples["seconds"].append(round(at, 3))
+            found = paging.resident_bytes, paging.rss_bytes or 0, status_bytes("VmRSS") - self._before
+            for name, value in zip(("mincore_mb", "mapping_mb", "process_mb"), found, strict=True):
+                self.samples[name].append(round(value / 1e6, 1))
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status, such as VmRSS or VmData, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def paged(state: int, budget: int, steps: int, rounds: int, directory: str) -> dict[str, Any]:
     """Watched steps, and then steps in turns with the disk.
 
     Args:
-        state, budget, steps: see ``Problem``.
+        state: bytes of float32 moments, 8 for each element.
+        budget: bytes of them that may be resident.
+        steps: of the optimizer.
         rounds: of steps and disk.
         directory: for the state and for the disk's file.
     """
-    problem = Problem(state, budget, steps)
-    params = make(sizes(problem.elements))
+    params = make(sizes(state // 8))
     _load_code()
     before = status_bytes("VmRSS")
     optimizer = ql.PagedAdamW(params, lr=RATE, budget=budget, state_dir=directory)
     with Watch(optimizer, before) as watch:
-        for step in range(steps):
-            if step:
-                advance(params)
-            optimizer.step()
-            watch.end_of_step()
+        _steps(params, optimizer, steps, watch.end_of_step)
     found = {"digest": digest(params), "tensors": len(params), "ends": watch.ends, "samples": watch.samples}
     paging = optimizer.paging()
     found |= {"state_bytes": paging.state_bytes, "chunks_missed": paging.misses}
@@ -64,50 +123,40 @@ def throughput(optimizer: ql.PagedAdamW, rounds: int, directory: str) -> dict[st
     A step is timed from rest to rest: until its last chunks are on the disk and the first ones of the next are there.
     So it has all of its traffic, and no more.
     """
-    settle(optimizer)
+
+    def settled_step() -> None:
+        optimizer.step()
+        for device in optimizer._devices.values():
+            if device.pager is not None:
+                device.pager.settle()
+
+    settled_step()
     before = optimizer.paging()
-    optimizer.step()
-    settle(optimizer)
+    settled_step()
     disk = Disk(directory, optimizer.paging().fetched - before.fetched)
     seconds: dict[str, list[float]] = {"step": [], "write": [], "read": [], "mixed": []}
-    traffic, stalled, device_read, device_written = [], [], [], []
+    counted: dict[str, list[float]] = {"traffic": [], "stalled": [], "device_read": [], "device_written": []}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(["step", "write", "read", "mixed"], 4):
+        for name in order.sample(list(seconds), len(seconds)):
             if name != "step":
                 seconds[name].append(getattr(disk, name)())
                 continue
-            before, (read, written) = optimizer.paging(), device_bytes()
+            before, (read, written) = optimizer.paging(), _device_bytes()
             start = time.perf_counter()
-            optimizer.step()
-            settle(optimizer)
+            settled_step()
             seconds[name].append(time.perf_counter() - start)
-            after, (read_now, written_now) = optimizer.paging(), device_bytes()
-            traffic.append(after.fetched - before.fetched + after.evicted - before.evicted)
-            stalled.append(after.stalled - before.stalled)
-            device_read.append(read_now - read)
-            device_written.append(written_now - written)
+            after, (read_now, written_now) = optimizer.paging(), _device_bytes()
+            counted["traffic"].append(after.fetched - before.fetched + after.evicted - before.evicted)
+            counted["stalled"].append(after.stalled - before.stalled)
+            counted["device_read"].append(read_now - read)
+            counted["device_written"].append(written_now - written)
     disk.close()
-    return {
-        "seconds": seconds,
-        "traffic": traffic,
-        "stalled": stalled,
-        "device_read": device_read,
-        "device_written": device_written,
-        "disk_bytes": disk.nbytes,
-        "direct": disk.direct,
-        "file_system": kind(directory),
-    }
+    about = {"disk_bytes": disk.nbytes, "direct": disk.direct, "file_system": kind(directory)}
+    return {"seconds": seconds, **counted, **about}
 
 
-def settle(optimizer: ql.PagedAdamW) -> None:
-    """Wait until nothing is on its way between memory and disk."""
-    for device in optimizer._devices.values():
-        if device.pager is not None:
-            device.pager.settle()
-
-
-def device_bytes() -> tuple[int, int]:
+def _device_bytes() -> tuple[int, int]:
     """What this process made the disk read, and write, so far, as the kernel counts it (/proc/self/io)."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["read_bytes"]), int(fields["write_bytes"])
@@ -199,17 +248,61 @@ def _kill_midway(optimizer: ql.PagedAdamW) -> None:
     pager.acquire = acquire_or_die
 
 
+def resident(elements: int, seconds: float = 2.0) -> dict[str, Any]:
+    """Steps with all of the state in memory, in turns with a copy whose best repetition is the rate of the bound.
+
+    Two sets of so many elements: one large tensor, and tensors of the size of LoRA's. bitsandbytes pages on NVIDIA GPUs
+    only; on a CPU it keeps the state in ordinary memory.
+    """
+    source = torch.ones(COPY, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    which = [torch_fused(), ours("ours", 32), ours("ours, in a budget", 32, room=True), ours("ours, 8 bits", 8)]
+    which += bitsandbytes("bitsandbytes", 1e-5)
+    errors = {one.name: one.check() for one in which}
+    points = []
+    for title, numels in {"one large": [elements], "LoRA-sized": [LORA[0]] * max(1, elements // LORA[0])}.items():
+        copy = {"copy": host([lambda: target.copy_(source)])}
+        times, made = steps(which, make(numels), host, copy, seconds=seconds, fewest=9)
+        rate = 1e-6 * 2 * COPY / min(times["copy"])  # GB/s
+        points += [
+            {
+                "set": title,
+                "optimizer": one.name,
+                "bits": one.bits,
+                "elements": sum(numels),
+                "tensors": len(numels),
+                "ms": quantiles(times[one.name]),
+                "reps": len(times[one.name]),
+                "bound_ms": 1e-6 * BYTES[one.bits] * sum(numels) / rate,
+                "state_bytes": _state_bytes(made[one.name]),
+                "error": errors[one.name],
+                "copy_gb_per_s": rate,
+            }
+            for one in which
+        ]
+    return {"points": points}
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """All tensors of the state, tables that are shared counted once."""
+    tensors = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
 def _load_code() -> None:
     """What Python and PyTorch load at the first step of any optimizer: 150 MB that are not of this one."""
     for optimizer in (torch.optim.AdamW, ql.PagedAdamW):
         optimizer(make([256])).step()
 
 
-def _steps(params: list[Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
+def _steps(
+    params: list[Parameter], optimizer: torch.optim.Optimizer, steps: int, after: Callable[[], None] = lambda: None
+) -> None:
     for step in range(steps):
         if step:
             advance(params)
         optimizer.step()
+        after()
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""The records of ``benchmarks/optimizer.py`` as tables, as a picture, and against their goals."""
+"""The records of ``optimizer.py`` as tables, as a picture, and against their goals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-Record = Mapping[str, Any]
+from .view import Record, annotate, grid, p50, picture, yes
 
 DISK_SHARE = 0.70  # of the sequential rate
 RESIDENT = 0.95  # torch's time over ours
@@ -54,7 +54,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
             yield _goal(
                 f"{what} ≤ budget + {paging['spare'] / 1e6:.0f} MB = {most:.0f} MB", f"{found:.0f}", found <= most
             )
-        yield _goal("paged and unpaged, the same bits", _yes(paging["same_bits"]), paging["same_bits"])
+        yield _goal("paged and unpaged, the same bits", yes(paging["same_bits"]), paging["same_bits"])
         share = throughput(paging)["share"]
         yield _goal(f"of the sequential disk ≥ {DISK_SHARE:.0%}", f"{share:.0%}", share >= DISK_SHARE)
     for limit in of_kind(records, "limit"):
@@ -62,7 +62,7 @@ def goals(records: Sequence[Record]) -> Iterator[str]:
         found = f"torch {_end(limit['torch'])}; ours {_end(limit['ours'])}"
         yield _goal(f"within {limit['ours']['limit'] / 1e6:.0f} MB of data ours ends, torch's does not", found, done)
     for kill in of_kind(records, "kill"):
-        found = f"resumed at step {kill['resumed_at']}: {_yes(kill['same_bits'])}"
+        found = f"resumed at step {kill['resumed_at']}: {yes(kill['same_bits'])}"
         yield _goal(f"killed in step {kill['killed_in']}, the same bits in the end", found, kill["same_bits"])
     resident = of_kind(records, "resident")
     for record in resident:
@@ -76,59 +76,49 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     """Paging; then all in memory."""
     for paging in of_kind(records, "paging"):
         rates = throughput(paging)
-        view = Table(
+        cells = [f"{rates[name]:.2f}" for name in ("write", "read", "sequential", "mixed", "step")]
+        yield grid(
+            ("GB/s", "write", "read", "write, then read", "both at once", "step", "step / sequential"),
+            [("", *cells, f"{rates['share']:.0%}")],
+            wrap=True,
             title=f"{paging['state_bytes'] / 1e6:,.0f} MB of state in {paging['tensors']:,} tensors, a budget of "
             f"{paging['budget'] / 1e6:.0f} MB, {paging['steps']} steps; {paging['device']}, commit {paging['commit']}",
             caption=f"bytes read and written over seconds; the disk alone, {'past' if paging['direct'] else 'through'} "
             f"the cache, {paging['file_system']}; a step {median(paging['seconds']['step']):.2f} s, of which "
             f"{median(paging['stalled']):.2f} s waiting",
         )
-        for heading in ("GB/s", "write", "read", "write, then read", "both at once", "step", "step / sequential"):
-            view.add_column(heading, justify="right")
-        cells = [f"{rates[name]:.2f}" for name in ("write", "read", "sequential", "mixed", "step")]
-        view.add_row("", *cells, f"{rates['share']:.0%}")
-        yield view
-    resident = of_kind(records, "resident")
-    if resident:
+    if resident := of_kind(records, "resident"):
         first = resident[0]
-        view = Table(
-            title=f"all of the state in memory: {first['device']}, commit {first['commit']}",
-            caption=f"copy {first['copy_gb_per_s']:.1f} GB/s; bound: the time of the least traffic at that rate over "
-            "this; bitsandbytes does not page on CPUs",
-        )
-        for heading in ("set", "optimizer", "median ms", "p20", "p80", "bound", "state MB", "torch/this", "bnb/this"):
-            view.add_column(heading, justify="left" if heading in ("set", "optimizer") else "right")
-        for record in resident:
-            ms = record["ms"]
-            peer = "bitsandbytes" + ("" if record["bits"] == 32 else ", 8 bits")
-            view.add_row(
+
+        def row(record: Record) -> list[str]:
+            ms, peer = record["ms"], "bitsandbytes" + ("" if record["bits"] == 32 else ", 8 bits")
+            return [
                 f"{record['set']}: {record['elements'] / 1e6:.1f} M in {record['tensors']:,}",
                 record["optimizer"],
                 *(f"{ms[q]:.2f}" for q in ("p50", "p20", "p80")),
                 f"{record['bound_ms'] / ms['p50']:.0%}",
                 f"{record['state_bytes'] / 1e6:.0f}",
-                f"{_ratio(resident, record, PEER):.2f}",
-                f"{_ratio(resident, record, peer):.2f}",
-            )
-        yield view
+                *(f"{_ratio(resident, record, name):.2f}" for name in (PEER, peer)),
+            ]
+
+        yield grid(
+            ("set", "optimizer", "median ms", "p20", "p80", "bound", "state MB", "torch/this", "bnb/this"),
+            map(row, resident),
+            left=("set", "optimizer"),
+            wrap=True,
+            title=f"all of the state in memory: {first['device']}, commit {first['commit']}",
+            caption=f"copy {first['copy_gb_per_s']:.1f} GB/s; bound: the time of the least traffic at that rate over "
+            "this; bitsandbytes does not page on CPUs",
+        )
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
     """Draw what was resident over time; the disk and the step; the steps with all in memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (memory, disk, resident) = plt.subplots(
-        1, 3, figsize=(16, 5), layout="constrained", width_ratios=[2, 0.9, 1.6]
-    )
-    for paging in of_kind(records, "paging"):
-        _memory(memory, paging)
-        _disk(disk, throughput(paging))
-    _resident(resident, of_kind(records, "resident"))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 1, 3, figsize=(16, 5), width_ratios=[2, 0.9, 1.6]) as (_, axes):
+        for paging in of_kind(records, "paging"):
+            _memory(axes[0][0], paging)
+            _disk(axes[0][1], throughput(paging))
+        _resident(axes[0][2], of_kind(records, "resident"))
 
 
 def _memory(axes: Any, paging: Record) -> None:
@@ -149,14 +139,12 @@ def _memory(axes: Any, paging: Record) -> None:
 
 def _disk(axes: Any, rates: Mapping[str, float]) -> None:
     names = {"sequential": "disk, write\nthen read", "mixed": "disk, both\nat once", "step": "step"}
-    for place, name in enumerate(names):
-        axes.bar(place, rates[name], color="#c44e52" if name == "step" else "#8c8c8c", width=0.6)
-        axes.annotate(
-            f"{rates[name]:.2f}", (place, rates[name]), xytext=(0, 3), textcoords="offset points", ha="center"
-        )
+    for x, name in enumerate(names):
+        axes.bar(x, rates[name], color="#c44e52" if name == "step" else "#8c8c8c", width=0.6)
+        annotate(axes, x, rates[name], f"{rates[name]:.2f}")
     goal = DISK_SHARE * rates["sequential"]
     axes.axhline(goal, color="black", linestyle=":", linewidth=1)
-    axes.annotate(f"{DISK_SHARE:.0%}", (2.4, goal), xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8)
+    annotate(axes, 2.4, goal, f"{DISK_SHARE:.0%}", ha="right", fontsize=8)
     axes.set_xticks(range(len(names)), labels=names.values())
     axes.set(ylabel="GB/s, read and written")
     axes.margins(y=0.12)
@@ -169,12 +157,11 @@ def _resident(axes: Any, resident: Sequence[Record]) -> None:
     width = 0.8 / max(len(sets), 1)
     for number, title in enumerate(sets):
         some = {record["optimizer"]: record for record in resident if record["set"] == title}
-        places = [optimizers.index(name) + (number - (len(sets) - 1) / 2) * width for name in some]
-        times = [record["ms"]["p50"] for record in some.values()]
-        axes.bar(places, times, width=width, color=("#4c72b0", "#dd8452")[number % 2], label=title)
-        for place, ms, record in zip(places, times, some.values(), strict=True):
-            axes.annotate(f"{ms:.0f}", (place, ms), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-            axes.hlines(record["bound_ms"], place - width / 2, place + width / 2, color="black", linestyle=":")
+        xs = [optimizers.index(name) + (number - (len(sets) - 1) / 2) * width for name in some]
+        axes.bar(xs, [p50(record) for record in some.values()], width=width, color=f"C{number % 2}", label=title)
+        for x, record in zip(xs, some.values(), strict=True):
+            annotate(axes, x, p50(record), f"{p50(record):.0f}", fontsize=8)
+            axes.hlines(record["bound_ms"], x - width / 2, x + width / 2, color="black", linestyle=":")
     axes.set_xticks(range(len(optimizers)), labels=optimizers, rotation=25, ha="right", fontsize=9)
     axes.set(ylabel="ms a step; dotted: the bound")
     axes.margins(y=0.12)
@@ -186,19 +173,15 @@ def _resident(axes: Any, resident: Sequence[Record]) -> None:
 def _ratio(resident: Sequence[Record], record: Record, peer: str) -> float:
     """The time of a peer over that of a record, on the same set."""
     other = next((one for one in resident if (one["set"], one["optimizer"]) == (record["set"], peer)), None)
-    return other["ms"]["p50"] / record["ms"]["p50"] if other else float("nan")
+    return p50(other) / p50(record) if other else float("nan")
 
 
 def _goal(what: str, found: str, holds: bool) -> str:
     return f"{'yes' if holds else 'NO '}  {what}: {found}"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _end(process: Record) -> str:
     if process["finished"]:
         return "finished"
-    _, _, said = process["error"].rpartition("DefaultCPUAllocator: ")  # behind a place in PyTorch's source
+    _, _, said = process["error"].rpartition("DefaultCPUAllocator: ")  # behind a line of PyTorch's source
     return f"failed ({said.partition('. ')[0]})"

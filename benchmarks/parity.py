@@ -19,28 +19,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.provenance import parse, provenance
 from qloralab.checkpoint.models import default_model
 from qloralab.errors import UserError
-from qloralab.parity.compare import Report, compare
+from qloralab.parity.compare import compare
 from qloralab.parity.report import from_json, in_short, show, table, to_json
+
+from .record import parse, provenance
 
 WEIGHTS = 100_000_000
 FILE = "parity.json"
-
-
-def measure(weights: int, model: Path | None) -> Report:
-    """Compare, and say where it was done.
-
-    Args:
-        weights: random ones, in each dtype and codebook.
-        model: whose linear layers are compared too, or None.
-    """
-    console = Console(stderr=True)
-    with console.status("bitsandbytes") as status:
-        report = compare(weights, model, progress=status.update)
-    where = provenance()
-    return dataclasses.replace(report, facts={**report.facts, **where})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(parser, arguments)
     file, console = args.out / FILE, Console()
     if not args.view:
-        report = measure(args.weights, None if args.no_model else args.model or _default_model())
+        model = None if args.no_model else args.model or _default_model()
+        with Console(stderr=True).status("bitsandbytes") as status:
+            report = compare(args.weights, model, progress=status.update)
+        report = dataclasses.replace(report, facts={**report.facts, **provenance()})
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(report, most=3), encoding="utf-8")
     report = from_json(file.read_text(encoding="utf-8"))

@@ -26,14 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import ROOT, parse, provenance
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
 from qloralab.nf4.files.checkpoint import Checkpoint, write_index
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.tensor import quantize
+
+from .case import WrongResultError
+from .record import ROOT, parse, provenance, write
+from .view import grid, show
 
 KERNELS = ("native", "reference")  # values of QLORALAB_CPU
 FACTOR, ALLOWANCE_MB = 1.5, 300.0
@@ -53,10 +55,6 @@ class Shape:
         """What the peak may be, in 10**6 bytes."""
         largest = max(self.vocabulary, self.intermediate) * self.hidden
         return FACTOR * 4 * largest / 1e6 + ALLOWANCE_MB
-
-
-class WrongResultError(Exception):
-    """The new checkpoint is not the old one, quantized."""
 
 
 def make(directory: Path, shape: Shape) -> int:
@@ -168,11 +166,8 @@ def measure(dense: Path, quantized: Path, kernels: str) -> dict[str, Any]:
 def table(records: Sequence[Mapping[str, Any]]) -> Table:
     """The records side by side, each against the bound."""
     first = records[0]
-    view = Table(title=f"{first['bytes_before'] / 1e9:.2f} GB in {first['files']} files, {first['device']}")
-    for heading in ("kernels", "seconds", "MB/s", "peak MB", "bound MB", "", "size"):
-        view.add_column(heading, justify="left" if heading in ("kernels", "") else "right")
-    for record in records:
-        view.add_row(
+    rows = [
+        (
             record["kernels"],
             f"{record['seconds']:.1f}",
             f"{record['bytes_before'] / 1e6 / record['seconds']:,.0f}",
@@ -181,7 +176,11 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
             "kept" if record["peak_mb"] <= record["bound_mb"] else "exceeded",
             f"{record['bytes_after'] / 1e9:.2f} GB",
         )
-    return view
+        for record in records
+    ]
+    headings = ("kernels", "seconds", "MB/s", "peak MB", "bound MB", "", "size")
+    title = f"{first['bytes_before'] / 1e9:.2f} GB in {first['files']} files, {first['device']}"
+    return grid(headings, rows, left=("kernels", ""), wrap=True, title=title)
 
 
 def run(folder: Path, shape: Shape) -> list[dict[str, Any]]:
@@ -240,10 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = args.out / "quantize.json"
     if not args.view:
         with tempfile.TemporaryDirectory() as folder:
-            records = run(Path(folder), Shape(layers=args.layers))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    Console().print(table(json.loads(file.read_text())))
+            write(run(Path(folder), Shape(layers=args.layers)), file)
+    show([table(json.loads(file.read_text()))])
 
 
 if __name__ == "__main__":

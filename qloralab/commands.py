@@ -270,9 +270,14 @@ def sass(
     if kernel and explain:
         raise UserError("--kernel would be ignored: --explain prints one kernel, and no table")
     with _loading(sys.stderr):
-        from .sass_report import sass as count_and_show
+        from qloralab.benchmarks.sass.compile import OfflineError
+        from qloralab.benchmarks.sass.report import sass as count_and_show
 
-    if not count_and_show(target, kernel, json, explain):
+    try:
+        kept = count_and_show(target, kernel, json, explain)
+    except OfflineError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if not kept:
         raise typer.Exit(1)
 
 

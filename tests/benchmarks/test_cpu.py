@@ -1,49 +1,49 @@
-"""The whole of ``benchmarks/cpu.py`` on small weights: each provider is right and timed; one that is wrong is not."""
+"""``benchmarks/cpu.py`` on small weights: who is right is timed, who is wrong is not; tables say what records say."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-import qloralab as ql
-from benchmarks.cpu import OPERATORS, POINTS, Roofline, main, measure, roofline, write
-from benchmarks.cpu_check import WrongResultError, check
-from benchmarks.cpu_problem import EMULATED, OPERATIONS, SEED, Problem, Weight
-from benchmarks.cpu_providers import PRODUCTS, PROVIDERS, Provider
-from benchmarks.provenance import record_file
+from qloralab.benchmarks import cpu
+from qloralab.benchmarks.case import OPERATIONS
+from qloralab.benchmarks.cpu import MEMORY, OPERATORS, POINTS, SHAPES, Roofline, main, measure, roofline
+from qloralab.benchmarks.cpu_providers import EMULATED, PROVIDERS
+from qloralab.benchmarks.cpu_views import GOALS, plot, tables
+from qloralab.benchmarks.provider import PRODUCTS, Provider, from_user
+from qloralab.benchmarks.record import RECORDS, record_file, write
+from qloralab.benchmarks.view import Goal
 from qloralab.nf4 import ops
 
+README = Path(cpu.__file__).with_name("README.md")
 LIMITS = Roofline(copy_gb_per_s=10.0, float32_gflop_per_s=100.0, bfloat16_gflop_per_s=400.0)
 FIELDS = {
     "benchmark", "memory", "operation", "shape", "M", "provider", "dtype", "ms", "reps", "device", "class",
     "capability", "mkl", "lowered", "threads", "versions", "commit", "error", "wrong", "skipped", "roofline",
     "bound_ms",
 }  # fmt: skip
+NAMED = {one.name: one for one in PROVIDERS}
 
 
-@pytest.fixture(scope="module")
-def weight() -> Weight:
-    return Weight((64, 128))
-
-
-def provider(name: str) -> Provider:
-    return next(one for one in PROVIDERS if one.name == name)
+def measured(points, providers=PROVIDERS) -> list[dict]:
+    return list(measure([(64, 64)], points, LIMITS, providers, 0.0, memory="recycled"))
 
 
 def test_a_tiny_run_from_the_measurement_to_the_views(tmp_path, capsys):
     points = [("dequantize", None), ("quantize", None), *((operation, 4) for operation in PRODUCTS)]
-    records = list(measure([(64, 64)], points, LIMITS, seconds=0.0, memory="recycled"))
+    records = measured(points)
     assert [r["wrong"] for r in records] == [None] * len(records)
     assert {(r["operation"], r["provider"]) for r in records} == {
         (operation, one.name) for one in PROVIDERS for operation in one.operations
     }
     for record in records:
         assert set(record) >= FIELDS
-        assert record["reps"] == provider(record["provider"]).fewest
+        assert record["reps"] == NAMED[record["provider"]].fewest
         assert 0 < record["ms"]["p20"] <= record["ms"]["p50"] <= record["ms"]["p80"]
     assert {r["dtype"] for r in records if r["provider"] in ("ours, f32", "f32")} == {"float32"}
     assert {r["dtype"] for r in records if r["provider"] in ("ours", "bf16")} == {"bfloat16"}
@@ -55,132 +55,50 @@ def test_a_tiny_run_from_the_measurement_to_the_views(tmp_path, capsys):
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_wrong_provider_is_not_timed():
+def test_a_wrong_provider_is_not_timed_and_the_rest_goes_on():
     calls = []
 
-    def off(problem: Problem):
-        def run() -> torch.Tensor:
-            calls.append(problem)
-            return (problem.expected[0] * 1.0125).bfloat16()
+    def off(case):
+        return [lambda: calls.append(case) or (case.expected[0] * 1.0125).bfloat16()]
 
-        return [run]
+    def raises(case):
+        raise ValueError("odd")
 
-    wrong = Provider("ours", off, ("linear",))
-    records = list(measure([(64, 64)], [("linear", 4)], LIMITS, [wrong, provider("bf16")], 0.0, memory="recycled"))
+    wrong, broken = (Provider(name, runs, ("linear",)) for name, runs in (("ours", off), ("mine", raises)))
+    refused, failed, timed = measured([("linear", 4)], [wrong, broken, NAMED["bf16"]])
     assert len(calls) == 1  # for the check
-    refused, timed = records
     assert (refused["ms"], refused["reps"], refused["error"]) == (None, 0, None)
     assert refused["wrong"] == "error 0.013, 0.002 allowed"
+    assert (failed["wrong"], failed["ms"]) == ("ValueError: odd", None)
     assert timed["reps"] == 15
 
 
-def test_more_rows_than_a_provider_has_time_for_are_recorded_as_skipped():
-    def never(problem: Problem):
-        raise AssertionError
+def test_the_providers_of_the_readme(tmp_path, monkeypatch):
+    """The example is timed; one that is off is refused with its error; what it does not take is no record."""
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    name = re.search(r"^def (\w+)", example, re.MULTILINE)
+    assert name
+    (tmp_path / "readme_example.py").write_text(example)
+    (tmp_path / "readme_wrong.py").write_text(
+        f"from readme_example import {name[1]}\n\ndef off(case):\n    runs = {name[1]}(case)\n"
+        "    return runs and [lambda run=run: 1.25 * run() for run in runs]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    mine = from_user(f"readme_example:{name[1]}"), from_user("readme_wrong:off")
+    right, wrong = measured([("linear", 4), ("dequantize", None)], mine)
+    assert right["ms"]["p50"] > 0
+    assert (wrong["ms"], wrong["wrong"]) == (None, "error 0.25, 0.002 allowed")
+    for unknown in ("no_such_module:f", "readme_example:no_such_name", "readme_example"):
+        with pytest.raises(SystemExit, match="module:NAME"):
+            from_user(unknown)
 
-    slow = Provider("bf16", never, ("linear",), dense=True, most_rows=16)
-    (record,) = measure([(64, 64)], [("linear", 17)], LIMITS, [slow], 0.0, memory="recycled")
+
+def test_more_rows_than_a_provider_has_time_for_are_recorded_as_skipped():
+    slow = Provider("bf16", lambda case: pytest.fail("it was asked"), ("linear",), dense=True, most_rows=16)
+    (record,) = measured([("linear", 17)], [slow])
     assert (record["ms"], record["wrong"], record["reps"]) == (None, None, 0)
     assert record["skipped"].endswith("up to M = 16")
-
-
-@pytest.mark.parametrize("operation", PRODUCTS)
-@pytest.mark.parametrize("one", PROVIDERS, ids=lambda one: one.name)
-def test_products_are_right_within_the_tolerance_and_not_far_below_it(weight, operation, one):
-    if operation not in one.operations:
-        pytest.skip(f"{one.name} has no {operation}")
-    problem = Problem(operation, weight, 16, one.dtype)
-    error = check(problem, one, result(problem, one))
-    if one.dtype == torch.bfloat16:
-        tolerance = one.tolerance * 3**0.5 if operation == "adapted layer" and not one.dense else one.tolerance
-    else:
-        tolerance = 2**-24 * (max(problem.terms) / 2) ** 0.5
-    assert tolerance / 10 < error <= tolerance  # a looser one would let more than rounding pass
-
-
-def result(problem: Problem, one: Provider, seed: int = SEED) -> Any:
-    run = one.runs(problem)[0]  # making an adapter draws, too
-    torch.manual_seed(seed)
-    return run()
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda y: torch.cat([y[:1] + 2.0**-7 * y[:1].abs().amax(), y[1:]]),
-        lambda y: y.double(),
-        lambda y: y[:, :-1],
-        lambda y: y.masked_fill(y == y.max(), float("nan")),
-    ],
-    ids=["one row", "dtype", "shape", "one NaN"],
-)
-@pytest.mark.parametrize("name", ["ours", "ours, f32"])
-def test_a_wrong_product_is_refused(weight, spoil, name):
-    one = provider(name)
-    problem = Problem("linear", weight, 4, one.dtype)
-    y = problem.expected[0].to(one.dtype)
-    check(problem, one, y)
-    with pytest.raises(WrongResultError):
-        check(problem, one, spoil(y))
-
-
-def test_a_product_in_float32_that_was_taken_in_bfloat16_is_refused(weight):
-    problem = Problem("linear", weight, 4, torch.float32)
-    W = weight.dequantized(torch.float32)
-    for y in (problem.x.bfloat16().float() @ W.T, problem.x @ W.bfloat16().float().T):
-        with pytest.raises(WrongResultError):
-            check(problem, provider("ours, f32"), y)
-
-
-@pytest.mark.parametrize("part", range(4), ids=["y", "dx", "dA", "dB"])
-@pytest.mark.parametrize("name", ["ours", "ours, f32"])
-def test_each_part_of_an_adapted_layer_is_checked(weight, name, part):
-    one = provider(name)
-    problem = Problem("adapted layer", weight, 16, one.dtype)
-    parts = list(result(problem, one))
-    check(problem, one, tuple(parts))
-    parts[part] = parts[part] * 1.01
-    with pytest.raises(WrongResultError):
-        check(problem, one, tuple(parts))
-    with pytest.raises(WrongResultError, match="3 results, not 4"):
-        check(problem, one, tuple(result(problem, one)[:3]))
-
-
-def test_an_adapted_layer_with_another_mask_is_refused(weight):
-    one = provider("ours, f32")
-    problem = Problem("adapted layer", weight, 16, one.dtype)
-    with pytest.raises(WrongResultError):
-        check(problem, one, result(problem, one, SEED + 1))
-
-
-def test_a_dequantized_weight_one_step_off_in_one_place_is_refused(weight):
-    problem = Problem("dequantize", weight)
-    result = weight.dequantized()
-    assert check(problem, provider("bitsandbytes"), result) == 0
-    result.view(torch.int16)[5, 7] += 1
-    with pytest.raises(WrongResultError):
-        check(problem, provider("bitsandbytes"), result)
-
-
-@pytest.mark.parametrize("part", ["packed", "scales", "absmax2", "offset"])
-def test_codes_and_scales_other_than_the_definitions_are_refused(weight, part):
-    problem = Problem("quantize", weight)
-    quantized = ql.quantize(weight.original)
-    check(problem, provider("ours"), quantized)
-    changed = getattr(quantized, part).clone()
-    changed.view(-1).view(torch.uint8)[0] ^= 1  # the lowest bit of its first number
-    with pytest.raises(WrongResultError, match=part):
-        check(problem, provider("ours"), dataclasses.replace(quantized, **{part: changed}))
-
-
-def test_bitsandbytes_codes_that_make_a_larger_error_are_refused(weight):
-    problem = Problem("quantize", weight)
-    peer = provider("bitsandbytes")
-    packed, state = peer.runs(problem)[0]()  # pyright: ignore[reportGeneralTypeIssues]
-    check(problem, peer, (packed, state))
-    packed[0] ^= 0x88
-    with pytest.raises(WrongResultError):
-        check(problem, peer, (packed, state))
+    assert (NAMED["bf16"].most_rows == 16) == EMULATED
 
 
 def test_the_bound_is_the_longer_of_traffic_and_arithmetic():
@@ -191,29 +109,6 @@ def test_the_bound_is_the_longer_of_traffic_and_arithmetic():
     assert emulated.bound_ms(nbytes=0, flops=8 * 10**8, dtype=torch.bfloat16) == pytest.approx(8.0)
 
 
-PACKED = 64 * 64 + 128 + 8  # bytes: codes, scales, their scales and offset
-
-
-@pytest.mark.parametrize(
-    ("operation", "M", "dtype", "dense", "work"),
-    [
-        ("dequantize", None, torch.bfloat16, False, (64 * 128 * 2 + PACKED, 0)),
-        ("dequantize", None, torch.bfloat16, True, (2 * 64 * 128 * 2, 0)),
-        ("linear", 4, torch.bfloat16, True, (64 * 128 * 2 + 4 * 2 * (64 + 128), 2 * 4 * 64 * 128)),
-        ("linear", 4, torch.float32, True, (64 * 128 * 4 + 4 * 4 * (64 + 128), 2 * 4 * 64 * 128)),
-        ("input gradient", 4, torch.float32, False, (PACKED + 4 * 4 * (64 + 128), 2 * 4 * 64 * 128)),
-        ("adapted layer", 4, torch.float32, True, (2 * (64 * 128 * 4 + 4 * 4 * (64 + 128)), 4 * 4 * 64 * 128)),
-        (
-            "adapted layer", 4, torch.float32, False,
-            # the adapter's 16 rows are read both ways, and their gradients written: three products with A and with B
-            (2 * (PACKED + 4 * 4 * (64 + 128)) + 3 * 4 * 16 * (64 + 128), 4 * 4 * (64 * 128) + 6 * 4 * 16 * (64 + 128)),
-        ),
-    ],
-)  # fmt: skip
-def test_work_counts_each_byte_once(weight, operation, M, dtype, dense, work):
-    assert Problem(operation, weight, M, dtype).work(dense) == work
-
-
 def test_rates_are_measured():
     limits = roofline(nbytes=2**16, shape=(8, 64, 64), seconds=0.0)
     assert 0.01 < limits.copy_gb_per_s < 10**4
@@ -221,10 +116,112 @@ def test_rates_are_measured():
     assert (limits.bfloat16_gflop_per_s is None) == EMULATED  # its product is not timed where it is emulated
 
 
-def test_an_emulated_product_is_not_timed_with_many_rows():
-    assert (provider("bf16").most_rows == 16) == EMULATED
-
-
 def test_every_operation_is_measured_and_is_one_of_ours():
-    assert {operation for operation, _ in POINTS} == set(OPERATIONS) == set(OPERATORS)
+    assert {operation for operation, _ in POINTS} == set(OPERATIONS[:5]) == set(OPERATORS)
     assert all(hasattr(ops, name) for name in OPERATORS.values())
+    for goals in GOALS.values():
+        assert {(goal.operation, goal.M) for goal in goals} <= set(POINTS)
+
+
+def record(operation: str, M: int | None, provider: str, ms: float | None, **fields) -> dict:
+    return {
+        "memory": "recycled", "operation": operation, "shape": [4096, 4096], "M": M, "provider": provider,
+        "ms": ms and {"p20": ms - 0.1, "p50": ms, "p80": ms + 0.2}, "bound_ms": 0.25,
+        "device": "a processor, 2 threads", "class": "avx512-bf16", "commit": "abc",
+        "roofline": {"copy_gb_per_s": 40.0, "float32_gflop_per_s": None, "bfloat16_gflop_per_s": 400.0}, **fields,
+    }  # fmt: skip
+
+
+RECORDED = [
+    record("dequantize", None, "ours", 0.5),
+    record("dequantize", None, "bitsandbytes", 4.0),
+    record("dequantize", None, "bf16", 0.5),
+    record("linear", 1, "ours", 0.5),
+    record("linear", 1, "bitsandbytes", 12.0),
+    record("linear", 1, "bitsandbytes, eval", 1.5),
+    record("linear", 1, "bf16", 1.5),
+    record("linear", 128, "ours", 11.0),
+    record("linear", 128, "reference", None, wrong="error 0.1"),
+    record("linear", 128, "bitsandbytes, eval", None, wrong="error 0.1"),
+    record("linear", 128, "bitsandbytes", 20.0),
+    record("linear", 128, "bf16", 10.5),
+]
+AVX2 = {"class": "avx2"}
+
+
+def test_a_row_shows_the_times_and_each_goal(lines):
+    assert lines(*tables(RECORDED)) == [
+        ["dequantize", "4096x4096", "", "0.5", "", "4", "0.5 copy", "50%", "bitsandbytes / ours ≥ 6", "8.00 yes"],
+        ["", "", "", "", "", "", "", "", "ours / bf16 copy ≤ 0.80", "1.00 no"],
+        # the faster of the two ways of bitsandbytes, and which it is
+        ["linear", "4096x4096", "1", "0.5", "", "1.5 eval", "1.5", "50%", "bf16 / ours ≥ 3", "3.00 yes"],
+        ["", "", "", "", "", "", "", "", "bitsandbytes / ours ≥ 20", "3.00 no"],
+        # a way that gave a wrong result is no peer, however fast
+        ["linear", "4096x4096", "128", "11", "wrong", "20", "10.5", "2%", "ours / bf16 ≤ 1.10", "1.05 yes"],
+    ]
+
+
+def test_on_avx2_ours_in_float32_is_held_against_the_faster_dense_product(lines):
+    times = {"ours": 9.0, "ours, f32": 2.0, "bf16": 4.0, "f32": 5.0}
+    records = [record("linear", 1, name, ms, **AVX2) for name, ms in times.items()]
+    records += [record("linear", 128, name, 6.0, **AVX2) for name in ("ours, f32", "f32")]
+    records += [record("linear", 128, "bf16", None, skipped="emulated", **AVX2)]
+    assert lines(*tables(records)) == [
+        ["linear", "4096x4096", "1", "9", "2", "4", "5", "12%", "ours / dense ≤ 0.60", "0.50 yes"],
+        ["linear", "4096x4096", "128", "", "6", "emulated", "6", "4%", "ours / f32 ≤ 1.10", "1.00 yes"],
+    ]
+
+
+def test_the_title_says_the_class_and_what_lowered_it():
+    (table,) = tables([record("linear", 1, "ours", 1.0, **AVX2, lowered={"QLORALAB_ISA": "avx2"})])
+    assert str(table.title).startswith("avx2: a processor, 2 threads, commit abc, QLORALAB_ISA=avx2, memory recycled")
+
+
+def test_nothing_is_reached_by_a_wrong_result(lines):
+    found = lines(*tables([record("linear", 16, "ours", None, wrong="error 0.1"), record("linear", 16, "bf16", 3.0)]))
+    assert found[0][3:6] == ["wrong", "3", ""]
+    assert [line[-1] for line in found] == ["not timed", "not timed"]
+
+
+def test_each_kind_of_memory_has_its_table(lines):
+    fresh = [record("dequantize", None, "ours", 9.0, memory="fresh")]
+    assert [lines(table)[0][3] for table in tables([*RECORDED, *fresh])] == ["0.5", "9"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "ours", "peer", "reached"),
+    [
+        (Goal("linear", 1, "bf16", 3), 1.0, 3.0, (3.0, True)),
+        (Goal("linear", 1, "bf16", 3), 1.0, 2.0, (2.0, False)),
+        (Goal("linear", 512, "bf16", 1.25, faster=False), 5.0, 4.0, (1.25, True)),
+        (Goal("linear", 512, "bf16", 1.25, faster=False), 6.0, 4.0, (1.5, False)),
+    ],
+)
+def test_a_goal_is_a_ratio_of_times(goal, ours, peer, reached):
+    assert goal.reached(ours, peer) == reached
+
+
+def test_a_provider_that_was_added_is_shown_and_drawn(tmp_path):
+    added = [*RECORDED, record("linear", 1, "mine", 0.7), record("dequantize", None, "mine", 0.9)]
+    (table,) = tables(added)
+    shown = [str(column.header) for column in table.columns][3:8]
+    assert shown == ["ours", "reference", "bitsandbytes", "bf16", "mine"]
+    assert list(table.columns[7].cells) == ["0.9", "0.7", ""]
+    for name, some in {"added": added, "all": RECORDED, "products": RECORDED[3:], "none": []}.items():
+        plot(some, tmp_path / f"{name}.png")  # what is wrong or missing is left out
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("file", sorted(RECORDS.glob("cpu-*.json")), ids=lambda file: file.stem)
+def test_the_committed_records_are_of_one_run_and_shown(file):
+    records = json.loads(file.read_text())
+    for field in ("device", "commit", "threads", "class"):
+        assert len({r[field] for r in records}) == 1, field
+    assert file.stem == f"cpu-{records[0]['class']}"
+    ours = [r for r in records if r["provider"].startswith("ours")]
+    found = {(r["memory"], *r["shape"], r["operation"], r["M"]) for r in ours}
+    first = [point for point in POINTS if point[0] != "adapted layer"]  # there since the record of avx2
+    assert found >= {(memory, *shape, *point) for memory in MEMORY for shape in SHAPES for point in first}
+    assert {r["implementation"] for r in ours} == {"native"}
+    assert not any(r["wrong"] for r in ours)
+    assert len(list(tables(records))) == len(MEMORY)

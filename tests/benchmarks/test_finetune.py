@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import json
+import sys
+from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
-from benchmarks.finetune import LIBRARIES, main, table
-from benchmarks.provenance import RECORDS
+from qloralab.benchmarks.finetune import LIBRARIES, in_turns, main, table
+from qloralab.benchmarks.record import RECORDS
+from qloralab.kernels.cpu import allocator
+from qloralab.kernels.cpu.build import BuildError
 
 
 def record(library: str, speed: float, memory: float, loss: float = 2.5, kind: str = "avx2") -> dict:
     return {
-        "library": library,
-        "steps": 60,
-        "tokens": 29000,
-        "device": "a processor",
-        "class": kind,
-        "dtype": "float32",
-        "tokens_per_s": {"p50": speed, "all": speed / 2},
-        "peak_mb": memory,
-        "val_before": 4.0,
-        "val_after": loss,
-    }
+        "library": library, "steps": 60, "tokens": 29000, "device": "a processor", "class": kind, "dtype": "float32",
+        "tokens_per_s": {"p50": speed, "all": speed / 2}, "peak_mb": memory, "val_before": 4.0, "val_after": loss,
+    }  # fmt: skip
 
 
-def rows(*records: dict) -> dict[str, list[str]]:
+@pytest.fixture
+def rows(lines):
     """The cells of the table by the first."""
-    out = io.StringIO()
-    Console(file=out, width=120).print(table(records))
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines() if "│" in line]
-    return {name: cells for name, *cells in lines}
+    return lambda *records: {name: cells for name, *cells in lines(table(records))}
 
 
-def test_the_table_divides_ours_by_theirs():
+def test_the_table_divides_ours_by_theirs(rows):
     found = rows(record(LIBRARIES[0], 300, 2000), record(LIBRARIES[1], 100, 5000))
     assert found["tokens/s, median step"] == ["300", "100", "3.00", "≥ 1.8", "yes"]
     assert found["peak memory, MB"] == ["2,000", "5,000", "0.40", "≤ 0.45", "yes"]
     assert found["validation loss after"] == ["2.500", "2.500", "1.00", "within 0.03", "yes"]
 
 
-def test_a_class_has_its_own_goals_or_none():
+def test_a_class_has_its_own_goals_or_none(rows):
     ours, theirs = (300, 2000, 2.54), (160, 5000, 2.5)
     mine = rows(*(record(name, *of, kind="avx512-bf16") for name, of in zip(LIBRARIES, (ours, theirs), strict=True)))
     assert [mine[name][3:] for name in ("tokens/s, median step", "peak memory, MB")] == [
@@ -82,3 +74,47 @@ def test_the_committed_records_are_of_the_same_job(file):
     assert file.stem.endswith(records[0]["class"])
     # the same weights in 4 bits: the two begin at the same loss
     assert records[0]["val_before"] == pytest.approx(records[1]["val_before"], abs=0.02)
+
+
+CHILD = """
+import json, sys, time
+from qloralab.benchmarks.finetune import _turn
+log = []
+for _ in range(TURNS):
+    _turn()
+    log.append(time.monotonic())
+    time.sleep(0.02)
+    log.append(time.monotonic())
+if TURNS == 1:
+    sys.exit(7)
+print("something that a library says")
+print(json.dumps({"log": log}))
+"""
+
+
+def child(turns: int) -> list[str]:
+    return [sys.executable, "-c", CHILD.replace("TURNS", str(turns))]
+
+
+def test_processes_work_in_turns_and_never_at_once():
+    first, second = (record["log"] for record in in_turns({"a": child(3), "b": child(4)}))
+    assert [len(first), len(second)] == [6, 8]
+    spans = sorted(
+        (*log[i : i + 2], name) for name, log in (("a", first), ("b", second)) for i in range(0, len(log), 2)
+    )
+    assert [name for *_, name in spans] == list("abababb")
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_a_process_that_fails_ends_the_other():
+    with pytest.raises(SystemExit, match="a ended with code 7, without a record"):
+        in_turns({"a": child(1), "b": child(4)})
+
+
+def test_without_a_compiler_it_says_so_before_it_begins(monkeypatch):
+    def fails() -> None:
+        raise BuildError("there is no g++")
+
+    monkeypatch.setattr(allocator, "install", fails)
+    with pytest.raises(SystemExit, match=r"needs a C\+\+ compiler, for .*: there is no g\+\+"):
+        main([])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.generate import PROVIDERS, REPETITIONS, TOLERANCES, WrongResultError, check, line, main, measure
-from benchmarks.provenance import record_file
+from qloralab.benchmarks.case import WrongResultError
+from qloralab.benchmarks.generate import PROVIDERS, REPETITIONS, TOLERANCES, check, line, main, measure
+from qloralab.benchmarks.record import RECORDS, record_file
 from qloralab.checkpoint.models import quantize_loaded_
 from qloralab.kernels import dispatch
 
@@ -61,3 +62,8 @@ def test_the_line_divides_ours_by_the_faster_dense_model(ours, verdict):
     rates = {"bf16": 20.0, "f32": 10.0, "ours": ours}
     common = {"device": "a processor", "class": "avx2"}
     assert verdict in line([{"provider": name, "tokens_per_s": rate, **common} for name, rate in rates.items()])
+
+
+@pytest.mark.parametrize("file", sorted(RECORDS.glob("generate-*.json")), ids=lambda file: file.stem)
+def test_the_committed_records_are_shown(file):
+    assert "tokens/s in 4 bits" in line(json.loads(file.read_text()))

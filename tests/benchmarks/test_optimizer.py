@@ -9,38 +9,27 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import torch
 from rich.console import Console
 
-from benchmarks import optimizer
-from benchmarks.optimizer import JobError, job, kill, limit, main, paging
-from benchmarks.optimizer_views import goals, plot, tables, throughput
+from qloralab.benchmarks import optimizer
+from qloralab.benchmarks.adamw import RATE, Contender, ours
+from qloralab.benchmarks.case import WrongResultError
+from qloralab.benchmarks.optimizer import JobError, job, kill, limit, main, paging
+from qloralab.benchmarks.optimizer_views import goals, plot, tables, throughput
 
 BUDGET = 1 << 24
 COMMON = {"device": "a processor", "commit": "abc"}
 GB = 10**9
 PAGING: dict[str, Any] = {
-    **COMMON,
-    "kind": "paging",
-    "budget": 256_000_000,
-    "spare": 64_000_000,
-    "steps": 2,
-    "same_bits": True,
-    "state_bytes": 4 * GB,
-    "tensors": 7,
-    "ends": [1.0, 2.0],
+    **COMMON, "kind": "paging", "budget": 256_000_000, "spare": 64_000_000, "steps": 2, "same_bits": True,
+    "state_bytes": 4 * GB, "tensors": 7, "ends": [1.0, 2.0],
     "samples": {
-        "seconds": [0.0, 1.5, 1.0],
-        "mincore_mb": [1, 255, 254],
-        "mapping_mb": [1, 200, 2],
-        "process_mb": [9, 280, 5],
+        "seconds": [0.0, 1.5, 1.0], "mincore_mb": [1, 255, 254], "mapping_mb": [1, 200, 2], "process_mb": [9, 280, 5],
     },
     "seconds": {"step": [4.0, 5.0, 9.0], "write": [2.0], "read": [3.0], "mixed": [4.0]},
-    "traffic": [8 * GB] * 3,
-    "stalled": [0.5, 0.75, 1.0],
-    "disk_bytes": 4 * GB,
-    "direct": True,
-    "file_system": "ext4",
-}
+    "traffic": [8 * GB] * 3, "stalled": [0.5, 0.75, 1.0], "disk_bytes": 4 * GB, "direct": True, "file_system": "ext4",
+}  # fmt: skip
 RESIDENT = [
     {
         **COMMON, "kind": "resident", "set": "one", "optimizer": name, "bits": bits, "elements": 10**6, "tensors": 1,
@@ -54,6 +43,18 @@ LIMIT = {
 }  # fmt: skip
 KILL = {**COMMON, "kind": "kill", "killed_in": 3, "resumed_at": 2, "same_bits": True}
 RECORDS = [PAGING, LIMIT, KILL, *RESIDENT]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_ours_trains_to_where_torch_does(bits):
+    error = ours("ours", bits).check()
+    assert error < 1e-5 if bits == 32 else 1e-4 < error < 0.1
+
+
+def test_an_optimizer_with_another_rate_is_refused():
+    wrong = Contender("wrong", 32, lambda params: torch.optim.AdamW(params, lr=1.01 * RATE, weight_decay=0.01))
+    with pytest.raises(WrongResultError, match=r"wrong: error 0\.01"):
+        wrong.check()
 
 
 def test_a_state_that_pages_is_watched_and_compared_with_the_disk(tmp_path):
@@ -113,7 +114,7 @@ def test_goals_that_hold():
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "line"),
+    ("keys", "value", "line"),
     [
         ((0, "samples", "mincore_mb", 1), 321, 0),
         ((0, "samples", "mapping_mb", 0), 321, 1),
@@ -126,12 +127,12 @@ def test_goals_that_hold():
         ((4, "ms", "p50"), 2.2, 7),
     ],
 )
-def test_a_goal_that_is_missed_shows(place, value, line):
+def test_a_goal_that_is_missed_shows(keys, value, line):
     records: Any = copy.deepcopy(RECORDS)
     part = records
-    for step in place[:-1]:
-        part = part[step]
-    part[place[-1]] = value
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
     assert [number for number, one in enumerate(goals(records)) if one.startswith("NO")] == [line]
 
 
@@ -151,8 +152,9 @@ def test_the_picture_is_drawn(tmp_path):
     assert matplotlib.image.imread(tmp_path / "all.png").std() > 0.05
 
 
-def test_records_are_shown_again_without_measuring(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("committed", [False, True])
+def test_records_are_shown_again_without_measuring(committed, tmp_path, monkeypatch, capsys):
     Path(tmp_path, "optimizer.json").write_text(json.dumps(RECORDS))
     monkeypatch.setattr(optimizer, "measure", None)
-    main(["--view", "--out", str(tmp_path)])
+    main(["--view", *(() if committed else ("--out", str(tmp_path)))])
     assert "killed in step 3" in capsys.readouterr().out

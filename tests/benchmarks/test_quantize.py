@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.provenance import RECORDS
-from benchmarks.quantize import KERNELS, Shape, WrongResultError, check, main, make, measure, run, table
+from qloralab.benchmarks.case import WrongResultError
+from qloralab.benchmarks.quantize import KERNELS, Shape, check, main, make, measure, run, table
+from qloralab.benchmarks.record import RECORDS
 from qloralab.checkpoint.quantize_checkpoint import quantize_model
 from qloralab.display import Display
 from qloralab.nf4.files.checkpoint import Checkpoint

@@ -201,6 +201,6 @@ def test_another_operation_is_refused():
 
 
 def test_the_buckets_are_what_the_benchmark_measures():
-    from benchmarks.gpu import ROWS
+    from qloralab.benchmarks.gpu import ROWS
 
     assert ROWS == BUCKETS

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import qloralab as ql
-from benchmarks import gpu_canaries
-from benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
+from qloralab.benchmarks import gpu_canaries
+from qloralab.benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import dispatch
 from qloralab.kernels.gpu import adapter, operators, self_check, two_pass
 from qloralab.lora import ops as lora_ops

@@ -1,8 +1,8 @@
 """What each kernel may cost: instructions per weight, registers, and what its main loop may not do.
 
-The budgets are for sm_90 and hold for triton 3.6.0, whose code the design was counted with. `BUDGETS` is the table.
-Where another version of triton compiles a kernel to more, `NEWER` has its line, with the reason. The tests compile
-every case and hold it; ``qloralab sass`` prints the verdicts. Counts are those of ``kernels/sass.py``.
+The budgets are for sm_90 and hold for triton 3.6.0, whose code the design was counted with, and 3.7.1. `BUDGETS` is the
+table, for a case that states none itself. The tests compile every case and hold it; ``qloralab sass`` prints the
+verdicts. Counts are those of ``reader.py``.
 
 Where the limits come from: an H100 issues 128 x 132 instructions for one thread each per clock and reads 3.0 TB/s. At
 1.755 GHz it has 5.6 instructions for each 4-bit weight that arrives (0.5625 bytes, with a float32 scale for 64), and 25
@@ -12,39 +12,14 @@ instructions, or nearly so; that is necessary for the speed of the memory, and d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
-from .offline import Compiled
-from .sass import Counts
+from qloralab.kernels.gpu.case import PACKED, Budget
+
+from .compile import Compiled
+from .reader import Counts
 
 TARGET = "sm_90"
-PACKED = 0.5  # bytes per weight: 4 bits
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The limits of one case. Spilled registers and local memory are forbidden in all of them.
-
-    Attributes:
-        instructions: per weight, in the main loop, at most.
-        registers: per thread, at most. A multiprocessor has 65,536: at 128, it holds 512 threads.
-        loaded: bytes per weight that loads of `width` bits or more bring, at least: the weights, and with them what
-            they are multiplied with. Fewer, and the loads are narrower than meant, or the weights are miscounted.
-        width: bits per thread.
-        staged: bytes per weight that pass from registers to shared memory, at most. A dequantized weight has 2.
-        needs: opcodes that the loop holds.
-        forbids: opcodes that it does not.
-    """
-
-    instructions: float
-    registers: int = 255
-    loaded: float = PACKED
-    width: int = 128
-    staged: float = math.inf
-    needs: tuple[str, ...] = ()
-    forbids: tuple[str, ...] = ()
 
 
 def _product(instructions: float, tokens: int, registers: int = 255, width: int = 128) -> Budget:
@@ -141,25 +116,10 @@ BUDGETS: Mapping[str, Budget] = {
     "canonical linear_grad_input, float32, odd K, 64 tokens": _canonical(110, PACKED + 1 / 8, width=8, staged=4.6),
 }
 
-# (case, triton's major and minor version): from that version on, until the next line of the case.
-NEWER: Mapping[tuple[str, tuple[int, int]], Mapping[str, float | int]] = {}
 
-
-def budget(name: str, triton: str) -> Budget | None:
-    """The budget of a case.
-
-    Args:
-        name: of the case.
-        triton: the version that compiles, such as ``"3.6.0"``.
-
-    Returns:
-        the limits, or None: the case has none.
-    """
-    if name not in BUDGETS:
-        return None
-    major, minor = map(int, triton.split(".")[:2])
-    lines = [(since, line) for (case, since), line in NEWER.items() if case == name and since <= (major, minor)]
-    return replace(BUDGETS[name], **max(lines)[1]) if lines else BUDGETS[name]
+def budget(compiled: Compiled) -> Budget | None:
+    """The limits of a compiled case: its own, or those of the table; None: it has none."""
+    return compiled.budget or BUDGETS.get(compiled.name)
 
 
 def exceeded(limits: Budget, compiled: Compiled, counts: Counts) -> list[str]:

@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import provenance as module
-from benchmarks.provenance import LOWERING, lower_mkl, lowered, parse, provenance, record_file, record_files
+from qloralab.benchmarks import record as module
+from qloralab.benchmarks.record import (
+    LOWERING,
+    driver,
+    gpu_provenance,
+    lower_mkl,
+    lowered,
+    parse,
+    provenance,
+    record_file,
+    record_files,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +87,23 @@ def test_a_class_has_a_file_of_its_own(tmp_path, monkeypatch):
     assert [file.name for file in record_files(tmp_path, "cpu", "avx2")] == ["cpu-avx2.json"]
     with pytest.raises(SystemExit, match=r"cpu-portable\.json"):
         record_files(tmp_path, "cpu", "portable")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root)\n", "580.159.04"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        ("something else\n", None),
+    ],
+)
+def test_the_drivers_version(text, expected, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert driver() == expected
+
+
+def test_versions_of_what_is_installed_only(monkeypatch):
+    monkeypatch.setattr(module, "PACKAGES", ("torch", "a-package-that-nobody-has"))
+    found = gpu_provenance("gpu", "a GPU")["versions"]
+    assert found["torch"].startswith(torch.__version__.partition("+")[0])
+    assert "a-package-that-nobody-has" not in found

@@ -12,7 +12,7 @@ loads of that; a case says the same through ``divisible``.
 
 A process either compiles or interprets: with ``TRITON_INTERPRET=1``, ``@triton.jit`` makes interpreted functions, which
 cannot be compiled. `compile_cases` therefore works in processes of its own, in which the variable is not set, as many
-as there are processors. What was compiled before comes out of triton's own cache. ``kernels/sass.py`` reads the SASS.
+as there are processors. What was compiled before comes out of triton's own cache. ``reader.py`` reads the SASS.
 
 NVIDIA's tools are in the wheels for Linux. Verified with triton 3.6.0 and 3.7.1, for sm_80, sm_90, sm_100 and sm_120.
 """
@@ -32,40 +32,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Modules with CASES, below kernels/gpu.
+from qloralab.kernels.gpu.case import Budget, Case
+
+# Modules of kernels/gpu with CASES, in the order of the table.
 KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input", "adapter", "canonical", "adamw", "adamw_8bit")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
-
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 class OfflineError(RuntimeError):
     """A kernel cannot be compiled here, or triton or one of its tools is missing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to compile a kernel.
-
-    Attributes:
-        name: of the case, unique among all files: what budgets and ``qloralab sass`` call it.
-        kernel: the function under ``@triton.jit``.
-        signature: triton's type of each parameter that is no constexpr: ``"*bf16"``, ``"*u8"``, ``"i32"``, ``"fp32"``.
-        constexprs: the value of each that is.
-        weights: that one program handles in one iteration of its main loop; in all, where there is no loop.
-        num_warps: of 32 threads, in a program.
-        num_stages: of the software pipeline.
-        divisible: parameters that are divisible by 16, pointers by bytes. None: every pointer and every integer.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    weights: int
-    num_warps: int = 4
-    num_stages: int = 3
-    divisible: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +56,7 @@ class Compiled:
         spilled: bytes of stack and local memory per thread: 0, unless the registers do not suffice.
         shared: bytes of shared memory per program.
         sass: the machine code, as text; empty where it was not asked for.
+        budget: of the case, where its file states one.
     """
 
     name: str
@@ -91,14 +67,11 @@ class Compiled:
     spilled: int
     shared: int
     sass: str
+    budget: Budget | None = None
 
 
 def triton_version() -> str:
-    """The version of the triton that compiles.
-
-    Raises:
-        OfflineError: there is none.
-    """
+    """The version of the triton that compiles; raises OfflineError where there is none."""
     return _triton().__version__
 
 
@@ -128,6 +101,17 @@ def run_tool(name: str, *arguments: str | Path, folder: Path | None = None) -> s
     return done.stdout
 
 
+def occupied(cubin: str | Path, symbol: str = "") -> tuple[int, int, int] | None:
+    """Registers, bytes spilled and static shared memory of a compiled kernel, by its mangled name or the only one."""
+    usage = run_tool("cuobjdump", "-res-usage", cubin)
+    before = rf"Function {re.escape(symbol)}:\s+" if symbol else ""
+    found = re.search(before + r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        return None
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, stack + local, shared
+
+
 def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) -> Compiled:
     """Compile a case in this process, which must not interpret.
 
@@ -153,11 +137,14 @@ def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) ->
     if sorted(names) != sorted([*case.signature, *case.constexprs]):
         wrong = sorted(set(names) ^ {*case.signature, *case.constexprs}) or "one is in both"
         raise OfflineError(f"{case.name}: signature and constexprs together name each parameter once; not so: {wrong}")
+    divisible = case.divisible
+    if divisible is None:
+        divisible = [name for name, kind in case.signature.items() if kind.startswith("*") or kind in ("i32", "i64")]
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in _divisible(case)},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     try:
@@ -167,22 +154,21 @@ def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) ->
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        usage = occupied(file.name)
         # -ndf: without following the data, which would add nothing to the text.
         sass = run_tool("nvdisasm", "-c", "-ndf", file.name) if disassemble else ""
-    found = _USAGE.search(usage)
-    if found is None:
-        raise OfflineError(f"{case.name}: cuobjdump states no registers: {usage.strip()!r}")
-    registers, stack, _, local = map(int, found.groups())
+    if usage is None:
+        raise OfflineError(f"{case.name}: cuobjdump states no registers")
     return Compiled(
         name=case.name,
         target=target,
         triton=triton.__version__,
         weights_per_thread=case.weights / (32 * case.num_warps),
-        registers=registers,
-        spilled=stack + local,
+        registers=usage[0],
+        spilled=usage[1],
         shared=compiled.metadata.shared,  # cuobjdump sees only what is static
         sass=sass,
+        budget=case.budget,
     )
 
 
@@ -201,7 +187,7 @@ def cases_of(module: str, target: str) -> Sequence[Case]:
 
 def kernel_modules() -> list[str]:
     """The full names of `KERNEL_FILES`."""
-    return [f"{__package__}.gpu.{name}" for name in KERNEL_FILES]
+    return [f"qloralab.kernels.gpu.{name}" for name in KERNEL_FILES]
 
 
 def compile_cases(
@@ -294,9 +280,3 @@ def _capability(target: str) -> int:
     if target not in TARGETS:
         raise ValueError(f"the target is one of {', '.join(TARGETS)}, not {target!r}")
     return int(target.removeprefix("sm_"))
-
-
-def _divisible(case: Case) -> Iterable[str]:
-    if case.divisible is not None:
-        return case.divisible
-    return [name for name, kind in case.signature.items() if kind.startswith("*") or kind in ("i32", "i64")]

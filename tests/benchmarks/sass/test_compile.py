@@ -8,16 +8,17 @@ from importlib.util import find_spec
 
 import pytest
 
-from qloralab.kernels import offline
-from qloralab.kernels.offline import TARGETS, Case, Compiled, OfflineError, compile_case, compile_cases, select, tool
-from qloralab.kernels.sass import count
+from qloralab.benchmarks.sass import compile as offline
+from qloralab.benchmarks.sass.compile import TARGETS, Compiled, OfflineError, compile_case, compile_cases, select, tool
+from qloralab.benchmarks.sass.reader import count
+from qloralab.kernels.gpu.case import Case
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
 
 SMALL = """
 import triton
 import triton.language as tl
-from qloralab.kernels.offline import Case
+from qloralab.kernels.gpu.case import Case
 
 @triton.jit
 def double(x, y, n, BLOCK: tl.constexpr):
@@ -35,7 +36,7 @@ CASES_SM_80 = (Case("double on sm_80", double, TYPES | {"n": "i32"}, {"BLOCK": 5
 SPILLING = """
 import triton
 import triton.language as tl
-from qloralab.kernels.offline import Case
+from qloralab.kernels.gpu.case import Case
 
 @triton.jit
 def total(x, y, BLOCK: tl.constexpr):
@@ -47,7 +48,7 @@ CASES = (Case("total", total, {"x": "*fp32", "y": "*fp32"}, {"BLOCK": 16384}, 16
 WRONG = """
 import triton
 import triton.language as tl
-from qloralab.kernels.offline import Case
+from qloralab.kernels.gpu.case import Case
 
 @triton.jit
 def wrong(x, BLOCK: tl.constexpr):
@@ -165,7 +166,7 @@ def test_an_interpreted_function_is_no_kernel():
 
 
 WRONG_PARAMETERS = """
-from qloralab.kernels.offline import Case
+from qloralab.kernels.gpu.case import Case
 from small_kernels import double
 CASES = (Case("few", double, {"x": "*fp32", "y": "*fp32", "BLOC": "i32"}, {"BLOCK": 64}, 64),)
 """

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from qloralab.kernels import budgets
-from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded
-from qloralab.kernels.offline import KERNEL_FILES, TARGETS, Compiled, compile_cases
-from qloralab.kernels.sass import Counts, Instruction, count
+from qloralab.benchmarks.sass import budgets
+from qloralab.benchmarks.sass.budgets import BUDGETS, TARGET, budget, exceeded
+from qloralab.benchmarks.sass.compile import KERNEL_FILES, TARGETS, Compiled, compile_cases
+from qloralab.benchmarks.sass.reader import Counts, Instruction, count
+from qloralab.kernels.gpu import case
+from qloralab.kernels.gpu.case import PACKED, Budget
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
 OTHERS = [target for target in TARGETS if target != TARGET]
@@ -32,7 +34,7 @@ def compiled() -> dict[str, Compiled]:
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_kernel_keeps_its_budget(compiled, name):
     one = compiled[name]
-    limits = budget(name, one.triton)
+    limits = budget(one)
     assert limits is not None
     assert exceeded(limits, one, count(one.sass, one.weights_per_thread)) == []
 
@@ -56,7 +58,7 @@ def test_every_kernel_compiles_for_the_other_targets():
 WORDS = """
 import json, re
 import triton
-from qloralab.kernels import offline
+from qloralab.benchmarks.sass import compile as offline
 from qloralab.kernels.gpu import linear, linear_grad_input
 
 def keep(*arguments, **options):
@@ -92,14 +94,8 @@ def test_the_two_words_of_a_unit_lie_in_consecutive_registers():
 
 
 def test_every_file_with_cases_is_listed():
-    folder = Path(budgets.__file__).parent / "gpu"
-    assert {path.stem for path in folder.glob("*.py") if "\nCASES" in path.read_text()} == set(KERNEL_FILES)
-
-
-def test_every_line_for_a_newer_triton_changes_a_budget():
-    for (name, since), line in NEWER.items():
-        assert since > (3, 6)
-        assert replace(BUDGETS[name], **line) != BUDGETS[name]
+    files = Path(case.__file__).parent.glob("*.py")
+    assert {path.stem for path in files if "\nCASES" in path.read_text()} == set(KERNEL_FILES)
 
 
 LIMITS = Budget(3, registers=64, loaded=PACKED, width=128, staged=0.5, needs=("HGMMA",), forbids=("SHFL",))
@@ -145,15 +141,9 @@ def test_each_limit_is_held(limits, one, reason):
     assert exceeded(limits, *one) == [reason]
 
 
-def test_the_line_of_the_triton_in_use_counts(monkeypatch):
-    monkeypatch.setattr(budgets, "BUDGETS", {"one": Budget(8, registers=100), "two": Budget(5)})
-    monkeypatch.setattr(
-        budgets,
-        "NEWER",
-        {("one", (3, 10)): {"instructions": 7}, ("one", (3, 7)): {"registers": 99}, ("two", (3, 7)): {"loaded": 1}},
-    )
-    assert budget("one", "3.6.0") == Budget(8, registers=100)
-    assert budget("one", "3.7.1") == budget("one", "3.9.0+git") == Budget(8, registers=99)
-    assert budget("one", "3.10.0") == budget("one", "4.0.0") == Budget(7, registers=100)
-    assert budget("two", "3.7.0") == Budget(5, loaded=1)
-    assert budget("three", "3.6.0") is None
+def test_a_case_has_the_budget_that_it_states_or_that_of_the_table(monkeypatch):
+    one, _ = kernel()
+    monkeypatch.setattr(budgets, "BUDGETS", {"kernel": Budget(8)})
+    assert budget(one) == Budget(8)
+    assert budget(replace(one, budget=Budget(5))) == Budget(5)
+    assert budget(replace(one, name="another")) is None

@@ -1,5 +1,4 @@
-"""Where a record comes from: the processor, its class, the versions, the commit. Every benchmark writes these into its
-records.
+"""Records: where a figure comes from, in which file it is kept, and the options that every benchmark has.
 
 A figure belongs to a class of processors (``nf4/processor.py``): avx2, avx512-bf16. Where it depends on the class, the
 name of the record's file ends in it, so that each class keeps its own. Variables lower the class, to measure what
@@ -13,11 +12,14 @@ They do not reach MKL, which multiplies float32 for PyTorch: ``lower_mkl`` does.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Sequence
-from importlib.metadata import version
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from qloralab.train.run_directory import versions
 ROOT = Path(__file__).parent.parent
 RECORDS = Path(__file__).parent / "records"
 TRIALS = ROOT / "runs" / "benchmarks"
+PACKAGES = ("torch", "triton", "bitsandbytes", "unsloth", "transformers", "peft")
 LOWERING = ("QLORALAB_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _MKL = {"avx2": "AVX2", "portable": "SSE4_2"}  # what it calls the classes below AVX512
 
@@ -49,8 +52,14 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return args
 
 
+def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the records as a JSON list, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+
+
 def provenance() -> dict[str, Any]:
-    """The fields that every record carries: device, class, what torch uses of it, threads, versions, commit."""
+    """The fields that a record of a CPU carries: device, class, what torch uses of it, threads, versions, commit."""
     return {
         "device": device(),
         "class": processor_class(),
@@ -58,9 +67,32 @@ def provenance() -> dict[str, Any]:
         "mkl": torch.backends.mkl.is_available(),
         "lowered": lowered(),
         "threads": torch.get_num_threads(),
-        "versions": library_versions(),
+        "versions": {**versions(), "bitsandbytes": version("bitsandbytes"), "peft": version("peft")},
         "commit": commit(),
     }
+
+
+def gpu_provenance(benchmark: str, name: str) -> dict[str, Any]:
+    """The fields that every record of a GPU carries: benchmark, device, versions of what is installed, commit."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    more = {"cuda": torch.version.cuda, "driver": driver()}
+    found |= {part: number for part, number in more.items() if number}
+    return {"benchmark": benchmark, "device": name, "versions": found, "commit": commit()}
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA kernel module, as Linux has it."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
+    return found[1] if found else None
 
 
 def lowered() -> dict[str, str]:
@@ -88,31 +120,29 @@ def record_file(folder: Path, name: str) -> Path:
     return folder / f"{name}-{processor_class()}.json"
 
 
+def gpu_record_file(folder: Path, name: str) -> Path:
+    """Where the records of a device go: gpu-nvidia-h100-80gb-hbm3.json."""
+    return folder / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
 def record_files(folder: Path, name: str, asked: str = "all") -> list[Path]:
     """The records of a name that there are: of one class, or of all, in the order of their names.
 
     Raises:
         SystemExit: there are none.
     """
-    files = sorted(folder.glob(f"{name}-{'*' if asked == 'all' else asked}.json"))
-    if not files:
-        raise SystemExit(f"{folder} has no {name}-{asked}.json" if asked != "all" else f"{folder} has no {name}-*.json")
-    return files
-
-
-def library_versions() -> dict[str, str]:
-    """The versions of this library, of its peers, and of what is under them."""
-    return {**versions(), "bitsandbytes": version("bitsandbytes"), "peft": version("peft")}
+    pattern = f"{name}-{'*' if asked == 'all' else asked}.json"
+    if files := sorted(folder.glob(pattern)):
+        return files
+    raise SystemExit(f"{folder} has no {pattern}")
 
 
 def device() -> str:
     """The processor's name and the number of threads."""
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+        found = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
     return f"{name}, {torch.get_num_threads()} threads"
 
 

@@ -1,8 +1,8 @@
 """``qloralab sass``: what each Triton kernel costs in machine code, beside bitsandbytes' compiled kernels.
 
-No GPU is needed. Ours are compiled in this run (``kernels/offline.py``). Theirs come out of the installed wheel: its
-shared library holds machine code for each architecture, which the same disassembler reads and the same code counts
-(``kernels/sass.py`` says how). Weights per thread and iteration are read from their sources, see `PEERS`.
+No GPU is needed. Ours are compiled in this run (``compile.py``). Theirs come out of the installed wheel: its shared
+library holds machine code for each architecture, which the same disassembler reads and the same code counts
+(``reader.py`` says how). Weights per thread and iteration are read from their sources, see `PEERS`.
 
 Their dequantization of double quantized weights is two more launches, which are not in the count; ours is one.
 """
@@ -14,28 +14,28 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qloralab.kernels.budgets import TARGET, budget, exceeded, unsound
-from qloralab.kernels.offline import (
+from .budgets import TARGET, budget, exceeded, unsound
+from .compile import (
     TARGETS,
     Compiled,
     OfflineError,
     compile_cases,
     kernel_modules,
+    occupied,
     run_tool,
     select,
     triton_version,
 )
-from qloralab.kernels.sass import OTHER, Counts, Instruction, count, sections
-
-from .errors import UserError
+from .reader import OTHER, Counts, Instruction, count, sections
 
 THEIRS = "bitsandbytes"
 KEPT, EXCEEDED, SOUND, NONE = "kept", "EXCEEDED", "no spills", ""
@@ -104,7 +104,7 @@ NOTES = {
     "WARPGROUP": "orders matrix products and registers",
     "SYNCS": "barrier in shared memory",
     "BRA": "branch",
-    "BSSY": "names the place where threads that part meet again",
+    "BSSY": "names where threads that part meet again",
     "BSYNC": "waits there for the others",
     "LDC": "loads a constant: an argument of the kernel",
     "tensor": "tensor core",
@@ -120,61 +120,15 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kernel.
-
-    Attributes:
-        kernel: its name.
-        library: whose it is: qloralab or bitsandbytes.
-        instructions: in the main loop; in all, where `is_loop` is false.
-        is_loop: whether there is a main loop.
-        weights_per_thread: that one thread handles in them.
-        per_weight: instructions per weight.
-        classes: the same by class of instruction.
-        registers: per thread.
-        spilled: bytes per thread.
-        shared: bytes per program.
-        loaded: bytes per weight that the counted loads bring.
-        widest_load: bits.
-        budget: instructions per weight, or None.
-        verdict: kept, EXCEEDED, or, without a budget, whether registers spill.
-        reasons: each limit that is exceeded.
-    """
-
-    kernel: str
-    library: str
-    instructions: int
-    is_loop: bool
-    weights_per_thread: float
-    per_weight: float
-    classes: dict[str, float]
-    registers: int
-    spilled: int
-    shared: int
-    loaded: float
-    widest_load: int
-    budget: float | None
-    verdict: str
-    reasons: list[str]
+Found = list[tuple[Compiled, Counts]]
 
 
-@dataclass(frozen=True)
-class Report:
-    """The rows, ours first; the versions; and in `missing` why bitsandbytes is not in it, if it is not."""
-
-    target: str
-    versions: dict[str, str]
-    rows: list[Row]
-    missing: str | None = None
-
-    @property
-    def fails(self) -> bool:
-        return any(row.verdict == EXCEEDED for row in self.rows)
+class PeerError(Exception):
+    """bitsandbytes' kernels cannot be counted; the message says why."""
 
 
 def sass(target: str, kernel: str | None, json_file: Path | None, explain: str | None) -> bool:
-    """The ``sass`` command: compile, count, print the table or a loop, write the JSON.
+    """Compile, count, print the table or a loop, write the JSON.
 
     Args:
         target: one of `TARGETS`.
@@ -186,53 +140,46 @@ def sass(target: str, kernel: str | None, json_file: Path | None, explain: str |
         whether every budget is kept.
 
     Raises:
-        UserError: no such target or kernel; triton or its tools are missing; a kernel does not compile; the file
+        OfflineError: no such target or kernel; triton or its tools are missing; a kernel does not compile; the file
             cannot be written.
     """
     if target not in TARGETS:
-        raise UserError(f"--target is one of {', '.join(TARGETS)}, not {target}")
+        raise OfflineError(f"--target is one of {', '.join(TARGETS)}, not {target}")
     console = Console()
-    try:
-        with Console(stderr=True).status("compiling"):
-            found, missing = _compile(target, explain or kernel)
-    except OfflineError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    with Console(stderr=True).status("compiling"):
+        found, missing = _compile(target, explain or kernel)
     report = make_report(target, found, missing)
     if json_file is not None:
-        _write(json_file, to_json(report))
+        try:
+            json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OfflineError(f"{json_file} cannot be written: {error.strerror}") from error
     if explain is None:
         show(report, console)
     else:
         lines = explained(*found[0])
         if others := [compiled.name for compiled, _ in found[1:]]:
             lines.append(f"also: {'; '.join(others)}")
-        for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return not report.fails
-
-
-Found = list[tuple[Compiled, Counts]]
+        _say(console, *lines)
+    return not report["fails"]
 
 
 def _compile(target: str, only: str | None) -> tuple[Found, str | None]:
-    """Ours and theirs; and why theirs are missing."""
+    """Our kernels and bitsandbytes', and why the latter are missing."""
     theirs, missing = [], None
-    if only is None or only.startswith(THEIRS):
+    is_theirs = only is not None and only.startswith(THEIRS)
+    if only is None or is_theirs:
         try:
             theirs = peers(target)
         except PeerError as error:
             missing = str(error)
-    if only is not None and only.startswith(THEIRS):
+    if is_theirs:
         if missing:
             raise OfflineError(missing)
         chosen = select([compiled.name for compiled, _ in theirs], only)
         return [pair for pair in theirs if pair[0].name in chosen], None
     ours = [(one, count(one.sass, one.weights_per_thread)) for one in compile_cases([target], kernel_modules(), only)]
     return [*ours, *theirs], missing
-
-
-class PeerError(Exception):
-    """bitsandbytes' kernels cannot be counted; the message says why."""
 
 
 def peers(target: str) -> Found:
@@ -248,128 +195,121 @@ def peers(target: str) -> Found:
     version, folder = importlib.metadata.version(THEIRS), Path(spec.submodule_search_locations[0])
     for library in (folder / name for name in LIBRARIES):
         with tempfile.TemporaryDirectory() as temporary:
-            cubins = _extract(library, target, Path(temporary)) if library.is_file() else []
-            if cubins:
-                return _peers_in(cubins[0], target, f"{version}, {library.name}")
+            if cubin := _extract(library, target, Path(temporary)):
+                return _peers_in(cubin, target, f"{version}, {library.name}")
     raise PeerError(
         f"bitsandbytes {version} has no code for {target} in {' or '.join(LIBRARIES)}, and is not in the table"
     )
 
 
-def _extract(library: Path, target: str, folder: Path) -> list[Path]:
-    try:
-        run_tool("cuobjdump", "-xelf", f".{target}.cubin", library, folder=folder)
-    except OfflineError:  # this disassembler is older than the library, or there is nothing for the target
-        return []
-    return sorted(folder.glob(f"*.{target}.cubin"))
+def _extract(library: Path, target: str, folder: Path) -> Path | None:
+    if library.is_file():
+        with suppress(OfflineError):  # this disassembler is older than the library, or there is nothing for the target
+            run_tool("cuobjdump", "-xelf", f".{target}.cubin", library, folder=folder)
+            return min(folder.glob(f"*.{target}.cubin"), default=None)
+    return None
 
 
 def _peers_in(cubin: Path, target: str, version: str) -> Found:
     kernels = sections(run_tool("nvdisasm", "-c", cubin))
-    usage = run_tool("cuobjdump", "-res-usage", cubin)
     found = []
     for name, pattern, weights in PEERS:
         symbol = next((one for one in kernels if re.match(pattern, one)), None)
-        resources = symbol and re.search(
-            rf"Function {re.escape(symbol)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
-        )
-        if not symbol or not resources:
+        usage = symbol and occupied(cubin, symbol)
+        if not symbol or not usage:
             raise PeerError(f"bitsandbytes {version}: no kernel {name}, so it is not in the table")
-        registers, stack, shared, local = map(int, resources.groups())
-        text = kernels[symbol]
-        compiled = Compiled(f"{THEIRS} {name}", target, version, weights, registers, stack + local, shared, text)
-        found.append((compiled, count(text, weights)))
+        compiled = Compiled(f"{THEIRS} {name}", target, version, weights, *usage, kernels[symbol])
+        found.append((compiled, count(compiled.sass, weights)))
     return found
 
 
-def make_report(target: str, found: Found, missing: str | None) -> Report:
-    """Rows with verdicts out of what was compiled and counted."""
-    versions = {"triton": triton_version()}
-    for compiled, _ in found:
-        if compiled.name.startswith(THEIRS):
-            versions[THEIRS] = compiled.triton
-    return Report(target, versions, [_row(*pair) for pair in found], missing)
+def make_report(target: str, found: Found, missing: str | None) -> dict[str, Any]:
+    """What was compiled and counted, with verdicts, as it is written to JSON.
+
+    Returns:
+        target; versions; missing, why bitsandbytes is not in it, or None; fails, whether a budget is exceeded; rows, a
+        kernel each: kernel; library; instructions in the main loop, in all where is_loop is false; weights_per_thread
+        in them; per_weight, and the same by class in classes; registers and bytes spilled, per thread; bytes of shared
+        memory, per program; loaded, bytes per weight; widest_load, bits; budget, instructions per weight, or None;
+        verdict, and each limit that is exceeded in reasons.
+    """
+    theirs = [compiled for compiled, _ in found if compiled.name.startswith(THEIRS)]
+    versions = {"triton": triton_version(), **({THEIRS: theirs[0].triton} if theirs else {})}
+    rows = [_row(*pair) for pair in found]
+    fails = any(row["verdict"] == EXCEEDED for row in rows)
+    return {"target": target, "versions": versions, "rows": rows, "missing": missing, "fails": fails}
 
 
-def _row(compiled: Compiled, counts: Counts) -> Row:
+def _row(compiled: Compiled, counts: Counts) -> dict[str, Any]:
     limits, reasons, verdict = None, [], NONE
     is_theirs = compiled.name.startswith(THEIRS)
     if not is_theirs:
-        limits = budget(compiled.name, compiled.triton) if compiled.target == TARGET else None
+        limits = budget(compiled) if compiled.target == TARGET else None
         reasons = exceeded(limits, compiled, counts) if limits else unsound(compiled, counts)
         verdict = EXCEEDED if reasons else KEPT if limits else SOUND
-    return Row(
-        kernel=compiled.name.removeprefix(f"{THEIRS} "),
-        library=THEIRS if is_theirs else "qloralab",
-        instructions=len(counts.loop),
-        is_loop=counts.is_loop,
-        weights_per_thread=counts.weights,
-        per_weight=round(counts.per_weight, 3),
-        classes={name: round(value, 3) for name, value in counts.classes.items()},
-        registers=compiled.registers,
-        spilled=compiled.spilled,
-        shared=compiled.shared,
-        loaded=round(counts.loaded(), 3),
-        widest_load=counts.widest_load,
-        budget=limits.instructions if limits else None,
-        verdict=verdict,
-        reasons=reasons,
-    )
+    return {
+        "kernel": compiled.name.removeprefix(f"{THEIRS} "),
+        "library": THEIRS if is_theirs else "qloralab",
+        "instructions": len(counts.loop),
+        "is_loop": counts.is_loop,
+        "weights_per_thread": counts.weights,
+        "per_weight": round(counts.per_weight, 3),
+        "classes": {name: round(value, 3) for name, value in counts.classes.items()},
+        "registers": compiled.registers,
+        "spilled": compiled.spilled,
+        "shared": compiled.shared,
+        "loaded": round(counts.loaded(), 3),
+        "widest_load": counts.widest_load,
+        "budget": limits.instructions if limits else None,
+        "verdict": verdict,
+        "reasons": reasons,
+    }
 
 
-def show(report: Report, console: Console) -> None:
-    """Print the table, what exceeds a budget, and how it was counted."""
-
-    def say(line: str) -> None:
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print the table, what exceeds a budget, and how it was counted."""
     width = max(80, min(console.width, 130)) if console.is_terminal else 130
     console.width = max(console.width, width)
     console.print(table(report, width))
-    for row in report.rows:
-        for reason in row.reasons:
-            say(f"{row.kernel}: {reason}")
-    if report.missing:
-        say(report.missing)
-    say("Instructions in the main loop, per weight that a thread handles in an iteration; * no loop: in the kernel.")
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    say(f"{report.target}, counted in the machine code, not measured on a GPU; {versions}")
+    _say(console, *(f"{row['kernel']}: {reason}" for row in report["rows"] for reason in row["reasons"]))
+    _say(console, *filter(None, [report["missing"]]))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    _say(
+        console,
+        "Instructions in the main loop, per weight that a thread handles in an iteration; * no loop: in the kernel.",
+        f"{report['target']}, counted in the machine code, not measured on a GPU; {versions}",
+    )
 
 
-def table(report: Report, width: int | None = None) -> Table:
-    """The report as a table.
-
-    Args:
-        report: to be shown.
-        width: in columns; below 120 the classes are left out. None: a Markdown table, as wide as it gets.
-    """
-    is_markdown = width is None
-    has_classes = width is None or width >= 120
-    occurring = {kind for row in report.rows for kind in row.classes}
-    columns = [name for name, kinds in COLUMNS.items() if has_classes and occurring.intersection(kinds)]
-    padding = (0, 1) if is_markdown else 0  # the box itself leaves a space between columns
-    view = Table(box=box.MARKDOWN if is_markdown else box.SIMPLE_HEAD, pad_edge=is_markdown, padding=padding)
+def table(report: Mapping[str, Any], width: int) -> Table:
+    """The report as a table of so many columns of text; below 120 the classes are left out."""
+    occurring = {kind for row in report["rows"] for kind in row["classes"]}
+    columns = [name for name, kinds in COLUMNS.items() if width >= 120 and occurring.intersection(kinds)]
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)  # the box itself leaves a space between columns
     view.add_column("kernel", no_wrap=True)
     for heading in ("per weight", *columns, "regs", "spill", "shared memory", "load", "budget"):
-        view.add_column(heading if is_markdown else heading.replace(" ", "\n"), justify="right", no_wrap=is_markdown)
+        view.add_column(heading.replace(" ", "\n"), justify="right")
     view.add_column("verdict", no_wrap=True)
     before = "qloralab"
-    for row in report.rows:
-        if row.library != before and not is_markdown:
+    for row in report["rows"]:
+        if row["library"] != before:
             view.add_section()
-            view.add_row(f"{row.library} {report.versions[row.library]}".partition(",")[0])
-        before = row.library
-        parts = [sum(row.classes.get(kind, 0) for kind in COLUMNS[name]) for name in columns]
+            view.add_row(f"{row['library']} {report['versions'][row['library']]}".partition(",")[0])
+        before = row["library"]
+        parts = [sum(row["classes"].get(kind, 0) for kind in COLUMNS[name]) for name in columns]
         view.add_row(
-            f"{row.library}: {row.kernel}" if is_markdown and row.library != "qloralab" else row.kernel,
-            f"{row.per_weight:.2f}{'' if row.is_loop else '*'}",
+            row["kernel"],
+            f"{row['per_weight']:.2f}{'' if row['is_loop'] else '*'}",
             *(f"{part:.2f}" if part else "" for part in parts),
-            str(row.registers),
-            str(row.spilled),
-            str(row.shared),
-            f"{row.widest_load // 8} B",
-            "" if row.budget is None else f"{row.budget:g}",
-            f"[bold red]{row.verdict}[/]" if row.verdict == EXCEEDED else row.verdict,
+            *(str(row[name]) for name in ("registers", "spilled", "shared")),
+            f"{row['widest_load'] // 8} B",
+            "" if row["budget"] is None else f"{row['budget']:g}",
+            f"[bold red]{row['verdict']}[/]" if row["verdict"] == EXCEEDED else row["verdict"],
         )
     return view
 
@@ -394,25 +334,3 @@ def explained(compiled: Compiled, counts: Counts) -> list[str]:
 def note(one: Instruction) -> str:
     """What an instruction is for, in a few words."""
     return NOTES.get(one.name) or NOTES.get(one.name.removeprefix("U")) or NOTES[one.kind]
-
-
-def to_json(report: Report) -> str:
-    """The report as JSON; `from_json` reads it."""
-    return json.dumps({**asdict(report), "fails": report.fails}, indent=1) + "\n"
-
-
-def from_json(text: str) -> Report:
-    """The report that `to_json` wrote.
-
-    Raises:
-        ValueError, KeyError, TypeError: the text is something else.
-    """
-    facts = json.loads(text)
-    return Report(facts["target"], facts["versions"], [Row(**row) for row in facts["rows"]], facts["missing"])
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from error

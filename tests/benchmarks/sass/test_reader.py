@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qloralab.kernels.sass import CLASSES, OTHER, Counts, Instruction, count, main_loop, parse, sections
+from qloralab.benchmarks.sass.reader import CLASSES, OTHER, Counts, Instruction, count, main_loop, parse, sections
 
 
 def text(*lines: str) -> str:
@@ -19,10 +19,6 @@ def text(*lines: str) -> str:
         shown.append(f"        /*{address:04x}*/             {guard:>6} {rest} ;")
         address += 16
     return "\n".join(shown)
-
-
-def loop_of(*lines: str) -> list[str]:
-    return [str(one) for one in main_loop(parse(text(*lines)))]
 
 
 def an_instruction(opcode: str, operands: str = "") -> Instruction:
@@ -87,60 +83,42 @@ def test_a_kernel_without_a_loop_counts_whole():
     assert counts.per_weight == 2  # with the endless loop that pads each kernel
 
 
-def test_a_loop_that_loads_nothing_is_not_the_main_loop():
-    body = [".L_x_0:", "FADD R0, R0, R1", "FADD R0, R0, R2", "LDS R3, [R4]", "@P0 BRA `(.L_x_0)"]
-    assert loop_of(*body, ".L_x_1:", "LDG.E R0, [R2]", "@P1 BRA `(.L_x_1)", "EXIT") == [
-        "LDG.E R0, [R2]", "@P1 BRA `(.L_x_1)"
-    ]  # fmt: skip
-    assert loop_of(*body, "EXIT") == []
+QUIET = [".L_x_8:", "FADD R0, R0, R1", "LDS R3, [R4]", "@P0 BRA `(.L_x_8)"]
+LOAD, STEP, BACK = "LDG.E R0, [R2]", "FADD R0, R0, R0", "@P1 BRA `(.L_x_0)"
+NEXT = [".L_x_9:", LOAD, STEP, "@P0 BRA `(.L_x_9)", "EXIT"]
+ASIDE = [STEP, "BSYNC B1"]
+LOOPS = {
+    "a loop that loads nothing is none": ([*QUIET, "EXIT"], []),
+    "beside such a loop the one that loads counts": ([*QUIET, ".L_x_0:", LOAD, BACK, "EXIT"], [LOAD, BACK]),
+    "of nested loops the inner one counts": (
+        [".L_x_0:", LOAD, ".L_x_1:", "LDGSTS.E.128 [R1], [R2.64]", "@P0 BRA `(.L_x_1)", STEP, BACK, "EXIT"],
+        ["LDGSTS.E.128 [R1], [R2.64]", "@P0 BRA `(.L_x_1)"],
+    ),
+    "of loops side by side the longest counts": ([".L_x_0:", LOAD, STEP, STEP, BACK, *NEXT], [LOAD, STEP, STEP, BACK]),
+    # The way back from behind the end goes to the middle of the loop, and closes none.
+    "a block out of line belongs to its loop": (
+        ["MOV R0, R1", ".L_x_0:", LOAD, "@P0 BRA `(.L_x_2)", ".L_x_1:", STEP, BACK, "STG.E [R2], R0", "EXIT",
+         ".L_x_2:", "MUFU.RCP R0, R0", "BRA `(.L_x_1)"],
+        [LOAD, "@P0 BRA `(.L_x_2)", STEP, BACK, "MUFU.RCP R0, R0", "BRA `(.L_x_1)"],
+    ),
+    # BSYNC jumps: the block behind the end reaches the loop by no branch.
+    "threads that part meet where the barrier says": (
+        [".L_x_0:", "BSSY B1, `(.L_x_1)", LOAD, "@P0 BRA `(.L_x_2)", "BSYNC B1", ".L_x_1:", BACK, "EXIT",
+         ".L_x_2:", *ASIDE, ".L_x_3:", "BRA `(.L_x_3)"],
+        ["BSSY B1, `(.L_x_1)", LOAD, "@P0 BRA `(.L_x_2)", "BSYNC B1", BACK, *ASIDE],
+    ),
+    "a branch without condition does not fall through": (
+        [".L_x_0:", LOAD, "BRA `(.L_x_0)", *NEXT], [LOAD, "BRA `(.L_x_0)"]
+    ),
+} | {
+    f"a branch with a condition also falls through, {branch}": ([".L_x_0:", LOAD, branch, *NEXT], [LOAD, STEP, NEXT[3]])
+    for branch in ("BRA.U UP0, `(.L_x_0)", "BRA P1, `(.L_x_0)", "@P0 BRA `(.L_x_0)")
+}  # fmt: skip
 
 
-def test_of_nested_loops_the_inner_one_counts():
-    inner = [".L_x_1:", "LDGSTS.E.BYPASS.128 [R1], [R2.64]", "@P0 BRA `(.L_x_1)"]
-    assert loop_of(".L_x_0:", "LDG.E R9, [R2]", *inner, "FADD R1, R1, R2", "@P1 BRA `(.L_x_0)", "EXIT") == [
-        "LDGSTS.E.BYPASS.128 [R1], [R2.64]", "@P0 BRA `(.L_x_1)"
-    ]  # fmt: skip
-
-
-def test_of_loops_side_by_side_the_longest_counts():
-    lines = [".L_x_0:", "LDG.E R0, [R2]", "FADD R0, R0, R0", "@P0 BRA `(.L_x_0)"]
-    rest = [".L_x_1:", "LDG.E R0, [R2]", "@P0 BRA `(.L_x_1)", "EXIT"]
-    assert len(loop_of(*lines, *rest)) == 3
-
-
-def test_a_block_out_of_line_belongs_to_its_loop():
-    """The way back from behind the end goes to the middle of the loop, and closes none."""
-    lines = [
-        "MOV R0, R1", ".L_x_0:", "LDG.E R0, [R2]", "@P0 BRA `(.L_x_2)", ".L_x_1:", "FADD R0, R0, R0",
-        "@P1 BRA `(.L_x_0)", "STG.E [R2], R0", "EXIT", ".L_x_2:", "MUFU.RCP R0, R0", "BRA `(.L_x_1)",
-    ]  # fmt: skip
-    assert loop_of(*lines) == [
-        "LDG.E R0, [R2]", "@P0 BRA `(.L_x_2)", "FADD R0, R0, R0", "@P1 BRA `(.L_x_0)", "MUFU.RCP R0, R0",
-        "BRA `(.L_x_1)",
-    ]  # fmt: skip
-
-
-def test_threads_that_part_meet_where_the_barrier_says():
-    """BSYNC jumps: the block behind the end reaches the loop by no branch."""
-    lines = [
-        ".L_x_0:", "BSSY B1, `(.L_x_1)", "LDG.E R0, [R2]", "@P0 BRA `(.L_x_2)", "BSYNC B1", ".L_x_1:",
-        "@P1 BRA `(.L_x_0)", "EXIT", ".L_x_2:", "FADD R0, R0, R0", "BSYNC B1", ".L_x_3:", "BRA `(.L_x_3)",
-    ]  # fmt: skip
-    assert loop_of(*lines) == [
-        "BSSY B1, `(.L_x_1)", "LDG.E R0, [R2]", "@P0 BRA `(.L_x_2)", "BSYNC B1", "@P1 BRA `(.L_x_0)",
-        "FADD R0, R0, R0", "BSYNC B1",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("branch", ["BRA.U UP0, `(.L_x_0)", "BRA P1, `(.L_x_0)", "@P0 BRA `(.L_x_0)"])
-def test_a_branch_with_a_condition_also_falls_through(branch):
-    lines = [".L_x_0:", "LDG.E R0, [R2]", branch, ".L_x_1:", "LDG.E R0, [R2]", "FADD R0, R0, R0"]
-    assert len(loop_of(*lines, "@P0 BRA `(.L_x_1)", "EXIT")) == 3
-
-
-def test_code_behind_a_branch_without_condition_is_not_reached_through_it():
-    lines = [".L_x_0:", "LDG.E R0, [R2]", "BRA `(.L_x_0)", ".L_x_1:", "LDG.E R0, [R2]", "FADD R0, R0, R0"]
-    assert len(loop_of(*lines, "@P0 BRA `(.L_x_1)", "EXIT")) == 2
+@pytest.mark.parametrize(("body", "loop"), LOOPS.values(), ids=LOOPS)
+def test_the_main_loop(body, loop):
+    assert [str(one) for one in main_loop(parse(text(*body)))] == loop
 
 
 def test_a_subroutine_is_left_out():

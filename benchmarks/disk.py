@@ -85,7 +85,7 @@ class Disk:
 
     def _write(self, first: int) -> None:
         with ThreadPoolExecutor(DEPTH) as pool:
-            list(pool.map(lambda at: os.pwrite(self._descriptor, self._written, at), self._places(first)))
+            list(pool.map(lambda at: os.pwrite(self._descriptor, self._written, at), self._offsets(first)))
         os.fdatasync(self._descriptor)
 
     def _read(self, first: int) -> None:
@@ -93,9 +93,9 @@ class Disk:
             os.preadv(self._descriptor, [self._buffers[at // PIECE % DEPTH]], at)  # whose bytes are of no interest
 
         with ThreadPoolExecutor(DEPTH) as pool:
-            list(pool.map(read, self._places(first)))
+            list(pool.map(read, self._offsets(first)))
 
-    def _places(self, first: int) -> list[int]:
+    def _offsets(self, first: int) -> list[int]:
         """Bytes where the pieces begin, from a piece on and around."""
         count = self.nbytes // PIECE
         return [(first + i) % count * PIECE for i in range(count)]

@@ -53,6 +53,7 @@ _TARGET = re.compile(r"`\(([^)]+)\)")
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)", re.MULTILINE)
 _BARRIER = re.compile(r"\bB\d+")
 _LOADS = frozenset({"LDG", "LD", "LDGSTS"})
+_LEAVE = frozenset({"BRA", "BRX", "JMP", "EXIT", "RET", "BSYNC"})  # what ends a basic block
 
 
 @dataclass(frozen=True)
@@ -221,13 +222,9 @@ def main_loop(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 def _flow(instructions: Sequence[Instruction]) -> tuple[list[range], list[set[int]]]:
     """The basic blocks, as ranges of indices, and the blocks that may follow each."""
-    starts = {0}
-    for index, one in enumerate(instructions):
-        if one.labels:
-            starts.add(index)
-        if _leaves(one) and index + 1 < len(instructions):
-            starts.add(index + 1)
-    edges = [*sorted(starts), len(instructions)]
+    starts = {0, *(index for index, one in enumerate(instructions) if one.labels)}
+    starts |= {index + 1 for index, one in enumerate(instructions) if one.name in _LEAVE}
+    edges = sorted(starts | {len(instructions)})
     blocks = [range(start, end) for start, end in pairwise(edges)]
     block_of = {label: n for n, block in enumerate(blocks) for label in instructions[block[0]].labels}
 
@@ -249,13 +246,9 @@ def _flow(instructions: Sequence[Instruction]) -> tuple[list[range], list[set[in
     return blocks, after
 
 
-def _leaves(one: Instruction) -> bool:
-    return one.name in ("BRA", "BRX", "JMP", "EXIT", "RET", "BSYNC")
-
-
 def _always_leaves(one: Instruction) -> bool:
     """Whether the next instruction is never executed after this one: it may also be guarded by its first operand."""
-    if one.predicate is not None or not _leaves(one):
+    if one.predicate is not None or one.name not in _LEAVE:
         return False
     return one.name in ("EXIT", "RET", "BRX", "BSYNC") or one.operands.startswith("`")
 
@@ -287,13 +280,9 @@ def _dominators(after: Sequence[set[int]], before: Sequence[set[int]]) -> dict[i
         new = after[rest.pop()] - reached
         reached |= new
         rest.extend(new)
-    found = {block: set(reached) for block in reached}
-    found[0] = {0}
-    changed = True
-    while changed:
-        changed = False
+    found, last = {block: set(reached) if block else {0} for block in reached}, None
+    while found != last:
+        last = dict(found)
         for block in sorted(reached - {0}):
-            above = set.intersection(*(found[one] for one in before[block] if one in reached)) | {block}
-            if above != found[block]:
-                found[block], changed = above, True
+            found[block] = set.intersection(*(found[one] for one in before[block] if one in reached)) | {block}
     return found
