@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qloralab.nf4.files import safetensors_writer
-from qloralab.nf4.files.safetensors_format import DTYPES
+from qloralab.nf4.files.safetensors_reader import DTYPES
 from qloralab.nf4.files.safetensors_reader import SafetensorsFile
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 
