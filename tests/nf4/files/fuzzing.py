@@ -48,8 +48,8 @@ class Inapplicable(Exception):
 
 
 class Made:
-    """A checkpoint on its way to the disk: ``tensors`` by file and name, then ``headers`` (of each file, pairs of a name
-    and an entry) and ``data``, then ``files`` (bytes), then what happens ``to_disk`` when all is written."""
+    """A checkpoint on its way to the disk: ``tensors`` by file and name; then ``headers`` (pairs of a name and an
+    entry) and ``data`` of each file; then ``files`` (bytes); then what happens ``to_disk`` when all is written."""
 
     def __init__(self, seed: int):
         rng = random.Random(seed)

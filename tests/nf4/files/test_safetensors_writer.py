@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qloralab.nf4.files import safetensors_writer
-from qloralab.nf4.files.safetensors_reader import DTYPES
-from qloralab.nf4.files.safetensors_reader import SafetensorsFile
+from qloralab.nf4.files.safetensors_reader import DTYPES, SafetensorsFile
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 
 from .safetensors_cases import EVERY_DTYPE, MB, SHAPES, layout, random_bytes
