@@ -38,8 +38,8 @@ import torch
 from torch import Tensor
 
 import qloralab as ql
+from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import blockwise
-from qloralab.nf4.adapter import keep_mask, rate
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.double_quant import quantize_scales
 

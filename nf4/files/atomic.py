@@ -1,6 +1,6 @@
-"""Files that take the place of earlier ones whole, or not at all, whatever ends the writing.
+"""Files that replace earlier ones whole, or not at all, whatever ends the writing.
 
-A file grows beside its place, as ``.NAME.part``, is made durable and renamed. Two files cannot be renamed at once. Of
+A file grows beside its path, as ``.NAME.part``, is made durable and renamed. Two files cannot be renamed at once. Of
 two that belong together the last one (a config, without which nothing is opened) is therefore out of the way while the
 other is renamed, unless it stays as it is: a process that is killed in between leaves files that are refused, never
 the weights of one save beside the config of another.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Give names beside one or two paths of a directory, to be written to; at the end these files take the places.
+    """Give names beside one or two paths of a directory, to be written to; at the end these files get the paths.
 
     Raises:
         OSError: a file cannot be renamed. After any error, what was there is as it was.
@@ -42,7 +42,7 @@ def _commit(parts: tuple[Path, ...], paths: tuple[Path, ...]) -> None:
         for part, path in zip(parts, paths, strict=True):
             os.replace(part, path)
     except BaseException:
-        if changes and parts[0].exists():  # nothing has taken a place yet
+        if changes and parts[0].exists():  # nothing is renamed yet
             os.rename(old, last)
         elif parts[-1].exists() and not parts[0].exists():  # the second file has to follow the first
             os.rename(parts[-1], last)

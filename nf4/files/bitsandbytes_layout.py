@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,18 +35,24 @@ from ..codebook import CODEBOOKS, CUSTOM, codebook_values, custom, dynamic_map
 from ..packed import BLOCK_SIZES, SCALES_PER_BLOCK, Packed
 from .errors import FormatError
 from .json_file import parse_object
+from .safetensors_reader import MAX_DIMS, Description, are_sizes
 
 KNOWN = ("nf4", "fp4")  # to bitsandbytes
 STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OURS = (*(name for name in CODEBOOKS if name not in KNOWN), CUSTOM)
+_WRITERS = {"bitsandbytes": KNOWN, "qloralab": _OURS}
 _QUANT_STATE = ".quant_state."
 _LONGEST = -1.1754943508222875e-38  # no float32 takes more characters
-_MAX_DIMS = 64  # torch's
 _MAX_PAYLOAD = 1 << 16  # bytes; of one with a shape of so many sizes it would have 2,000
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Layout = dict[str, Description]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as files have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def to_state_dict(
@@ -65,20 +71,14 @@ def to_state_dict(
         ValueError: the bytes of the codes do not fill a whole number of elements of storage, or it is none of them.
     """
     _check_storage(weight.packed.nbytes, storage, prefix)
-    tensors = {
-        prefix: weight.packed.flatten().view(storage)[:, None] if storage != torch.uint8 else weight.packed,
-        f"{prefix}.absmax": weight.scales,
-        f"{prefix}.quant_map": weight.values,
-    }
-    offset = None
+    codes = weight.packed if storage == torch.uint8 else weight.packed.flatten().view(storage)[:, None]
+    tensors, offset = [codes, weight.scales, weight.values], None
     if weight.absmax2 is not None and weight.offset is not None:
+        tensors += [weight.absmax2, dynamic_map().to(weight.packed.device)]
         offset = weight.offset.item()
-        tensors[f"{prefix}.nested_absmax"] = weight.absmax2
-        tensors[f"{prefix}.nested_quant_map"] = dynamic_map().to(weight.packed.device)
     payload = _payload(codebook, weight.block_size, dtype, weight.shape, offset)
-    bytes_ = torch.tensor(list(payload), dtype=torch.uint8, device="cpu")
-    tensors[_payload_name(prefix, codebook)] = bytes_.to(weight.packed.device)
-    return tensors
+    tensors.append(torch.tensor(list(payload), dtype=torch.uint8, device="cpu").to(weight.packed.device))
+    return dict(zip(_names(prefix, codebook, offset is not None), tensors, strict=True))
 
 
 def describe(
@@ -104,23 +104,17 @@ def describe(
     Raises:
         ValueError: see ``to_state_dict``.
     """
-    shape = tuple(shape)
-    values = codebook_values(codebook)
+    shape, values = tuple(shape), codebook_values(codebook)
     numel = math.prod(shape)
-    blocks = -(-numel // block_size)
     bytes_ = packed_bytes(numel, values)
     _check_storage(bytes_, storage, prefix)
-    layout: Layout = {
-        prefix: (storage, (bytes_ // storage.itemsize, 1)),
-        f"{prefix}.absmax": (torch.uint8 if double_quant else torch.float32, (blocks,)),
-        f"{prefix}.quant_map": (torch.float32, tuple(values.shape)),
-    }
-    if double_quant:
-        layout[f"{prefix}.nested_absmax"] = torch.float32, (-(-blocks // SCALES_PER_BLOCK),)
-        layout[f"{prefix}.nested_quant_map"] = torch.float32, (256,)
     payload = _payload(codebook, block_size, dtype, shape, _LONGEST if double_quant else None)
-    layout[_payload_name(prefix, codebook)] = torch.uint8, (len(payload),)
-    return layout
+    parts = [
+        (storage, (bytes_ // storage.itemsize, 1)),
+        *_describe_scales(numel, tuple(values.shape), block_size, double_quant),
+        (torch.uint8, (len(payload),)),
+    ]
+    return dict(zip(_names(prefix, codebook, double_quant), parts, strict=True))
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed, torch.dtype, str]:
@@ -131,45 +125,31 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed,
     """
     key = _find_payload(tensors, prefix)
     state = _read_payload(tensors[key], key)
-    writer, _, name = key.rpartition(".")[2].partition("__")
-    known = KNOWN if writer == "bitsandbytes" else _OURS
-    codebook = _field(state, key, "quant_type", str, lambda v: v in known, f"one of {', '.join(known)}")
-    if name != codebook:
-        raise FormatError(
-            f"is {codebook!r}, which is not what the name of its tensor says", tensor=key, field="quant_type"
-        )
-    block_size = _field(state, key, "blocksize", int, lambda v: v in BLOCK_SIZES, "a power of two from 32 to 4096")
-    dtype = _field(state, key, "dtype", str, lambda v: v in _DTYPES, f"one of {', '.join(_DTYPES)}")
-    dims = _field(state, key, "shape", list, _is_shape, "a list of sizes")
-    numel = math.prod(dims)
-    blocks = -(-numel // block_size)
-    nested = "nested_offset" in state
+    codebook, nested = state["quant_type"], "nested_offset" in state
+    numel, blocks = math.prod(state["shape"]), -(-math.prod(state["shape"]) // state["blocksize"])
+    names_ = _names(prefix, codebook, nested)
+    _, absmax, quant_map, *second = names_[:-1]
 
-    values = _codebook(tensors, f"{prefix}.quant_map", codebook)
+    values = _codebook(tensors, quant_map, codebook)
     packed = _codes(tensors, prefix, numel, values)
-    scales = _tensor(tensors, f"{prefix}.absmax", torch.uint8 if nested else torch.float32, (blocks,))
+    described = _describe_scales(numel, tuple(values.shape), state["blocksize"], nested)
+    found = {name: _tensor(tensors, name, *what) for name, what in zip(names_[1:-1], described, strict=True)}
     absmax2 = offset = None
     if nested:
-        _field(state, key, "nested_blocksize", int, lambda v: v == SCALES_PER_BLOCK, str(SCALES_PER_BLOCK))
-        _field(state, key, "nested_dtype", str, lambda v: v == "float32", "float32")
-        number = _field(state, key, "nested_offset", (int, float), _is_scale, "a finite float32, 0 or more")
-        offset = torch.tensor(number, dtype=torch.float32, device=packed.device)
-        absmax2 = _tensor(tensors, f"{prefix}.nested_absmax", torch.float32, (-(-blocks // SCALES_PER_BLOCK),))
-        _are_scales(absmax2, f"{prefix}.nested_absmax")
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+        absmax2 = found[second[0]]
+        _check_scales(absmax2, second[0])
         if blocks and absmax2.amax().double() + offset.double() > torch.finfo(torch.float32).max:
-            raise FormatError("makes a scale infinite, with the offset", tensor=f"{prefix}.nested_absmax")
-        quant_map = _tensor(tensors, f"{prefix}.nested_quant_map", torch.float32, (256,))
-        _same(quant_map, dynamic_map(), f"{prefix}.nested_quant_map", "the 8-bit dynamic map")
+            raise FormatError("makes a scale infinite, with the offset", tensor=second[0])
+        _check_same(found[second[1]], dynamic_map(), second[1], "the 8-bit dynamic map")
     else:
-        _are_scales(scales, f"{prefix}.absmax")
-    expected = {prefix, key, f"{prefix}.absmax", f"{prefix}.quant_map"}
-    if nested:
-        expected |= {f"{prefix}.nested_absmax", f"{prefix}.nested_quant_map"}
+        _check_scales(found[absmax], absmax)
     for other in names(tensors, prefix):
-        if other not in expected:
+        if other not in names_:
             raise FormatError("does not belong to a weight with this payload", tensor=other)
-    weight = Packed(packed, scales, absmax2, offset, values, torch.Size(dims), block_size)
-    return weight, _DTYPES[dtype], codebook
+    shape, block_size = torch.Size(state["shape"]), state["blocksize"]
+    weight = Packed(packed, found[absmax], absmax2, offset, values, shape, block_size)
+    return weight, _DTYPES[state["dtype"]], codebook
 
 
 def names(tensors: Iterable[str], prefix: str) -> list[str]:
@@ -183,32 +163,37 @@ def weights(tensors: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(prefix for prefix, separator, _ in found if separator))
 
 
+def _names(prefix: str, codebook: str, nested: bool) -> list[str]:
+    """The full names of the tensors of a weight: the codes first, the payload last."""
+    second = [".nested_absmax", ".nested_quant_map"] if nested else []
+    writer = "bitsandbytes" if codebook in KNOWN else "qloralab"
+    return [prefix + end for end in ("", ".absmax", ".quant_map", *second, f"{_QUANT_STATE}{writer}__{codebook}")]
+
+
+def _describe_scales(numel: int, values: tuple[int, ...], block_size: int, nested: bool) -> list[Description]:
+    """What stands between the codes and the payload."""
+    blocks = -(-numel // block_size)
+    second = [(torch.float32, (-(-blocks // SCALES_PER_BLOCK),)), (torch.float32, (256,))] if nested else []
+    return [(torch.uint8 if nested else torch.float32, (blocks,)), (torch.float32, values), *second]
+
+
 def _payload(codebook: str, block_size: int, dtype: torch.dtype, shape: Iterable[int], offset: float | None) -> bytes:
-    state: dict[str, Any] = {
-        "quant_type": codebook,
-        "blocksize": block_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape),
-    }
+    state = {"quant_type": codebook, "blocksize": block_size, "dtype": dtype_name(dtype), "shape": list(shape)}
     if offset is not None:
         state |= {"nested_blocksize": SCALES_PER_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode()
 
 
-def _payload_name(prefix: str, codebook: str) -> str:
-    return f"{prefix}{_QUANT_STATE}{'bitsandbytes' if codebook in KNOWN else 'qloralab'}__{codebook}"
-
-
 def _check_storage(bytes_: int, storage: torch.dtype, name: str) -> None:
     if storage not in STORAGE:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE)
+        known = ", ".join(map(dtype_name, STORAGE))
         raise ValueError(f"{name}: codes are not stored as {storage}; one of {known}")
     if bytes_ % storage.itemsize:
         raise ValueError(f"{name}: {bytes_} bytes of codes are no whole number of {storage}; store them as torch.uint8")
 
 
 def _find_payload(tensors: Mapping[str, Tensor], prefix: str) -> str:
-    starts = tuple(f"{prefix}{_QUANT_STATE}{writer}__" for writer in ("bitsandbytes", "qloralab"))
+    starts = tuple(f"{prefix}{_QUANT_STATE}{writer}__" for writer in _WRITERS)
     found = [name for name in tensors if name.startswith(starts)]
     if len(found) != 1:
         raise FormatError(f"{len(found)} tensors are named {starts[0]}*; a 4-bit weight has exactly one", tensor=prefix)
@@ -217,35 +202,39 @@ def _find_payload(tensors: Mapping[str, Tensor], prefix: str) -> str:
 
 def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
     if payload.dtype != torch.uint8 or payload.dim() != 1 or len(payload) > _MAX_PAYLOAD:
-        raise FormatError(
-            f"is {payload.dtype} {list(payload.shape)}; the JSON text is uint8 [bytes], {_MAX_PAYLOAD} at most",
-            tensor=name,
-        )
-    return parse_object(bytes(payload.tolist()), tensor=name)
+        found = f"{payload.dtype} {list(payload.shape)}"
+        raise FormatError(f"is {found}; the JSON text is uint8 [bytes], {_MAX_PAYLOAD} at most", tensor=name)
+    state = parse_object(bytes(payload.tolist()), tensor=name)
 
+    def check(field: str, kind: type | tuple[type, ...], valid: Callable[[Any], bool], expected: str) -> None:
+        if field not in state:
+            raise FormatError("is missing", tensor=name, field=field)
+        value = state[field]
+        if not isinstance(value, kind) or isinstance(value, bool) or not valid(value):
+            raise FormatError(f"is {value!r:.60}; expected {expected}", tensor=name, field=field)
 
-def _field(state: dict, tensor: str, field: str, kind: type | tuple[type, ...], valid, expected: str) -> Any:
-    if field not in state:
-        raise FormatError("is missing", tensor=tensor, field=field)
-    value = state[field]
-    if not isinstance(value, kind) or isinstance(value, bool) or not valid(value):
-        raise FormatError(f"is {value!r:.60}; expected {expected}", tensor=tensor, field=field)
-    return value
+    writer, _, codebook = name.rpartition(".")[2].partition("__")
+    known = _WRITERS.get(writer, _OURS)
+    check("quant_type", str, lambda value: value in known, f"one of {', '.join(known)}")
+    if state["quant_type"] != codebook:
+        message = f"is {state['quant_type']!r}, which is not what the name of its tensor says"
+        raise FormatError(message, tensor=name, field="quant_type")
+    check("blocksize", int, lambda value: value in BLOCK_SIZES, "a power of two from 32 to 4096")
+    check("dtype", str, lambda value: value in _DTYPES, f"one of {', '.join(_DTYPES)}")
+    check("shape", list, _is_shape, "a list of sizes")
+    if "nested_offset" in state:
+        check("nested_blocksize", int, lambda value: value == SCALES_PER_BLOCK, str(SCALES_PER_BLOCK))
+        check("nested_dtype", str, lambda value: value == "float32", "float32")
+        largest = torch.finfo(torch.float32).max
+        check("nested_offset", (int, float), lambda value: 0 <= value <= largest, "a finite float32, 0 or more")
+    return state
 
 
 def _is_shape(value: list) -> bool:
-    return (
-        len(value) <= _MAX_DIMS
-        and all(type(size) is int and 0 <= size < 2**63 for size in value)
-        and math.prod(value) < 2**63
-    )
+    return len(value) <= MAX_DIMS and are_sizes(value) and math.prod(value) < 2**63
 
 
-def _is_scale(value: float) -> bool:
-    return 0 <= value <= torch.finfo(torch.float32).max  # false for NaN
-
-
-def _are_scales(found: Tensor, name: str) -> None:
+def _check_scales(found: Tensor, name: str) -> None:
     if not ((found >= 0) & (found < math.inf)).all():
         raise FormatError("holds a scale that is NaN, infinite or negative", tensor=name)
 
@@ -259,7 +248,7 @@ def _codebook(tensors: Mapping[str, Tensor], name: str, codebook: str) -> Tensor
             raise FormatError(str(error), tensor=name) from None
     expected = codebook_values(codebook)
     values = _tensor(tensors, name, torch.float32, tuple(expected.shape))
-    _same(values, expected, name, f"the {codebook} codebook")
+    _check_same(values, expected, name, f"the {codebook} codebook")
     return values
 
 
@@ -270,11 +259,8 @@ def _codes(tensors: Mapping[str, Tensor], name: str, numel: int, values: Tensor)
     stored = tensors[name]
     bytes_ = packed_bytes(numel, values)
     if stored.dtype not in STORAGE or stored.nbytes != bytes_ or tuple(stored.shape) != (stored.numel(), 1):
-        raise FormatError(
-            f"is {stored.dtype} {list(stored.shape)}; {numel} weights take {bytes_} bytes, in a column of uint8 or of "
-            "another dtype",
-            tensor=name,
-        )
+        expected = f"{numel} weights take {bytes_} bytes, in a column of uint8 or of another dtype"
+        raise FormatError(f"is {stored.dtype} {list(stored.shape)}; {expected}", tensor=name)
     packed = stored if stored.dtype == torch.uint8 else stored.flatten().view(torch.uint8)[:, None]
     if not is_packed(values) and numel and int(packed.max()) >= len(values):
         raise FormatError(f"holds a code above {len(values) - 1}", tensor=name)
@@ -290,6 +276,6 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape:
     return tensor
 
 
-def _same(found: Tensor, expected: Tensor, name: str, what: str) -> None:
+def _check_same(found: Tensor, expected: Tensor, name: str, what: str) -> None:
     if not torch.equal(found.cpu(), expected):
         raise FormatError(f"is not {what}", tensor=name)

@@ -25,8 +25,7 @@ from ..tensor import QuantizedTensor
 from . import bitsandbytes_layout
 from .errors import FormatError
 from .json_file import read_object, write_object
-from .safetensors_format import Description
-from .safetensors_reader import SafetensorsFile
+from .safetensors_reader import Description, SafetensorsFile
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,15 +48,12 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._files: dict[
-            str, SafetensorsFile
-        ] = {}  # of each tensor, in the order of the files and the tensors in them
-        if self.path.is_dir() and _index_of(self.path) is not None:
-            self._open_shards(self.path / INDEX_FILE)
+        index = self.path / INDEX_FILE
+        if self.path.is_dir() and os.path.lexists(index) and not os.path.lexists(self.path / WEIGHTS_FILE):
+            self._opened = _open_shards(index)
         else:
-            file = SafetensorsFile(_single_file(self.path))
-            self._opened = [file]
-            self._files = dict.fromkeys(file.names(), file)
+            self._opened = [SafetensorsFile(_single_file(self.path))]
+        self._files = {name: file for file in self._opened for name in file.names()}
         self._parts = _parts(list(self._files))
         for name in self.plain_names():
             if name.endswith(".quant_map"):
@@ -126,24 +122,6 @@ class Checkpoint:
             raise FormatError("is not in the checkpoint", file=self.path, tensor=name)
         return self._files[name]
 
-    def _open_shards(self, index: Path) -> None:
-        weight_map = _read_index(index)
-        self._opened = []
-        for shard in sorted(set(weight_map.values())):
-            path = index.with_name(shard)
-            if not os.path.exists(path):
-                raise FormatError(f"names {shard!r}, which does not exist", file=index, field="weight_map")
-            file = SafetensorsFile(path)
-            self._opened.append(file)
-            for name in file.names():
-                if weight_map.get(name) != shard:
-                    raise FormatError(f"is not what {INDEX_FILE} has in this file", file=path, tensor=name)
-                self._files[name] = file
-        for name, shard in weight_map.items():
-            if name not in self._files:
-                message = f"is not in the file, where {INDEX_FILE} has it"
-                raise FormatError(message, file=index.with_name(shard), tensor=name)
-
 
 def write_index(directory: str | os.PathLike[str], weight_map: Mapping[str, str], total_size: int) -> None:
     """Write the index of a checkpoint of several files, as transformers writes it.
@@ -156,12 +134,6 @@ def write_index(directory: str | os.PathLike[str], weight_map: Mapping[str, str]
     write_object(Path(directory, INDEX_FILE), {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
 
 
-def _index_of(directory: Path) -> Path | None:
-    """The index, if it is what counts in a directory."""
-    index = directory / INDEX_FILE
-    return index if os.path.lexists(index) and not os.path.lexists(directory / WEIGHTS_FILE) else None
-
-
 def _single_file(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix in _PICKLES and path.exists():
@@ -171,22 +143,40 @@ def _single_file(path: Path) -> Path:
         return path / WEIGHTS_FILE
     inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     found = [file for file in inside if file.suffix == _SUFFIX]
-    pickles = [file for file in inside if file.suffix in _PICKLES]
     if len(found) > 1:
         raise FormatError(f"holds {len(found)} safetensors files and no {INDEX_FILE}", file=path)
-    if not found and pickles:
-        raise FormatError(f"is {_PICKLE}", file=pickles[0])
+    for pickle in (file for file in inside if file.suffix in _PICKLES and not found):
+        raise FormatError(f"is {_PICKLE}", file=pickle)
     if not found:
         raise FileNotFoundError(f"{path} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     return found[0]
 
 
+def _open_shards(index: Path) -> list[SafetensorsFile]:
+    """The files that an index names, in the order of their names; each tensor lies where the index has it."""
+    weight_map = _read_index(index)
+    opened, found = [], set()
+    for shard in sorted(set(weight_map.values())):
+        path = index.with_name(shard)
+        if not os.path.exists(path):
+            raise FormatError(f"names {shard!r}, which does not exist", file=index, field="weight_map")
+        opened.append(SafetensorsFile(path))
+        for name in opened[-1].names():
+            if weight_map.get(name) != shard:
+                raise FormatError(f"is not what {INDEX_FILE} has in this file", file=path, tensor=name)
+            found.add(name)
+    for name, shard in weight_map.items():
+        if name not in found:
+            message = f"is not in the file, where {INDEX_FILE} has it"
+            raise FormatError(message, file=index.with_name(shard), tensor=name)
+    return opened
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """The file of each tensor."""
-    content = read_object(path)
-    metadata = content.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise FormatError(f"is {metadata!r:.60}; expected an object", file=path, field="metadata")
+    content = {"metadata": {}, **read_object(path)}
+    if not isinstance(content["metadata"], dict):
+        raise FormatError(f"is {content['metadata']!r:.60}; expected an object", file=path, field="metadata")
     if "weight_map" not in content:
         raise FormatError("is missing", file=path, field="weight_map")
     weight_map = content["weight_map"]

@@ -14,12 +14,12 @@ _MAX_BYTES = 100_000_000  # the longest, the index of the largest models, has a 
 _MAX_INTEGER = 10**308  # a float holds no larger one
 
 
-def parse_object(text: bytes, **place: Any) -> dict[str, Any]:
+def parse_object(text: bytes, **where: Any) -> dict[str, Any]:
     """A JSON object from its text.
 
     Args:
         text: in UTF-8.
-        place: file, tensor and field of ``FormatError``.
+        where: file, tensor and field of ``FormatError``.
 
     Raises:
         FormatError: it is not UTF-8, not JSON, nested too deeply, has a name twice or a whole number that no float
@@ -27,20 +27,24 @@ def parse_object(text: bytes, **place: Any) -> dict[str, Any]:
     """
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for name, value in pairs:
             for number in value if isinstance(value, list) else (value,):
                 if isinstance(number, int) and abs(number) > _MAX_INTEGER:
-                    raise FormatError(f"is a number of {len(str(abs(number)))} digits", **{**place, "field": name})
-        return _without_duplicates(pairs)
+                    raise FormatError(f"is a number of {len(str(abs(number)))} digits", **{**where, "field": name})
+            if name in found:
+                raise ValueError(f"the name {name!r:.60} occurs twice")
+            found[name] = value
+        return found
 
     try:
         found = json.loads(text.decode(), object_pairs_hook=checked)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise FormatError(f"is not JSON: {error}", **place) from None
+        raise FormatError(f"is not JSON: {error}", **where) from None
     if not isinstance(found, dict):
-        raise FormatError(f"holds a JSON {type(found).__name__}, not an object", **place)
+        raise FormatError(f"holds a JSON {type(found).__name__}, not an object", **where)
     return found
 
 
@@ -68,12 +72,3 @@ def write_object(path: Path, fields: dict[str, Any]) -> None:
     """Write an object to a file, which is as before until all of it is on disk."""
     with replacing(path) as (part,):
         part.write_text(to_text(fields), encoding="utf-8")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {twice!r:.60} occurs twice")
-    return found

@@ -24,15 +24,13 @@ from typing import Any
 
 import torch
 
-from .bitsandbytes_layout import KNOWN, STORAGE
+from .bitsandbytes_layout import KNOWN, STORAGE, dtype_name
 from .errors import FormatError
 
 METHOD = "bitsandbytes"
 FIELD = "quantization_config"
-STORAGES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE}
-_COMPUTE = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}  # fmt: skip
+STORAGES = {dtype_name(dtype): dtype for dtype in STORAGE}
+_COMPUTE = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,7 @@ def is_bitsandbytes(config: Mapping[str, Any]) -> bool:
     Configurations of old versions of transformers name no method.
     """
     fields = config.get(FIELD)
-    if not isinstance(fields, dict):
-        return False
-    return fields.get("quant_method", METHOD) == METHOD
+    return isinstance(fields, dict) and fields.get("quant_method", METHOD) == METHOD
 
 
 def to_dict(config: QuantizationConfig) -> dict[str, Any]:
@@ -70,8 +66,8 @@ def to_dict(config: QuantizationConfig) -> dict[str, Any]:
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(config.compute_dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": str(config.storage).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(config.compute_dtype),
+        "bnb_4bit_quant_storage": dtype_name(config.storage),
         "bnb_4bit_quant_type": config.codebook,
         "bnb_4bit_use_double_quant": config.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
@@ -109,19 +105,17 @@ def from_dict(fields: object, file: object = None) -> QuantizationConfig:
         return field(name, False, lambda value: isinstance(value, bool), "true or false")
 
     def one_of(name: str, default: str, choices: Any) -> str:
-        return field(
-            name, default, lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
-        )
+        expected = f"one of {', '.join(choices)}"
+        return field(name, default, lambda value: isinstance(value, str) and value in choices, expected)
 
-    def is_list_of_names(value: Any) -> bool:
+    def are_names(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
     one_of("quant_method", METHOD, (METHOD,))
-    if flag("load_in_8bit"):
-        raise FormatError("is true; only 4-bit weights are read", file=file, field=f"{FIELD}.load_in_8bit")
-    if not flag("load_in_4bit"):
-        raise FormatError("is not true; only 4-bit weights are read", file=file, field=f"{FIELD}.load_in_4bit")
-    skip = field("llm_int8_skip_modules", None, is_list_of_names, "a list of names")
+    for name, wanted, found in (("load_in_8bit", False, "true"), ("load_in_4bit", True, "not true")):
+        if flag(name) != wanted:
+            raise FormatError(f"is {found}; only 4-bit weights are read", file=file, field=f"{FIELD}.{name}")
+    skip = field("llm_int8_skip_modules", None, are_names, "a list of names")
     return QuantizationConfig(
         codebook=one_of("bnb_4bit_quant_type", "fp4", KNOWN),
         double_quant=flag("bnb_4bit_use_double_quant"),

@@ -1,4 +1,12 @@
-"""Reading one safetensors file strictly, one tensor at a time.
+"""The safetensors format (github.com/huggingface/safetensors), and one file of it, read strictly.
+
+A header, then the bytes of all tensors, row-major, little-endian::
+
+    8 bytes     n, the length of the header, little-endian
+    n bytes     JSON in UTF-8, spaces may follow:
+                {"__metadata__": {"format": "pt"},
+                 "w": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
+    the rest    the tensors; the offsets count from here, leave no byte out and share none
 
 The header is read here, because an error then names the tensor and the field; the bytes of the tensors are read by the
 safetensors library, which maps the file and checks it again. A mapping of the library lives as long as a tensor of it
@@ -22,9 +30,45 @@ from torch import Tensor
 
 from .errors import FormatError
 from .json_file import parse_object
-from .safetensors_format import DTYPES, MAX_HEADER, METADATA, Description, size_of
 
-_MAX_DIMS = 64  # torch's
+Description = tuple[torch.dtype, tuple[int, ...]]  # what a file says of a tensor
+
+# The order is the one in which the library lays tensors out.
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F4": torch.float4_e2m1fn_x2,  # two numbers an element: the last size is twice that in the file
+    "BOOL": torch.bool,
+}
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
+METADATA = "__metadata__"
+MAX_DIMS = 64  # torch's
+
+
+def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """How many bytes a tensor takes in a file."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def are_sizes(found: Any) -> bool:
+    """Whether this is a list of numbers that the sizes of a tensor, or offsets in a file, can be."""
+    return isinstance(found, list) and all(type(size) is int and 0 <= size < 2**63 for size in found)
 
 
 class SafetensorsFile:
@@ -43,10 +87,10 @@ class SafetensorsFile:
         self.path = Path(path)
         header, data_bytes = _read_header(self.path)
         self.metadata = _read_metadata(header.pop(METADATA, None), self.path)
-        entries = {name: _read_entry(name, entry, self.path) for name, entry in header.items()}
-        _check_offsets({name: span for name, (_, span) in entries.items()}, data_bytes, self.path)
-        in_order = sorted(entries, key=lambda name: entries[name][1])
-        self._descriptions = {name: entries[name][0] for name in in_order}
+        entries = [(name, *_read_entry(name, entry, self.path)) for name, entry in header.items()]
+        entries.sort(key=lambda entry: entry[2])
+        _check_offsets([(name, span) for name, _, span in entries], data_bytes, self.path)
+        self._descriptions = {name: description for name, description, _ in entries}
         self.tensors([])  # what the library refuses and the above does not is refused now
 
     def names(self) -> list[str]:
@@ -94,12 +138,12 @@ class SafetensorsFile:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header as JSON has it, and the number of bytes that follow it. Reads no more than the file has."""
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
+        is_regular = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        regular = False
-    if not regular:
+        is_regular = False
+    if not is_regular:
         raise FormatError("is not a regular file", file=path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -137,9 +181,9 @@ def _read_entry(name: str, entry: Any, path: Path) -> tuple[Description, tuple[i
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         refuse(f"is {code!r:.60}; known: {', '.join(DTYPES)}", "dtype")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMS or math.prod(max(size, 1) for size in shape) >= 2**60:
-        refuse(f"is {shape!r:.60}; expected at most {_MAX_DIMS} sizes, of a tensor that can exist", "shape")
-    if not _are_sizes(span) or len(span) != 2:
+    if not are_sizes(shape) or len(shape) > MAX_DIMS or math.prod(max(size, 1) for size in shape) >= 2**60:
+        refuse(f"is {shape!r:.60}; expected at most {MAX_DIMS} sizes, of a tensor that can exist", "shape")
+    if not are_sizes(span) or len(span) != 2:
         refuse(f"is {span!r:.60}; expected two offsets", "data_offsets")
     dtype = DTYPES[code]
     if dtype == torch.float4_e2m1fn_x2:
@@ -152,20 +196,16 @@ def _read_entry(name: str, entry: Any, path: Path) -> tuple[Description, tuple[i
     return (dtype, tuple(shape)), (span[0], span[1])
 
 
-def _are_sizes(found: Any) -> bool:
-    return isinstance(found, list) and all(type(size) is int and 0 <= size < 2**63 for size in found)
-
-
-def _check_offsets(spans: dict[str, tuple[int, int]], data_bytes: int, path: Path) -> None:
+def _check_offsets(spans: list[tuple[str, tuple[int, int]]], data_bytes: int, path: Path) -> None:
     """The tensors lie one behind the other, from the first byte to the last."""
     position = 0
-    for name in sorted(spans, key=lambda name: spans[name]):
-        start, end = spans[name]
+    for name, (start, end) in spans:
+        message = None
         if start != position:
             message = f"begins at byte {start}; the tensors before it end at byte {position}"
-            raise FormatError(message, file=path, tensor=name, field="data_offsets")
-        if end > data_bytes:
+        elif end > data_bytes:
             message = f"ends at byte {end}; the file has {data_bytes} behind its header"
+        if message:
             raise FormatError(message, file=path, tensor=name, field="data_offsets")
         position = end
     if position != data_bytes:

@@ -177,11 +177,8 @@ def load_adapter(model: Any, directory: Path) -> None:
     Raises:
         UserError: the directory does not hold an adapter that can be read and fits the model.
     """
-    check_adapter(directory)
-    try:
+    with _reading_adapter(directory):
         load_adapter_(model, directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
 
 
 def check_adapter_fits(directory: Path, config: Any) -> str | None:
@@ -200,33 +197,31 @@ def check_adapter_fits(directory: Path, config: Any) -> str | None:
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    check_adapter(directory)
     config = copy.deepcopy(config)
     vars(config).pop(FIELD, None)
-    with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    try:
+    with _reading_adapter(directory):
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
         # GPT-2's layers become linear ones when they are quantized.
         read_adapter(None if any(isinstance(layer, Conv1D) for layer in model.modules()) else model, directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
-    named, ours = _base_model(directory), config._name_or_path
-    if named is None or Path(named).name == Path(ours).name:
+    named = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    ours = config._name_or_path
+    if not isinstance(named, str) or Path(named).name == Path(ours).name:
         return None
     return f"{directory} says that it is for {named}, and this is {ours}; their shapes are the same"
 
 
-def _base_model(directory: Path) -> str | None:
-    named = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return named if isinstance(named, str) else None
+@contextmanager
+def _reading_adapter(directory: Path) -> Iterator[None]:
+    check_adapter(directory)
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def check_adapter(directory: Path) -> None:
-    """Whether a directory looks like that of an adapter, before anything is read.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Refuse, by a ``UserError``, a directory that does not look like that of an adapter, before anything is read."""
     if not os.path.isfile(directory / CONFIG_FILE):
         below = directory / "adapter"
         meant = f"; do you mean {below}?" if os.path.isfile(below / CONFIG_FILE) else ""
@@ -247,16 +242,15 @@ def check_model(path: Path) -> dict[str, Any]:
     Raises:
         UserError: path is not that of a model, as far as can be seen without reading it.
     """
-    if os.path.isdir(
-        path
-    ):  # False, where is_dir raises: a name that is too long, a directory that is not ours to enter
+    if os.path.isdir(path):  # False where is_dir raises: a name too long, a directory that is not ours to enter
+        has_config = (path / "config.json").is_file()
         if (path / "metrics.jsonl").is_file() and not any(path.glob("*.safetensors")):
             below = path / "model"
             meant = f"; do you mean {below}?" if below.is_dir() else "; its adapter goes with --adapter"
             raise UserError(f"{path} is the directory of a run, not of a model{meant}")
-        if not (path / "config.json").is_file() and (path / CONFIG_FILE).is_file():
+        if not has_config and (path / CONFIG_FILE).is_file():
             raise UserError(f"{path} is the directory of an adapter, not of a model; give --model the model it is for")
-        if not (path / "config.json").is_file():
+        if not has_config:
             raise UserError(f"{path} holds no config.json: it is not a Hugging Face model directory")
         return {"pretrained_model_name_or_path": str(path)}
     if not os.path.exists(path):

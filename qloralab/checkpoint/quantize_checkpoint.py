@@ -1,30 +1,33 @@
 """From a dense model to a directory with 4-bit weights: what ``qloralab quantize`` does.
 
 A Hugging Face directory streams. Its tensors are read one after the other, each from a mapping that is let go before
-the next; a linear layer's weight is quantized, everything else copied as it is, and each goes straight to its place in
-a file whose layout is known before. So memory follows the largest tensor, not the model; names and shapes come from a
+the next; a linear layer's weight is quantized, everything else copied as it is, and each goes straight into a file
+whose layout is known before. So memory follows the largest tensor, not the model; names and shapes come from a
 skeleton of the model without memory. A GGUF file has no such tensors: it is loaded in bfloat16 first.
 
-The new directory grows under a hidden name beside its place and is renamed when it is complete. Nothing is left of one
+The new directory grows under a hidden name beside its path and is renamed when it is complete. Nothing is left of one
 that was not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qloralab.nf4.files import bitsandbytes_layout
+from qloralab.nf4.files.bitsandbytes_layout import dtype_name
 from qloralab.nf4.files.checkpoint import Checkpoint, write_index
-from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, skip_modules
 from qloralab.nf4.files.quantization_config import FIELD, STORAGES, QuantizationConfig
+from qloralab.nf4.files.safetensors_reader import size_of
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.model import quantize_
@@ -39,6 +42,7 @@ from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_
 from .output_directory import check_writable, count_text, size_text, written_beside
 from .quantized_model import (
     CONFIG_FILE,
+    check_shape,
     floating_dtype,
     quantizable,
     read_config,
@@ -153,31 +157,60 @@ class _Stream:
         self.small_files = [file for file in sorted(directory.iterdir()) if _is_small_file(file)]
         for file in self.small_files:
             _check_link(file)
-        self.dtype = floating_dtype(self.checkpoint)
+        self.sizes = {name: self.checkpoint.describe(name) for name in self.checkpoint.names()}
 
-    def describe(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The tensors of the new checkpoint that come from one of the old; of a weight, the last one is the payload."""
-        dtype, shape = self.checkpoint.describe(name)
-        if name not in self.weights:
-            return {name: (dtype, shape)}
-        o = self.options
-        return bitsandbytes_layout.describe(name, shape, dtype, o.codebook, o.block_size, o.double_quant, o.storage)
+    def count(self, names: Iterable[str]) -> int:
+        """How many numbers some tensors hold."""
+        return sum(math.prod(self.sizes[name][1]) for name in names)
 
     def shards(self, directory: Path) -> list[tuple[SafetensorsWriter, list[str]]]:
         """A writer for each file of the checkpoint, and the tensors that it gets."""
-        files = self.checkpoint.files
+        files, o = self.checkpoint.files, self.options
         shards = []
         for number, file in enumerate(files, 1):
-            names = [name for name in self.checkpoint.names() if self.checkpoint.file_of(name) == file]
-            parts = {name: self.describe(name) for name in names}
-            late = [[*parts[name]][-1] for name in names if name in self.weights]
-            layout = {key: description for part in parts.values() for key, description in part.items()}
+            names = [name for name in self.sizes if self.checkpoint.file_of(name) == file]
+            layout, late = {}, []
+            for name in names:
+                dtype, shape = self.sizes[name]
+                parts = {name: (dtype, shape)}
+                if name in self.weights:
+                    parts = bitsandbytes_layout.describe(
+                        name, shape, dtype, o.codebook, o.block_size, o.double_quant, o.storage
+                    )
+                    late.append([*parts][-1])
+                layout |= parts
             called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
             shards.append((SafetensorsWriter(directory / called, layout, late), names))
         return shards
 
+    def convert(self, name: str) -> tuple[int, dict[str, torch.Tensor]]:
+        """The new tensors that come of one, and the bytes of the packed weight (0 for a copy).
+
+        Raises:
+            UserError: the weight cannot be quantized.
+        """
+        tensor, o = self.checkpoint.tensor(name), self.options
+        if name not in self.weights:
+            return 0, {name: tensor}
+        try:
+            weight = quantize(tensor, o.codebook, o.block_size, o.double_quant, name=name)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.checkpoint.file_of(name)}: {error}") from error
+        return weight.nbytes, weight.stored(name, o.storage)
+
+    def write_rest(self, part: Path) -> None:
+        """Write config.json, and copy the small files."""
+        for file in self.small_files:
+            shutil.copyfile(file, part / file.name)
+        o = self.options
+        config = QuantizationConfig(o.codebook, o.double_quant, COMPUTE_DTYPE, o.storage, self.skip_modules)
+        # Without a dtype, transformers takes that of the first tensor it finds, which now may be a scale.
+        stated = any(self.config.get(field) for field in ("dtype", "torch_dtype"))
+        dtype = {} if stated else {"dtype": dtype_name(floating_dtype(self.checkpoint))}
+        write_config(part, self.config | dtype, config)
+
     def _check_names(self, model: Any, layers: list[str]) -> None:
-        """That the checkpoint holds the model under the names that the model has in memory."""
+        """Refuse a checkpoint whose names are not those that the model has in memory."""
         if not layers:
             raise UserError(f"{self.directory} has no linear layer to quantize")
         names = set(self.checkpoint.names())
@@ -188,13 +221,9 @@ class _Stream:
                     f"{self.directory} has no tensor {name}; its tensors do not have the names that the model has in "
                     "memory, so it cannot be streamed: load it with transformers, then quantize_ and save_quantized"
                 )
-        for layer in layers:
-            name = f"{layer}.weight"
+        for name in (f"{layer}.weight" for layer in layers):
             _, shape = self.checkpoint.describe(name)
-            expected = tuple(model.get_parameter(name).shape)
-            if shape != expected:
-                message = f"is {list(shape)}; config.json makes it {list(expected)}"
-                raise FormatError(message, file=self.checkpoint.file_of(name), tensor=name)
+            check_shape(name, shape, tuple(model.get_parameter(name).shape), self.checkpoint)
 
 
 def _stream(directory: Path, out: Path, options: Options, display: Display) -> Result:
@@ -205,25 +234,21 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
         except ValueError as error:  # the storage does not fit
             raise UserError(f"{directory}: {error}") from error
     needed += sum(file.stat().st_size for file in stream.small_files)
-    descriptions = [stream.checkpoint.describe(name) for name in stream.checkpoint.names()]
-    parameters = sum(torch.Size(shape).numel() for _, shape in descriptions)
     files = len(stream.checkpoint.files)
-    display.fact(
-        "model",
-        f"{model_name(directory)}, {count_text(parameters)} parameters in {files} file{'s' if files > 1 else ''}",
-    )
+    parameters = f"{count_text(stream.count(stream.sizes))} parameters in {files} file{'s' if files > 1 else ''}"
+    display.fact("model", f"{model_name(directory)}, {parameters}")
 
     start = time.perf_counter()
-    held, weight_map, total = 0, {}, 0
+    held = total = done = 0
+    weight_map: dict[str, str] = {}
     stop = StopRequest(lambda: None)
-    done = 0
     with written_beside(out, needed) as part, stop, display.busy("quantizing", "tensors") as progress:
         for writer, names in stream.shards(part):
             with writer:
                 for name in names:
                     if stop.requested:
                         raise KeyboardInterrupt
-                    nbytes, tensors = _convert(stream, name)
+                    nbytes, tensors = stream.convert(name)
                     held += nbytes
                     while tensors:  # the mapping goes with its tensor
                         key, tensor = tensors.popitem()
@@ -232,48 +257,18 @@ def _stream(directory: Path, out: Path, options: Options, display: Display) -> R
                         total += tensor.nbytes
                         del tensor
                     done += 1
-                    progress(done, len(descriptions))
+                    progress(done, len(stream.sizes))
         if files > 1:
             write_index(part, weight_map, total)
-        for file in stream.small_files:
-            shutil.copyfile(file, part / file.name)
-        config = QuantizationConfig(
-            options.codebook, options.double_quant, COMPUTE_DTYPE, options.storage, stream.skip_modules
-        )
-        # Without a dtype, transformers takes that of the first tensor it finds, which now may be a scale.
-        stated = any(stream.config.get(field) for field in ("dtype", "torch_dtype"))
-        dtype = {} if stated else {"dtype": str(stream.dtype).removeprefix("torch.")}
-        write_config(part, stream.config | dtype, config)
-    count = sum(
-        torch.Size(stream.checkpoint.describe(name)[1]).numel()
-        for name in stream.checkpoint.names()
-        if name in stream.weights
-    )
-    before = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in descriptions)
+        stream.write_rest(part)
+    count, before = stream.count(stream.weights), sum(size_of(*description) for description in stream.sizes.values())
     seconds = time.perf_counter() - start
     return Result(out, len(stream.weights), count, 8 * held / count, before, total, seconds, peak_mb())
 
 
-def _convert(stream: _Stream, name: str) -> tuple[int, dict[str, torch.Tensor]]:
-    """The new tensors, and the bytes of the packed weight (0 for a copy).
-
-    Raises:
-        UserError: the weight cannot be quantized.
-    """
-    tensor = stream.checkpoint.tensor(name)
-    if name not in stream.weights:
-        return 0, {name: tensor}
-    options = stream.options
-    try:
-        weight = quantize(tensor, options.codebook, options.block_size, options.double_quant, name=name)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{stream.checkpoint.file_of(name)}: {error}") from error
-    return weight.nbytes, weight.stored(name, options.storage)
-
-
 def _load_and_save(path: Path, out: Path, options: Options, display: Display) -> Result:
     if options.storage != torch.uint8:
-        name = str(options.storage).removeprefix("torch.")
+        name = dtype_name(options.storage)
         raise UserError(f"--storage {name} goes with a directory; a GGUF file is written with uint8")
     start = time.perf_counter()
     with display.busy(f"reading {model_name(path)}"):
@@ -282,29 +277,24 @@ def _load_and_save(path: Path, out: Path, options: Options, display: Display) ->
     parameters = sum(p.numel() for p in model.parameters())
     before = sum(t.nbytes for t in saved_tensors(model).values())
     display.fact("model", f"{model_name(path)}, {count_text(parameters)} parameters in bfloat16")
+    o = options
     try:
         with display.busy("quantizing", "tensors") as progress:
-            quantize_(
-                model, options.codebook, options.block_size, options.double_quant, COMPUTE_DTYPE, progress=progress
-            )
+            quantize_(model, o.codebook, o.block_size, o.double_quant, COMPUTE_DTYPE, progress=progress)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
     after = sum(t.nbytes for t in saved_tensors(model).values())
     with display.busy("writing"), written_beside(out, after) as part, quiet():
         tokenizer.save_pretrained(part)
         save_quantized(model, part)
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    count, held = sum(m.weight.numel() for m in layers), sum(m.weight.nbytes for m in layers)
+    weights = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
+    count, held = sum(weight.numel() for weight in weights), sum(weight.nbytes for weight in weights)
     seconds = time.perf_counter() - start
-    return Result(out, len(layers), count, 8 * held / count, before, after, seconds, peak_mb())
+    return Result(out, len(weights), count, 8 * held / count, before, after, seconds, peak_mb())
 
 
 def _check_out(out: Path) -> None:
-    """Refuse at once what would be refused at the end.
-
-    Raises:
-        UserError: out is there and not empty, or cannot be made.
-    """
+    """Refuse at once what would be refused at the end."""
     if os.path.isdir(out) and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty; give --out the name of a new directory")
     if os.path.lexists(out) and not os.path.isdir(out):
@@ -313,11 +303,8 @@ def _check_out(out: Path) -> None:
 
 
 def _summarize(result: Result, display: Display) -> None:
-    held = size_text(result.weights * result.bits / 8)
-    display.fact(
-        "4 bits",
-        f"{result.layers} linear layers, {count_text(result.weights)} weights at {result.bits:.3f} bits: {held}",
-    )
+    weights = f"{count_text(result.weights)} weights at {result.bits:.3f} bits"
+    display.fact("4 bits", f"{result.layers} linear layers, {weights}: {size_text(result.weights * result.bits / 8)}")
     display.fact("size", f"{size_text(result.bytes_before)} -> {size_text(result.bytes_after)}")
     speed = result.bytes_before / 1e6 / result.seconds
     memory = f"{result.peak_mb / 1000:.2f} GB of memory"
@@ -339,20 +326,12 @@ def storage_dtype(name: str) -> torch.dtype:
 
 def _is_small_file(file: Path) -> bool:
     """Whether a file of a model's directory goes with the quantized model as it is."""
-    return (
-        file.is_file()
-        and not file.name.startswith(".")
-        and not file.name.endswith(_WEIGHTS)
-        and file.name not in (CONFIG_FILE, "training_args.bin")
-    )
+    left = file.name.startswith(".") or file.name.endswith(_WEIGHTS) or file.name in (CONFIG_FILE, "training_args.bin")
+    return file.is_file() and not left
 
 
 def _check_link(file: Path) -> None:
-    """That what is copied is part of the model: it lies in its directory, or is a blob of the hub's cache beside it.
-
-    Raises:
-        UserError: the file is a symbolic link that leads elsewhere.
-    """
+    """Refuse a symbolic link that leads elsewhere than to its directory or to the blobs of the hub's cache."""
     target, folder = file.resolve(), file.parent.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):

@@ -4,7 +4,7 @@ The directory is the one that transformers writes and opens with bitsandbytes: `
 ``quantization_config``, and safetensors files in which a 4-bit weight is several tensors (see
 ``nf4/files/bitsandbytes_layout.py``). Here it is opened without bitsandbytes. A *skeleton* is made from config.json
 first, the model of transformers with parameters that have a shape and no memory; then each tensor of the checkpoint is
-put in its place, the 4-bit weights in a ``QuantizedLinear``.
+put into it, the 4-bit weights in a ``QuantizedLinear``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from qloralab.lora.inject import adapters
 from qloralab.nf4.files import quantization_config
-from qloralab.nf4.files.checkpoint import Checkpoint
+from qloralab.nf4.files.bitsandbytes_layout import dtype_name
+from qloralab.nf4.files.checkpoint import WEIGHTS_FILE, Checkpoint
 from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.json_file import read_object, write_object
 from qloralab.nf4.files.module_names import bare_name, is_part_of, without_wrappers
@@ -32,7 +33,6 @@ from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.model import linear_names
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
@@ -56,10 +56,8 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
 
     model = without_wrappers(model)
     if not isinstance(model, PreTrainedModel):
-        kind = type(model).__name__
-        raise ValueError(
-            f"the model is a {kind}, not one of transformers, whose files these are; save its state_dict()"
-        )
+        kind = f"a {type(model).__name__}, not one of transformers"
+        raise ValueError(f"the model is {kind}, whose files these are; save its state_dict()")
     if adapters(model):
         raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
@@ -72,16 +70,15 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
             raise FileExistsError(f"{file} exists; save_quantized writes over no weights")
     (directory / CONFIG_FILE).unlink(missing_ok=True)  # that of another model is never beside these weights
     state = saved_tensors(model)
-    with SafetensorsWriter(
-        directory / WEIGHTS_FILE, {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
-    ) as file:
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
+    with SafetensorsWriter(directory / WEIGHTS_FILE, layout) as file:
         for name, tensor in state.items():
             file.write(name, tensor)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
     fields = copy.deepcopy(model.config)
     fields.architectures = [type(model).__name__]
-    write_config(directory, json.loads(fields.to_json_string()) | {"dtype": _name(model.dtype)}, config)
+    write_config(directory, json.loads(fields.to_json_string()) | {"dtype": dtype_name(model.dtype)}, config)
 
 
 def load_quantized(directory: str | os.PathLike[str], compute_dtype: torch.dtype | None = None) -> Any:
@@ -196,54 +193,50 @@ def floating_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> None:
-    """Put each tensor of a checkpoint in its place, in memory of its own.
-
-    Raises:
-        FormatError: a tensor has no place or does not fit it; a place stays empty.
-    """
-    places = model.state_dict()
-    missing = set(places)
+    """Put each tensor of a checkpoint in its slot (its name in the model), in memory of its own."""
+    slots = model.state_dict()
+    missing = set(slots)
     kept = _kept_in_float32(model)
-    renamed = _Renamed(model, places)
+    renamed = _Renamed(model, slots)
     for name in checkpoint.quantized_names():
-        place, _ = renamed(name)
-        path = place.removesuffix(".weight")
+        slot, _ = renamed(name)
+        path = slot.removesuffix(".weight")
         model.set_submodule(path, _quantized_layer(model, path, name, checkpoint, compute_dtype))
-        missing.discard(place)
+        missing.discard(slot)
 
-    def put(place: str, tensor: Tensor, name: str) -> None:
-        if place not in places:
-            if not _is_ignored(model, place):
-                raise FormatError("is no tensor of the model", file=checkpoint.file_of(name), tensor=name)
+    def refuse(name: str, message: str) -> FormatError:
+        return FormatError(message, file=checkpoint.file_of(name), tensor=name)
+
+    def put(slot: str, tensor: Tensor, name: str) -> None:
+        if slot not in slots:
+            if not _is_ignored(model, slot):
+                raise refuse(name, "is no tensor of the model")
             return
-        if place not in missing:
-            raise FormatError(f"has the place of another tensor, {place}", file=checkpoint.file_of(name), tensor=name)
-        _check_shape(name, tuple(tensor.shape), tuple(places[place].shape), checkpoint)
-        dtype = torch.float32 if kept and kept.search(place) else places[place].dtype
-        _assign(model, place, tensor, dtype)
-        missing.discard(place)
+        if slot not in missing:
+            raise refuse(name, f"has the place of another tensor, {slot}")
+        check_shape(name, tuple(tensor.shape), tuple(slots[slot].shape), checkpoint)
+        _assign(model, slot, tensor, torch.float32 if kept and kept.search(slot) else slots[slot].dtype)
+        missing.discard(slot)
 
     merged: dict[str, Any] = {}
     for name in sorted(checkpoint.plain_names(), key=renamed.order):
-        place, pattern = renamed(name)
+        slot, pattern = renamed(name)
         if pattern is None:
-            put(place, checkpoint.tensor(name), name)
+            put(slot, checkpoint.tensor(name), name)
         else:
-            merged.setdefault(place, renamed.converter(pattern)).add_tensor(
-                place, name, pattern, checkpoint.tensor(name)
-            )
-    for place, converter in merged.items():
-        name = min(converter.layer_targets[place])
+            converter = merged.setdefault(slot, renamed.converter(pattern))
+            converter.add_tensor(slot, name, pattern, checkpoint.tensor(name))
+    for slot, converter in merged.items():
+        name = min(converter.layer_targets[slot])
         try:
-            parts = converter.convert(place, model=model, config=model.config)
+            parts = converter.convert(slot, model=model, config=model.config)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            message = f"and others do not make {place}: {' '.join(str(error).split()):.100}"
-            raise FormatError(message, file=checkpoint.file_of(name), tensor=name) from error
+            raise refuse(name, f"and others do not make {slot}: {' '.join(str(error).split()):.100}") from error
         for part, tensor in parts.items():
             put(part, tensor[0] if isinstance(tensor, list) else tensor, name)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if missing:
-        first, *others = (name for name in places if name in missing)
+        first, *others = (name for name in slots if name in missing)
         more = f", and so are {len(others)} others" if others else ""
         raise FormatError(f"is missing: config.json asks for it{more}", file=checkpoint.files[0], tensor=first)
 
@@ -252,23 +245,23 @@ class _Renamed:
     """Where a tensor of a checkpoint goes: transformers (5) has names in memory that files of some models do not have,
     and holds the experts of a layer, which lie there one by one, as one parameter.
 
-    Called with a name it gives the place, and the pattern of the converter where several tensors make one.
+    Called with a name it gives the slot, and the pattern of the converter where several tensors make one.
     """
 
-    def __init__(self, model: Any, places: dict[str, Tensor]):
+    def __init__(self, model: Any, slots: dict[str, Tensor]):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
         self.order = dot_natural_key  # expert 2 comes before expert 10
-        self._rename, self._places, self._prefix = rename_source_key, places, model.base_model_prefix
+        self._rename, self._slots, self._prefix = rename_source_key, slots, model.base_model_prefix
         mapping: list[Any] = get_model_conversion_mapping(model)
         self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         self._converters = [one for one in mapping if not isinstance(one, WeightRenaming)]
 
     def __call__(self, name: str) -> tuple[str, str | None]:
-        if name in self._places:
+        if name in self._slots:
             return name, None
-        return self._rename(name, self._renamings, self._converters, self._prefix, self._places)
+        return self._rename(name, self._renamings, self._converters, self._prefix, self._slots)
 
     def converter(self, pattern: str) -> Any:
         return copy.deepcopy(next(one for one in self._converters if pattern in one.source_patterns))
@@ -285,11 +278,12 @@ def _quantized_layer(
     weight = checkpoint.quantized(name)
     # Conv1D, which GPT-2 is made of, is a linear layer that keeps its weight transposed; in 4 bits it is not.
     shape = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-    _check_shape(name, tuple(weight.shape), tuple(shape), checkpoint)
+    check_shape(name, tuple(weight.shape), tuple(shape), checkpoint)
     return QuantizedLinear(weight, layer.bias, compute_dtype)
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], checkpoint: Checkpoint) -> None:
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], checkpoint: Checkpoint) -> None:
+    """Refuse a tensor of another shape than the model's, by a ``FormatError``."""
     if found != expected:
         message = f"is {list(found)}; config.json makes it {list(expected)}"
         raise FormatError(message, file=checkpoint.file_of(name), tensor=name)
@@ -318,7 +312,7 @@ def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
 
 
 def _is_ignored(model: Any, name: str) -> bool:
-    """Whether a tensor without a place is none that matters: one that older versions of transformers saved."""
+    """Whether a tensor without a slot is none that matters: one that older versions of transformers saved."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
@@ -327,7 +321,3 @@ def _stated_dtype(fields: dict[str, Any]) -> torch.dtype | None:
     name = fields.get("dtype") or fields.get("torch_dtype")
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -87,7 +87,7 @@ def _compare_scales(row: Row, sample: Sample, ours: Tensor, theirs: Tensor) -> N
 
 
 def _compare_dequantized(rows: Rows, where: str, sample: Sample, packed: Tensor, state: Any) -> None:
-    read = QuantizedTensor.from_bitsandbytes(peer.tensors(packed, state))
+    read = _read(packed, state)
     theirs = peer.dequantize(packed, state).reshape(sample.weight.shape)
     ours = read.dequantize()
     row = rows.row(_weights(sample, read.double_quant), where)
@@ -99,8 +99,7 @@ def _compare_dequantized(rows: Rows, where: str, sample: Sample, packed: Tensor,
     flushed = differing & (ours != 0) & (theirs == 0) & (ours.float().abs() < _TINY)
     rest = differing & ~zero & ~flushed
     allowed = {"negative zero": int(zero.sum())}
-    right = peer.oracle(packed, read.absmax(), read.values, read.block_size, read.shape, read.dtype)
-    if torch.equal(_bits(ours), _bits(right)):
+    if torch.equal(_bits(ours), _bits(_oracle(packed, read))):
         allowed["flushed"] = int(flushed.sum())
         allowed["split rows"] = 0 if sample.has_whole_rows else int(rest.sum())
     apart = (ours.double() - theirs.double()).abs() / sample.weight.abs().max().double()
@@ -119,7 +118,7 @@ def _weights(sample: Sample, double_quant: bool) -> str:
 
 
 def _compare_second_level(rows: Rows, where: str, sample: Sample, absmax: Tensor, packed: Tensor, nested: Any) -> None:
-    read = QuantizedTensor.from_bitsandbytes(peer.tensors(packed, nested))
+    read = _read(packed, nested)
     decoded = peer.functional().dequantize_blockwise(nested.absmax, nested.state2) + nested.offset
     _add_bits(rows.row("decoded scales", where), sample, read.absmax(), decoded)
     _compare_second_level_codes(rows.row("second-level codes", where), sample, absmax - nested.offset, nested)
@@ -170,21 +169,17 @@ def compare_products(rows: Rows, sample: Sample, codebook: str, tokens: int, see
         seed: of x and grad.
     """
     packed, state = peer.quantize(sample.weight, codebook, sample.block_size, double_quant=True)
-    read = QuantizedTensor.from_bitsandbytes(peer.tensors(packed, state))
     N, K = sample.weight.shape
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, K, generator=g).to(sample.weight.dtype)
     grad = torch.randn(tokens, N, generator=g).to(sample.weight.dtype)
-    leaf = x.clone().requires_grad_()
-    y = linear(leaf, read)
-    y.backward(grad)
-    assert leaf.grad is not None
-    exact = peer.oracle(packed, read.absmax(), read.values, read.block_size, read.shape, read.dtype).double()
-    theirs_y, theirs_dx = peer.product(x, packed, state, grad)
+    read = _read(packed, state)
+    (y, dx), (theirs_y, theirs_dx) = _product(x, read, grad), peer.product(x, packed, state, grad)
+    exact = _oracle(packed, read).double()
     where = f"{codebook} {short(x.dtype)}"
     case = f"{sample}, {tokens} tokens,"
-    _add_errors(rows.row("forward", where), case, y.detach(), theirs_y, x.double() @ exact.T)
-    _add_errors(rows.row("input gradient", where), case, leaf.grad, theirs_dx, grad.double() @ exact)
+    _add_errors(rows.row("forward", where), case, y, theirs_y, x.double() @ exact.T)
+    _add_errors(rows.row("input gradient", where), case, dx, theirs_dx, grad.double() @ exact)
 
 
 def compare_backward_weights(rows: Rows, sample: Sample, codebook: str, compute_dtype: torch.dtype) -> None:
@@ -195,23 +190,35 @@ def compare_backward_weights(rows: Rows, sample: Sample, codebook: str, compute_
         compute_dtype: of the product; another one than the weight's.
     """
     packed, state = peer.quantize(sample.weight, codebook, sample.block_size)
-    read = QuantizedTensor.from_bitsandbytes(peer.tensors(packed, state))
     N, K = sample.weight.shape
-    x = torch.eye(K, dtype=compute_dtype)[:N] if N <= K else torch.eye(N, K, dtype=compute_dtype)
-    identity = torch.eye(N, dtype=compute_dtype)
-    _, theirs = peer.product(x, packed, state, identity)
-    leaf = x.clone().requires_grad_()
-    linear(leaf, read).backward(identity)
-    assert leaf.grad is not None
-    ours = leaf.grad
-    right = peer.oracle(packed, read.absmax(), read.values, read.block_size, read.shape, compute_dtype)
+    x, identity = torch.eye(N, K, dtype=compute_dtype), torch.eye(N, dtype=compute_dtype)
+    read = _read(packed, state)
+    ours, theirs = _product(x, read, identity)[1], peer.product(x, packed, state, identity)[1]
     differing = ours != theirs
-    covered = int(differing.sum()) if torch.equal(ours, right) else 0
+    covered = int(differing.sum()) if torch.equal(ours, _oracle(packed, read, compute_dtype)) else 0
     apart = (ours.double() - theirs.double()).abs().max() / sample.weight.abs().max().double()
     i = _first(differing.flatten())
-    first = f"[{i}]: {ours.flatten()[i]:.6g} for {theirs.flatten()[i]:.6g}" if differing.any() else None
+    first = f"[{i}]: {ours.flatten()[i]:.6g} for {theirs.flatten()[i]:.6g}"
     row = rows.row("weights in backward", f"{codebook} {short(sample.weight.dtype)}, products {short(compute_dtype)}")
     row.add(sample, ours.numel(), int(differing.sum()), {"two weights": covered}, first, float(apart))
+
+
+def _product(x: Tensor, weight: QuantizedTensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Our x W' and grad W."""
+    leaf = x.clone().requires_grad_()
+    y = linear(leaf, weight)
+    y.backward(grad)
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
+
+
+def _read(packed: Tensor, state: Any) -> QuantizedTensor:
+    """Their codes and scales, as we read them."""
+    return QuantizedTensor.from_bitsandbytes(peer.tensors(packed, state))
+
+
+def _oracle(packed: Tensor, read: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    return peer.oracle(packed, read.absmax(), read.values, read.block_size, read.shape, dtype or read.dtype)
 
 
 def compare_files(rows: Rows, sample: Sample, codebook: str) -> None:
@@ -296,7 +303,7 @@ def _ordered(x: Tensor) -> Tensor:
 
 
 def _rank(values: Tensor) -> Tensor:
-    """The place of each code's value among the different values, ascending: int64 [16]."""
+    """The rank of each code's value among the different values, ascending: int64 [16]."""
     return values.unique(return_inverse=True)[1]
 
 

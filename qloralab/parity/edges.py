@@ -61,16 +61,22 @@ def compare_edges(rows: Rows) -> None:
         )
 
 
-def _both(weight: Tensor, show: Callable[[QuantizedTensor, Tensor], str], double_quant: bool = False):
+Show = Callable[[QuantizedTensor, Tensor], str]
+
+
+def _both(weight: Tensor, show: Show, double_quant: bool = False) -> Callable[[], tuple[str, str]]:
     """What ``show`` says of our codes and weight, and of theirs: it takes a packed tensor and the weight it becomes."""
-    try:
-        q = quantize(weight, "nf4", 64, double_quant)
-        ours = show(q, q.dequantize())
-    except ValueError as error:
-        ours = f"ValueError: {re.split(';|, whose', str(error))[0]}"
-    packed, state = peer.quantize(weight, "nf4", 64, double_quant)
-    theirs = show(_unchecked(packed, state), peer.dequantize(packed, state))
-    return ours, theirs
+
+    def observe() -> tuple[str, str]:
+        try:
+            q = quantize(weight, "nf4", 64, double_quant)
+            ours = show(q, q.dequantize())
+        except ValueError as error:
+            ours = f"ValueError: {re.split(';|, whose', str(error))[0]}"
+        packed, state = peer.quantize(weight, "nf4", 64, double_quant)
+        return ours, show(_unchecked(packed, state), peer.dequantize(packed, state))
+
+    return observe
 
 
 def _unchecked(packed: Tensor, state: Any) -> QuantizedTensor:
@@ -82,66 +88,8 @@ def _unchecked(packed: Tensor, state: Any) -> QuantizedTensor:
     )  # fmt: skip
 
 
-def _codes(q: QuantizedTensor) -> Tensor:
-    return unpack(q.packed, q.shape.numel())
-
-
-def _zero_block() -> tuple[str, str]:
-    def show(q: QuantizedTensor, back: Tensor) -> str:
-        codes = sorted(set(_codes(q).tolist()))
-        return f"scale {float(q.absmax()[0]):g}, code {', '.join(map(str, codes))}, reads {_zero(back)}"
-
-    return _both(torch.zeros(1, 64), show)
-
-
-def _zero_tail() -> tuple[str, str]:
-    weight = torch.cat([torch.ones(64), torch.zeros(32)])
-    return _both(weight, lambda q, back: f"scale {float(q.absmax()[-1]):g}")
-
-
-def _with_one(value: float) -> Tensor:
-    weight = torch.linspace(-1, 1, 128).view(2, 64)
-    weight[1, 3] = value
-    return weight
-
-
-def _not_a_number() -> tuple[str, str]:
-    return _both(
-        _with_one(torch.nan), lambda q, back: f"{int(back[1].isnan().sum())} of the block's 64 weights are NaN"
-    )
-
-
-def _infinity() -> tuple[str, str]:
-    def show(q: QuantizedTensor, back: Tensor) -> str:
-        return f"reads {float(back[1, 3]):+g}, {int(back[1].isnan().sum())} others NaN"
-
-    return _both(_with_one(-torch.inf), show)
-
-
-def _subnormal_scale() -> tuple[str, str]:
-    weight = torch.full((1, 64), 1e-40)
-    weight[0, 0] = 1e-39
-    return _both(weight, lambda q, back: f"the largest weight has code {int(_codes(q)[0])}")
-
-
-def _one_dimension() -> tuple[str, str]:
-    return _both(torch.linspace(-1, 1, 128), lambda q, back: f"shape {list(back.shape)}")
-
-
-def _negative_scale() -> tuple[str, str]:
-    weight = torch.zeros(3, 64)
-    weight[2] = 10
-    return _both(weight, lambda q, back: f"a block of zeros reads {_zero(back[0])}", double_quant=True)
-
-
-def _infinite_scale() -> tuple[str, str]:
-    weight = torch.zeros(3, 64, dtype=torch.float16)
-    weight[1:] = 65504  # the largest float16; decoded, their scale is 65571
-    return _both(weight, lambda q, back: f"{int(back.isinf().sum())} weights read inf", double_quant=True)
-
-
-def _infinite_mean() -> tuple[str, str]:
-    return _both(torch.full((4, 64), 3e38), lambda q, back: f"reads {float(back[0, 0]):g}", double_quant=True)
+def _codes(q: QuantizedTensor) -> list[int]:
+    return unpack(q.packed, q.shape.numel()).tolist()
 
 
 def _zero(x: Tensor) -> str:
@@ -151,68 +99,99 @@ def _zero(x: Tensor) -> str:
     return "-0.0" if x.signbit().any() else "+0.0"
 
 
+def _with_one(value: float) -> Tensor:
+    weight = torch.linspace(-1, 1, 128).view(2, 64)
+    weight[1, 3] = value
+    return weight
+
+
+def _blocks(first: float, last: float, of: tuple[int, int] = (1, 1), dtype: torch.dtype = torch.float32) -> Tensor:
+    """Blocks of 64 equal weights: some of the first value, some of the last."""
+    return torch.tensor([first] * of[0] + [last] * of[1], dtype=dtype)[:, None].repeat(1, 64)
+
+
+def _show_zeros(q: QuantizedTensor, back: Tensor) -> str:
+    return f"scale {float(q.absmax()[0]):g}, code {', '.join(map(str, sorted(set(_codes(q)))))}, reads {_zero(back)}"
+
+
+def _show_nans(q: QuantizedTensor, back: Tensor) -> str:
+    return f"{int(back[1].isnan().sum())} of the block's 64 weights are NaN"
+
+
+def _show_infinity(q: QuantizedTensor, back: Tensor) -> str:
+    return f"reads {float(back[1, 3]):+g}, {int(back[1].isnan().sum())} others NaN"
+
+
+def _show_infinities(q: QuantizedTensor, back: Tensor) -> str:
+    return f"{int(back.isinf().sum())} weights read inf"
+
+
 ALL = (
     Edge(
         "block of zeros",
         "scale 0, code 7, reads +0.0",
         "scale 0, code 7, reads +0.0",
         "a zero stays the zero it was",
-        _zero_block,
+        _both(torch.zeros(1, 64), _show_zeros),
     ),
     Edge(
         "short last block of zeros",
         "scale 0",
         "scale 1e-38",
         "one rule for every block",
-        _zero_tail,
+        _both(torch.cat([torch.ones(64), torch.zeros(32)]), lambda q, back: f"scale {float(q.absmax()[-1]):g}"),
     ),
     Edge(
         "NaN",
         "ValueError: weight[1, 3] is nan",
         "64 of the block's 64 weights are NaN",
         "a broken weight is told at once, with its place",
-        _not_a_number,
+        _both(_with_one(torch.nan), _show_nans),
     ),
     Edge(
         "-infinity",
         "ValueError: weight[1, 3] is -inf",
         "reads +inf, 63 others NaN",
         "a broken weight is told at once, with its place",
-        _infinity,
+        _both(_with_one(-torch.inf), _show_infinity),
     ),
     Edge(
         "scale of 1e-39",
         "the largest weight has code 15",
         "the largest weight has code 8",
         "where the scale is subnormal the true quotient is taken",
-        _subnormal_scale,
+        _both(torch.tensor([[1e-39] + [1e-40] * 63]), lambda q, back: f"the largest weight has code {_codes(q)[0]}"),
     ),
     Edge(
         "one dimension",
         "shape [128]",
         "shape [1, 128]",
         "a weight keeps its shape",
-        _one_dimension,
+        _both(torch.linspace(-1, 1, 128), lambda q, back: f"shape {list(back.shape)}"),
     ),
     Edge(
         "decoded scale below 0",
         "a block of zeros reads +0.0",
         "a block of zeros reads -0.0",
         "a zero stays the zero it was",
-        _negative_scale,
+        _both(_blocks(0, 10, (2, 1)), lambda q, back: f"a block of zeros reads {_zero(back[0])}", double_quant=True),
     ),
-    Edge(
+    Edge(  # the largest float16; decoded, its scale is 65571
         "decoded scale above the dtype",
         "ValueError: weight: a scale, quantized and decoded, would be infinite in torch.float16",
         "128 weights read inf",
         "a weight that would become infinite is told at once",
-        _infinite_scale,
+        _both(
+            _blocks(0, 65504, (1, 2), torch.float16),
+            lambda q, back: f"{int(back.isinf().sum())} weights read inf",
+            True,
+        ),
     ),
     Edge(
         "sum of scales above float32",
         "reads 3e+38",
         "reads nan",
         "the mean of the scales is taken in float64",
-        _infinite_mean,
+        _both(torch.full((4, 64), 3e38), lambda q, back: f"reads {float(back[0, 0]):g}", double_quant=True),
     ),
 )

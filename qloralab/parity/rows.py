@@ -167,21 +167,18 @@ class Row:
         assert covered.keys() <= ALLOWANCES.keys(), covered
         beyond = differing - covered.total()
         assert beyond >= 0, (case, differing, covered)
-        if first is not None and differing and _rank(beyond, covered, differing) > self._rank:
-            self.first = f"{case} {first}"
-        self.compared += compared
-        self.equal += compared - differing
-        self.beyond += beyond
-        self.allowed += covered
-        self.largest = max(self.largest, largest)
-        entry = {"case": str(case), "compared": compared, "equal": compared - differing}
+        equal = compared - differing
+        entry = {"case": str(case), "compared": compared, "equal": equal}
         if differing:
             entry |= {"allowed": dict(covered), "beyond": beyond, "first": first, "largest": largest}
-        self.cases.append({**entry, **more})
+        first = f"{case} {first}" if first is not None and differing else None
+        facts = compared, equal, beyond, covered, first, largest, [{**entry, **more}]
+        self.join(Row(self.quantity, self.detail, self.unit, *facts))
 
     @property
     def _rank(self) -> int:
-        return _rank(self.beyond, self.allowed, self.compared - self.equal)
+        """How much the first difference has to tell."""
+        return 3 if self.beyond else 2 if self.allowed.keys() - _ZEROS else min(self.compared - self.equal, 1)
 
     @property
     def fails(self) -> bool:
@@ -201,7 +198,7 @@ class Row:
 
     def join(self, other: Row) -> None:
         """Count what another row counted."""
-        if other._rank > self._rank:
+        if other.first is not None and other._rank > self._rank:
             self.first = other.first
         self.compared += other.compared
         self.equal += other.equal
@@ -210,11 +207,6 @@ class Row:
         self.largest = max(self.largest, other.largest)
         self.note = self.note or other.note
         self.cases += other.cases
-
-
-def _rank(beyond: int, allowed: Mapping[str, int], differing: int) -> int:
-    """How much a first difference has to tell."""
-    return 3 if beyond else 2 if allowed.keys() - _ZEROS else min(differing, 1)
 
 
 def merged(rows: Iterable[Row], key: Callable[[Row], tuple[str, str]]) -> list[Row]:

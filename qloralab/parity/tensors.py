@@ -68,47 +68,27 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
 
 
-def _normal(n: int, g: torch.Generator) -> Tensor:
-    return torch.randn(n, generator=g)
-
-
-def _uniform(n: int, g: torch.Generator) -> Tensor:
-    return torch.rand(n, generator=g) * 2 - 1
-
-
 def _laplace(n: int, g: torch.Generator) -> Tensor:
     u = torch.rand(n, generator=g) - 0.5
     return -u.sign() * torch.log1p(-2 * u.abs() * (1 - 1e-6))
 
 
-def _heavy_tails(n: int, g: torch.Generator) -> Tensor:
-    """Cauchy's, cut at 1000."""
-    return torch.tan((torch.rand(n, generator=g) - 0.5) * 3.14159).clamp_(-1000, 1000)
-
-
-def _sparse(n: int, g: torch.Generator) -> Tensor:
-    """One in 200 is not zero: many blocks of 32 to 256 are nothing but zeros."""
-    return torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.005)
-
-
-def _grid(n: int, g: torch.Generator) -> Tensor:
-    """Multiples of 1/64: few different quotients, each many times."""
-    return torch.randint(-64, 65, (n,), generator=g) / 64
-
-
 def _scales(n: int, g: torch.Generator) -> Tensor:
-    """Normal numbers whose magnitude changes by up to 2**24 from one 32 to the next."""
     exponents = torch.randint(-12, 13, (-(-n // 32), 1), generator=g).float()
     return (torch.randn(len(exponents), 32, generator=g) * exponents.exp2()).flatten()[:n]
 
 
 DISTRIBUTIONS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
-    "normal": _normal,
-    "uniform": _uniform,
+    "normal": lambda n, g: torch.randn(n, generator=g),
+    "uniform": lambda n, g: torch.rand(n, generator=g) * 2 - 1,
     "Laplace": _laplace,
-    "heavy tails": _heavy_tails,
-    "sparse": _sparse,
-    "grid": _grid,
+    # Cauchy's, cut at 1000.
+    "heavy tails": lambda n, g: torch.tan((torch.rand(n, generator=g) - 0.5) * 3.14159).clamp_(-1000, 1000),
+    # One in 200 is not zero: many blocks of 32 to 256 are nothing but zeros.
+    "sparse": lambda n, g: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.005),
+    # Multiples of 1/64: few different quotients, each many times.
+    "grid": lambda n, g: torch.randint(-64, 65, (n,), generator=g) / 64,
+    # Normal numbers whose magnitude changes by up to 2**24 from one 32 to the next.
     "scales": _scales,
 }
 

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from qloralab import FormatError, load_quantized, quantize_, save_quantized
 from qloralab.checkpoint.models import load_model, quiet
-from qloralab.nf4.linear import QuantizedLinear
+
+from .checkpoint.four_bits import assert_same, assert_same_state, edit_tensors, open_with_bitsandbytes
 
 HIDDEN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {"vocab_size": 97, **HIDDEN}
@@ -66,35 +64,14 @@ def make(name: str) -> Any:
     return getattr(transformers, name)(fields).to(torch.bfloat16).eval()
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """That a model here and one of bitsandbytes are of one class and hold the same numbers."""
-    assert type(ours) is type(theirs)
-    modules = {name: m for name, m in theirs.named_modules() if isinstance(m, Linear4bit)}
-    assert modules
-    assert set(modules) == {name for name, m in ours.named_modules() if isinstance(m, QuantizedLinear)}
-    for name, module in modules.items():
-        packed: Any = module.weight
-        assert torch.equal(
-            ours.get_submodule(name).weight.dequantize(), dequantize_4bit(packed.data, packed.quant_state)
-        )
-    rest = {name: p for name, p in theirs.named_parameters() if not isinstance(p, Params4bit)}
-    mine = dict(ours.named_parameters())
-    assert mine.keys() == rest.keys()
-    for name, parameter in rest.items():
-        assert torch.equal(mine[name], parameter.to(mine[name].dtype)), name
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_saved_here_opens_everywhere(name, tmp_path):
     model = make(name)
     quantize_(model, skip=[*(model._keep_in_fp32_modules or ())])
     save_quantized(model, tmp_path)
     ours = load_quantized(tmp_path)
-    before, after = model.state_dict(), ours.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-    with quiet():
-        assert_same(ours, type(model).from_pretrained(tmp_path))
+    assert_same_state(ours, model)
+    assert_same(ours, open_with_bitsandbytes(tmp_path, type(model)), None)
 
 
 def written_by_bitsandbytes(name: str, folder: Any, **options: Any) -> Any:
@@ -110,13 +87,7 @@ def written_by_bitsandbytes(name: str, folder: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_bitsandbytes_wrote_opens_here(name, tmp_path):
     theirs = written_by_bitsandbytes(name, tmp_path, **({"max_shard_size": "60KB"} if name in RENAMED else {}))
-    assert_same(load_quantized(tmp_path / "theirs"), theirs)
-
-
-def change(path: Any, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(path)
-    edit(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    assert_same(load_quantized(tmp_path / "theirs"), theirs, None)
 
 
 GATE = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
@@ -137,7 +108,7 @@ GATE = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
 )
 def test_tensors_that_do_not_make_the_model(edit, message, tmp_path):
     written_by_bitsandbytes("MixtralForCausalLM", tmp_path)
-    change(tmp_path / "theirs" / "model.safetensors", edit)
+    edit_tensors(tmp_path / "theirs" / "model.safetensors", edit)
     with pytest.raises(FormatError, match=message):
         load_quantized(tmp_path / "theirs")
 

@@ -2,8 +2,8 @@
 
 A checkpoint is spoiled while it is made, at one of the stages through which it goes: its tensors, the header of a file,
 the index, the bytes of a file, the files on the disk. So a mutation changes one thing, leaves the rest valid, and gets
-past the checks of the stages before. ``MUTATIONS`` has them by name; each is a function of a random generator and the
-checkpoint, and raises ``Inapplicable`` where the checkpoint has nothing of the kind.
+past the checks of the stages before. ``MUTATIONS`` has them by name, ``STAGES`` their stages; each is a function of a
+random generator and the checkpoint, and raises ``Inapplicable`` where the checkpoint has nothing of the kind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,8 @@ class Inapplicable(Exception):
 
 
 class Made:
-    """A checkpoint on its way to the disk.
-
-    Attributes:
-        weights: the 4-bit weights by name, as they were quantized.
-        tensors: by the name of the file and the name of the tensor.
-        headers: of each file, the pairs of a name and an entry (a pair may come twice). From the second stage on.
-        data: of each file, what follows the header.
-        index: the content of the index, None for a checkpoint of one file.
-        files: the bytes of each file. From the third stage on.
-        to_disk: what happens to the directory when all is written.
-    """
+    """A checkpoint on its way to the disk: ``tensors`` by file and name; then ``headers`` (pairs of a name and an
+    entry) and ``data`` of each file; then ``files`` (bytes); then what happens ``to_disk`` when all is written."""
 
     def __init__(self, seed: int):
         rng = random.Random(seed)
@@ -115,16 +106,9 @@ def _weight(rng: random.Random) -> QuantizedTensor:
 
 
 def make(seed: int, kinds: list[str], directory: Path) -> list[str]:
-    """Write a checkpoint, spoiled.
+    """Write a checkpoint from a seed, spoiled by some mutations; those that were done.
 
-    Args:
-        seed: of the checkpoint, and of the choices within the mutations.
-        kinds: names of mutations, done in the order of their stages. The first is done in any case: checkpoints that it
-            does not apply to are passed over.
-        directory: made here.
-
-    Returns:
-        the mutations that were done.
+    The first is done in any case: checkpoints that it does not apply to are passed over.
     """
     rng = random.Random(seed)
     while True:
@@ -149,23 +133,11 @@ def spoil(rng: random.Random, made: Made, kinds: list[str]) -> list[str]:
     return done
 
 
-Mutation = Callable[[random.Random, Made], None]
-MUTATIONS: dict[str, Mutation] = {}
-STAGES: dict[str, int] = {}
+Random = random.Random
+Mutation = Callable[[Random, Made], Any]
 
 
-def at(stage: int) -> Callable[[Mutation], Mutation]:
-    """Register a mutation of the tensors (0), the headers and the index (1), the bytes (2), the files (3)."""
-
-    def register(function: Mutation) -> Mutation:
-        name = function.__name__.strip("_")
-        MUTATIONS[name], STAGES[name] = function, stage
-        return function
-
-    return register
-
-
-def pick(rng: random.Random, found: Any) -> Any:
+def pick(rng: Random, found: Iterable[Any]) -> Any:
     """One of some things."""
     things = list(found)
     if not things:
@@ -173,117 +145,78 @@ def pick(rng: random.Random, found: Any) -> Any:
     return rng.choice(things)
 
 
-def one_tensor(rng: random.Random, made: Made, *suffixes: str) -> tuple[dict[str, Tensor], str]:
-    """Some tensor of a 4-bit weight (with a name that ends so), as the dictionary it is in and its name there."""
-    return pick(
-        rng,
-        [
-            (tensors, name)
-            for tensors in made.tensors.values()
-            for name in tensors
-            if any(name == weight or name.startswith(f"{weight}.") for weight in made.weights)
-            if not suffixes or name.endswith(suffixes)
-        ],
-    )
+def of_weights(made: Made, *suffixes: str) -> list[tuple[dict[str, Tensor], str]]:
+    """The tensors of 4-bit weights (with a name that ends so), as the dictionary each is in and its name there."""
+    return [
+        (tensors, name)
+        for tensors in made.tensors.values()
+        for name in tensors
+        if any(name == weight or name.startswith(f"{weight}.") for weight in made.weights)
+        if not suffixes or name.endswith(suffixes)
+    ]
 
 
-@at(0)
-def drop_tensor(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
-    del tensors[name]
+def tensor(change: Callable[[Random, dict[str, Tensor], str], Any], *suffixes: str) -> Mutation:
+    """Change one tensor of a 4-bit weight, by its dictionary and its name."""
+    return lambda rng, made: change(rng, *pick(rng, of_weights(made, *suffixes)))
 
 
-@at(0)
-def swap_tensors(rng: random.Random, made: Made) -> None:
-    (tensors, one), (others, two) = one_tensor(rng, made), one_tensor(rng, made)
+def values(change: Callable[[Random, Tensor], Tensor], *suffixes: str) -> Mutation:
+    """Put another tensor in the stead of one that has elements."""
+
+    def apply(rng: Random, tensors: dict[str, Tensor], name: str) -> None:
+        if not tensors[name].numel():
+            raise Inapplicable
+        tensors[name] = change(rng, tensors[name].clone())
+
+    return tensor(apply, *suffixes)
+
+
+def one_float(choices: list[float]) -> Callable[[Random, Tensor], Tensor]:
+    """Another value for one element of a tensor of float32."""
+
+    def change(rng: Random, old: Tensor) -> Tensor:
+        if old.dtype != torch.float32:
+            raise Inapplicable
+        old = old.flatten()
+        old[rng.randrange(len(old))] = rng.choice(choices)
+        return old
+
+    return change
+
+
+def swap_tensors(rng: Random, made: Made) -> None:
+    (tensors, one), (others, two) = pick(rng, of_weights(made)), pick(rng, of_weights(made))
     tensors[one], others[two] = others[two], tensors[one]
 
 
-@at(0)
-def rename_tensor(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
-    tensors[rng.choice([f"{name}.", name[:-1], f"x{name}", f".{name}", f"{name}.absmax", "é"])] = tensors.pop(name)
-
-
-@at(0)
-def move_tensor_to_another_file(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
+def move_tensor_to_another_file(rng: Random, made: Made) -> None:
+    tensors, name = pick(rng, of_weights(made))
     pick(rng, [other for other in made.tensors.values() if other is not tensors])[name] = tensors.pop(name)
 
 
-@at(0)
-def tensor_too_many(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
-    tensors[f"{name}.more"] = torch.ones(2)
+def rename(rng: Random, tensors: dict[str, Tensor], name: str) -> None:
+    tensors[rng.choice([f"{name}.", name[:-1], f"x{name}", f".{name}", f"{name}.absmax", "é"])] = tensors.pop(name)
 
 
-@at(0)
-def second_payload(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made, "4")
-    tensors[name + rng.choice(["x", ".", "4"])] = tensors[name]
+def another_shape(rng: Random, old: Tensor) -> Tensor:
+    size = old.numel()
+    return old.reshape(rng.choice([(1, size, 1), (1,) * 30 + (size,), (size, 1, 1)]))
 
 
-@at(0)
-def another_dtype(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made, ".absmax", "_map", "4")
-    same = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensors[name] = tensors[name].view(same[tensors[name].element_size()])
+def another_length(rng: Random, old: Tensor) -> Tensor:
+    return old.repeat_interleave(2, 0) if rng.random() < 0.5 else old[1:].clone()
 
 
-@at(0)
-def another_shape(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
-    size = tensors[name].numel()
-    tensors[name] = tensors[name].reshape(rng.choice([(1, size, 1), (1,) * 30 + (size,), (size, 1, 1)]))
+def another_dtype(rng: Random, old: Tensor) -> Tensor:
+    return old.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[old.element_size()])
 
 
-@at(0)
-def another_length(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made)
-    if not len(tensors[name]):
-        raise Inapplicable
-    tensors[name] = tensors[name].repeat_interleave(2, 0) if rng.random() < 0.5 else tensors[name][1:].clone()
-
-
-def set_scale(rng: random.Random, made: Made, value: float) -> None:
-    tensors, name = one_tensor(rng, made, "absmax")
-    if tensors[name].dtype != torch.float32 or not len(tensors[name]):
-        raise Inapplicable
-    tensors[name] = tensors[name].clone()
-    tensors[name][rng.randrange(len(tensors[name]))] = value
-
-
-@at(0)
-def scale_nan(rng: random.Random, made: Made) -> None:
-    set_scale(rng, made, float("nan"))
-
-
-@at(0)
-def scale_infinite(rng: random.Random, made: Made) -> None:
-    set_scale(rng, made, float("inf"))
-
-
-@at(0)
-def scale_negative(rng: random.Random, made: Made) -> None:
-    set_scale(rng, made, -1e-3)
-
-
-@at(0)
-def quant_map(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made, "_map")
-    if not tensors[name].is_floating_point():
-        raise Inapplicable
-    tensors[name] = tensors[name].flatten().clone()
-    tensors[name][rng.randrange(len(tensors[name]))] = rng.choice([2.0, float("nan"), float("inf"), 1e-40])
-
-
-@at(0)
-def scale_huge(rng: random.Random, made: Made) -> None:
+def scale_huge(rng: Random, made: Made) -> None:
     """Second-level scales and an offset that are finite each; the scales that they decode to are not."""
-    tensors, name = one_tensor(rng, made, ".nested_absmax")
+    tensors, name = pick(rng, of_weights(made, ".nested_absmax"))
     prefix = name.removesuffix(".nested_absmax") + PAYLOAD
-    payloads = [(others, other) for others in made.tensors.values() for other in others if other.startswith(prefix)]
-    others, payload = pick(rng, payloads)
+    others, payload = pick(rng, [(t, other) for t in made.tensors.values() for other in t if other.startswith(prefix)])
     state = state_of(others[payload])
     if not len(tensors[name]) or tensors[name].dtype != torch.float32:
         raise Inapplicable
@@ -294,41 +227,33 @@ def scale_huge(rng: random.Random, made: Made) -> None:
 def state_of(payload: Tensor) -> dict[str, Any]:
     """The content of a payload that is not spoiled yet."""
     try:
-        state = json.loads(bytes(payload.tolist()))
+        return dict(json.loads(bytes(payload.tolist())))
     except (ValueError, TypeError, RecursionError):
         raise Inapplicable from None
-    if not isinstance(state, dict):
-        raise Inapplicable
-    return state
 
 
 def as_tensor(text: bytes) -> Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def payload_field(field: str, values: list[Any]) -> Mutation:
-    def change(rng: random.Random, made: Made) -> None:
-        tensors, name = one_tensor(rng, made, "4")
-        state = state_of(tensors[name])
+def payload_field(field: str) -> Mutation:
+    """Another value for a field of a payload, or none."""
+    choices = SIZES if field == "shape" else NUMBERS + OTHERS
+
+    def change(rng: Random, old: Tensor) -> Tensor:
+        state = state_of(old)
         if field not in state:
             raise Inapplicable
         before = state.pop(field)
         if rng.random() < 0.8:
-            state[field] = rng.choice([value for value in values if value != before])
-        tensors[name] = as_tensor(json.dumps(state).encode())
+            state[field] = rng.choice([value for value in choices if value != before])
+        return as_tensor(json.dumps(state).encode())
 
-    change.__name__ = f"payload_{field}"
-    return change
-
-
-for each in FIELDS:
-    at(0)(payload_field(each, SIZES if each == "shape" else NUMBERS + OTHERS))
+    return values(change, "4")
 
 
-@at(0)
-def payload_text(rng: random.Random, made: Made) -> None:
-    tensors, name = one_tensor(rng, made, "4")
-    text = json.dumps(state_of(tensors[name])).encode()
+def payload_text(rng: Random, old: Tensor) -> Tensor:
+    text = json.dumps(state_of(old)).encode()
     depth = rng.choice([10, rng.randint(800, 1100), 20_000])
     spoiled = rng.choice([
         b"", b"\0", b"null", b"NaN", b"[]", b'"nf4"', b"\xff" + text, text[:-1], text + b"\0", text + text,
@@ -337,47 +262,62 @@ def payload_text(rng: random.Random, made: Made) -> None:
     ])  # fmt: skip
     if spoiled == text:
         raise Inapplicable
-    tensors[name] = as_tensor(spoiled)
+    return as_tensor(spoiled)
 
 
-def one_entry(rng: random.Random, made: Made) -> tuple[list[tuple[str, Any]], int]:
-    """The pairs of some header, and the place of a whole entry in it."""
-    return pick(
-        rng,
-        [
-            (pairs, i)
-            for pairs in made.headers.values()
-            for i, (name, entry) in enumerate(pairs)
-            if name != "__metadata__" and isinstance(entry, dict) and len(entry) == 3
-        ],
-    )
+TENSORS: dict[str, Mutation] = {
+    "drop_tensor": tensor(lambda rng, tensors, name: tensors.pop(name)),
+    "swap_tensors": swap_tensors,
+    "rename_tensor": tensor(rename),
+    "move_tensor_to_another_file": move_tensor_to_another_file,
+    "tensor_too_many": tensor(lambda rng, tensors, name: tensors.update({f"{name}.more": torch.ones(2)})),
+    "second_payload": tensor(lambda rng, t, name: t.update({name + rng.choice(["x", ".", "4"]): t[name]}), "4"),
+    "another_dtype": tensor(lambda rng, t, name: t.update({name: another_dtype(rng, t[name])}), ".absmax", "_map", "4"),
+    "another_shape": tensor(lambda rng, t, name: t.update({name: another_shape(rng, t[name])})),
+    "another_length": values(another_length),
+    "scale_nan": values(one_float([float("nan")]), "absmax"),
+    "scale_infinite": values(one_float([float("inf")]), "absmax"),
+    "scale_negative": values(one_float([-1e-3]), "absmax"),
+    "quant_map": values(one_float([2.0, float("nan"), float("inf"), 1e-40]), "_map"),
+    "scale_huge": scale_huge,
+    **{f"payload_{field}": payload_field(field) for field in FIELDS},
+    "payload_text": values(payload_text, "4"),
+}
 
 
-def header_field(field: str, values: list[Any]) -> Mutation:
-    def change(rng: random.Random, made: Made) -> None:
-        pairs, i = one_entry(rng, made)
-        name, entry = pairs[i]
-        kept = {key: value for key, value in entry.items() if key != field}
-        pairs[i] = name, kept if rng.random() < 0.1 else kept | {field: rng.choice(values)}
+def entries(made: Made) -> list[tuple[list[tuple[str, Any]], int]]:
+    """The whole entries of headers: the pairs of the header, and the index of the entry in them."""
+    return [
+        (pairs, i)
+        for pairs in made.headers.values()
+        for i, (name, entry) in enumerate(pairs)
+        if name != "__metadata__" and isinstance(entry, dict) and len(entry) == 3
+    ]
 
-    change.__name__ = f"header_{field}"
-    return change
+
+def entry(change: Callable[[Random, str, dict[str, Any]], tuple[str, Any]]) -> Mutation:
+    """Put another pair in the stead of one of a header."""
+
+    def apply(rng: Random, made: Made) -> None:
+        pairs, i = pick(rng, entries(made))
+        pairs[i] = change(rng, *pairs[i])
+
+    return apply
+
+
+def header_field(field: str, choices: list[Any]) -> Mutation:
+    def change(rng: Random, name: str, old: dict[str, Any]) -> tuple[str, Any]:
+        kept = {key: value for key, value in old.items() if key != field}
+        return name, kept if rng.random() < 0.1 else kept | {field: rng.choice(choices)}
+
+    return entry(change)
 
 
 SPANS = [[-4, 0], [0, 2**40], [2**62, 2**62 + 4], [0, 2**63], [4, 0], [0], [0, 4, 8], [0.0, 4.0], ["0", "4"]]
-at(1)(header_field("dtype", [*OTHERS, *NUMBERS, "F6_E2M3", "F4", "BOOL", "C64", "f32", ["F32"]]))
-at(1)(header_field("shape", SIZES))
-at(1)(header_field("data_offsets", [*OTHERS, *NUMBERS, *SPANS]))
+NAMES = ["", ".", "w.", "\0", "\ud800", "w.quant_state.bitsandbytes__nf4", ".quant_state.x", "é" * 50]
 
 
-@at(1)
-def header_entry(rng: random.Random, made: Made) -> None:
-    pairs, i = one_entry(rng, made)
-    pairs[i] = pairs[i][0], rng.choice(NUMBERS + OTHERS)
-
-
-@at(1)
-def header_metadata(rng: random.Random, made: Made) -> None:
+def header_metadata(rng: Random, made: Made) -> None:
     pairs = pick(rng, made.headers.values())
     pairs[0] = "__metadata__", rng.choice([[], "pt", 1, {"format": 1}, {"format": None}, {"a": {}}])
 
@@ -395,14 +335,12 @@ def whole_spans(made: Made) -> dict[str, list[list[int]]]:
     }
 
 
-@at(1)
-def header_overlap(rng: random.Random, made: Made) -> None:
+def header_overlap(rng: Random, made: Made) -> None:
     span = pick(rng, [span for spans in whole_spans(made).values() for span in spans if 0 < span[0] < span[1]])
     span[:] = span[0] - 1, span[1] - 1
 
 
-@at(1)
-def header_hole(rng: random.Random, made: Made) -> None:
+def header_hole(rng: Random, made: Made) -> None:
     """All tensors behind one begin a few bytes later, and the data is as much longer."""
     gap, (file, spans) = rng.randint(1, 64), pick(rng, whole_spans(made).items())
     start = pick(rng, [span[0] for span in spans])
@@ -411,198 +349,163 @@ def header_hole(rng: random.Random, made: Made) -> None:
     made.data[file] = made.data[file][:start] + bytes(gap) + made.data[file][start:]
 
 
-@at(1)
-def header_name_twice(rng: random.Random, made: Made) -> None:
-    pairs, i = one_entry(rng, made)
+def header_name_twice(rng: Random, made: Made) -> None:
+    pairs, i = pick(rng, entries(made))
     pairs.append(pairs[i])
 
 
-@at(1)
-def header_name(rng: random.Random, made: Made) -> None:
-    pairs, i = one_entry(rng, made)
-    other = rng.choice(["", ".", "w.", "\0", "\ud800", "w.quant_state.bitsandbytes__nf4", ".quant_state.x", "é" * 50])
-    pairs[i] = other, pairs[i][1]
+def in_weight_map(change: Callable[[Random, Made, dict[str, Any]], Any]) -> Mutation:
+    """Change the weight map of an index."""
+
+    def apply(rng: Random, made: Made) -> None:
+        if made.index is None or not isinstance(made.index.get("weight_map"), dict):
+            raise Inapplicable
+        change(rng, made, made.index["weight_map"])
+
+    return apply
 
 
-def index_of(made: Made) -> dict[str, Any]:
-    if made.index is None or not isinstance(made.index.get("weight_map"), dict):
-        raise Inapplicable
-    return made.index
-
-
-@at(1)
-def index_weight_map(rng: random.Random, made: Made) -> None:
-    index = index_of(made)
-    del index["weight_map"]
+def index_weight_map(rng: Random, made: Made, where: dict[str, Any]) -> None:
+    assert made.index is not None
+    del made.index["weight_map"]
     if rng.random() < 0.8:
-        index["weight_map"] = rng.choice([value for value in NUMBERS + OTHERS if value != {"a": []}] + [{"w": []}])
+        made.index["weight_map"] = rng.choice([value for value in NUMBERS + OTHERS if value != {"a": []}] + [{"w": []}])
 
 
-@at(1)
-def index_metadata(rng: random.Random, made: Made) -> None:
-    index_of(made)["metadata"] = rng.choice([None, [], 1, "", True])
-
-
-@at(1)
-def index_shard(rng: random.Random, made: Made) -> None:
-    where = index_of(made)["weight_map"]
-    where[pick(rng, where)] = rng.choice(SHARDS)
-
-
-@at(1)
-def index_name_lost(rng: random.Random, made: Made) -> None:
-    where = index_of(made)["weight_map"]
-    del where[pick(rng, where)]
-
-
-@at(1)
-def index_name_too_many(rng: random.Random, made: Made) -> None:
-    where = index_of(made)["weight_map"]
-    where[rng.choice(["", "x", "é", "\ud800", "w.more"])] = pick(rng, where.values())
-
-
-@at(1)
-def index_wrong_shard(rng: random.Random, made: Made) -> None:
-    where = index_of(made)["weight_map"]
+def index_wrong_shard(rng: Random, made: Made, where: dict[str, Any]) -> None:
     name = pick(rng, where)
     where[name] = pick(rng, [file for file in made.headers if file != where[name]])
 
 
-@at(1)
-def index_all_outside(rng: random.Random, made: Made) -> None:
+def index_all_outside(rng: Random, made: Made, where: dict[str, Any]) -> None:
     """Both shards lie beside the directory, whole, and the index says so."""
-    where = index_of(made)["weight_map"]
-    for name, file in where.items():
-        where[name] = f"../{file}"
-
-    def move(directory: Path) -> None:
-        for file in directory.glob("*.safetensors"):
-            file.rename(directory.parent / file.name)
-
-    made.to_disk.append(move)
+    where.update({name: f"../{file}" for name, file in where.items()})
+    made.to_disk.append(
+        lambda folder: [file.rename(folder.parent / file.name) for file in folder.glob("*.safetensors")]
+    )
 
 
-def change_bytes(rng: random.Random, made: Made, change: Callable[[bytearray], Any], only: str = "") -> None:
-    file = pick(rng, [file for file, content in made.files.items() if file.endswith(only) and len(content) > 16])
-    content = bytearray(made.files[file])
-    change(content)
-    made.files[file] = bytes(content)
+HEADERS: dict[str, Mutation] = {
+    "header_dtype": header_field("dtype", [*OTHERS, *NUMBERS, "F6_E2M3", "F4", "BOOL", "C64", "f32", ["F32"]]),
+    "header_shape": header_field("shape", SIZES),
+    "header_data_offsets": header_field("data_offsets", [*OTHERS, *NUMBERS, *SPANS]),
+    "header_entry": entry(lambda rng, name, old: (name, rng.choice(NUMBERS + OTHERS))),
+    "header_name": entry(lambda rng, name, old: (rng.choice(NAMES), old)),
+    "header_metadata": header_metadata,
+    "header_overlap": header_overlap,
+    "header_hole": header_hole,
+    "header_name_twice": header_name_twice,
+    "index_weight_map": in_weight_map(index_weight_map),
+    "index_metadata": in_weight_map(
+        lambda rng, made, where: made.index.update(metadata=rng.choice([None, [], 1, "", True]))
+    ),
+    "index_shard": in_weight_map(lambda rng, made, where: where.update({pick(rng, where): rng.choice(SHARDS)})),
+    "index_name_lost": in_weight_map(lambda rng, made, where: where.pop(pick(rng, where))),
+    "index_name_too_many": in_weight_map(
+        lambda rng, made, where: where.update(
+            {rng.choice(["", "x", "é", "\ud800", "w.more"]): pick(rng, where.values())}
+        )
+    ),
+    "index_wrong_shard": in_weight_map(index_wrong_shard),
+    "index_all_outside": in_weight_map(index_all_outside),
+}
 
 
-@at(2)
-def truncate(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        del content[rng.choice([rng.randrange(len(content)), rng.randrange(20), len(content) - 1]) :]
+def in_bytes(change: Callable[[Random, bytearray], Any], only: str = "") -> Mutation:
+    """Change the bytes of a file, in place."""
 
-    change_bytes(rng, made, change)
+    def apply(rng: Random, made: Made) -> None:
+        file = pick(rng, [file for file, content in made.files.items() if file.endswith(only) and len(content) > 16])
+        content = bytearray(made.files[file])
+        change(rng, content)
+        made.files[file] = bytes(content)
 
-
-@at(2)
-def extend(rng: random.Random, made: Made) -> None:
-    change_bytes(rng, made, lambda content: content.extend(rng.randbytes(rng.choice([1, 8, 1000]))))
-
-
-@at(2)
-def flip_bytes(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        for _ in range(rng.choice([1, 2, 8, 64])):
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-
-    change_bytes(rng, made, change)
+    return apply
 
 
-@at(2)
-def flip_bytes_of_the_header(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        end = min(8 + int.from_bytes(content[:8], "little"), len(content))
-        if end == 8:
-            raise Inapplicable
-        for _ in range(rng.choice([1, 2, 8])):
-            content[rng.randrange(8, end)] = rng.randrange(256)
-
-    change_bytes(rng, made, change, ".safetensors")
+def truncate(rng: Random, content: bytearray) -> None:
+    del content[rng.choice([rng.randrange(len(content)), rng.randrange(20), len(content) - 1]) :]
 
 
-@at(2)
-def overwrite(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        start = rng.randrange(len(content))
-        length = min(rng.choice([4, 64, 1024]), len(content) - start)
-        content[start : start + length] = rng.choice([bytes(length), b"\xff" * length, rng.randbytes(length)])
-
-    change_bytes(rng, made, change)
+def flip_bytes(rng: Random, content: bytearray) -> None:
+    for _ in range(rng.choice([1, 2, 8, 64])):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
 
 
-@at(2)
-def shift(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        start, length = rng.randrange(len(content)), rng.randint(1, 16)
-        content[start : start + rng.choice([0, length])] = rng.randbytes(rng.choice([0, length]))
-
-    change_bytes(rng, made, change)
-
-
-@at(2)
-def header_length(rng: random.Random, made: Made) -> None:
-    def change(content: bytearray) -> None:
-        true = int.from_bytes(content[:8], "little")
-        lies = [0, 1, true - 1, true + 1, true + 8, len(content), 10**8, 10**8 + 1, 2**31, 2**60, 2**63, 2**64 - 1]
-        content[:8] = struct.pack("<Q", rng.choice(lies))
-
-    change_bytes(rng, made, change, ".safetensors")
+def flip_bytes_of_the_header(rng: Random, content: bytearray) -> None:
+    end = min(8 + int.from_bytes(content[:8], "little"), len(content))
+    if end == 8:
+        raise Inapplicable
+    for _ in range(rng.choice([1, 2, 8])):
+        content[rng.randrange(8, end)] = rng.randrange(256)
 
 
-@at(2)
-def deep_json(rng: random.Random, made: Made) -> None:
+def overwrite(rng: Random, content: bytearray) -> None:
+    start = rng.randrange(len(content))
+    length = min(rng.choice([4, 64, 1024]), len(content) - start)
+    content[start : start + length] = rng.choice([bytes(length), b"\xff" * length, rng.randbytes(length)])
+
+
+def shift(rng: Random, content: bytearray) -> None:
+    start, length = rng.randrange(len(content)), rng.randint(1, 16)
+    content[start : start + rng.choice([0, length])] = rng.randbytes(rng.choice([0, length]))
+
+
+def header_length(rng: Random, content: bytearray) -> None:
+    true = int.from_bytes(content[:8], "little")
+    lies = [0, 1, true - 1, true + 1, true + 8, len(content), 10**8, 10**8 + 1, 2**31, 2**60, 2**63, 2**64 - 1]
+    content[:8] = struct.pack("<Q", rng.choice(lies))
+
+
+def deep_json(rng: Random, made: Made) -> None:
     depth = rng.choice([100, rng.randint(800, 1100), 20_000])
     text = b'{"weight_map": ' + b"[" * depth + b"]" * rng.choice([0, depth]) + b"}"
     file = pick(rng, made.files)
     made.files[file] = text if file == INDEX_FILE else struct.pack("<Q", len(text)) + text
 
 
-@at(2)
-def noise(rng: random.Random, made: Made) -> None:
+def noise(rng: Random, made: Made) -> None:
     made.files[pick(rng, made.files)] = rng.randbytes(rng.choice([1, 8, 100, 5000]))
 
 
-def replace_file(rng: random.Random, made: Made, make: Callable[[Path], Any]) -> None:
-    file = pick(rng, made.files)
-
-    def change(directory: Path) -> None:
-        path = directory / file
-        if path.is_dir():
-            path.rmdir()
-        path.unlink(missing_ok=True)
-        make(path)
-
-    made.to_disk.append(change)
-
-
-@at(3)
-def empty_file(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, Path.touch)
+BYTES: dict[str, Mutation] = {
+    "truncate": in_bytes(truncate),
+    "extend": in_bytes(lambda rng, content: content.extend(rng.randbytes(rng.choice([1, 8, 1000])))),
+    "flip_bytes": in_bytes(flip_bytes),
+    "flip_bytes_of_the_header": in_bytes(flip_bytes_of_the_header, ".safetensors"),
+    "overwrite": in_bytes(overwrite),
+    "shift": in_bytes(shift),
+    "header_length": in_bytes(header_length, ".safetensors"),
+    "deep_json": deep_json,
+    "noise": noise,
+}
 
 
-@at(3)
-def directory_for_a_file(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, Path.mkdir)
+def another_file(make: Callable[[Path], Any]) -> Mutation:
+    """Put something else in the stead of a file."""
+
+    def apply(rng: Random, made: Made) -> None:
+        file = pick(rng, made.files)
+
+        def change(directory: Path) -> None:
+            path = directory / file
+            if path.is_dir():
+                path.rmdir()
+            path.unlink(missing_ok=True)
+            make(path)
+
+        made.to_disk.append(change)
+
+    return apply
 
 
-@at(3)
-def fifo_for_a_file(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, os.mkfifo)
-
-
-@at(3)
-def link_to_itself(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, lambda path: path.symlink_to(path.name))
-
-
-@at(3)
-def missing_file(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, lambda path: None)
-
-
-@at(3)
-def pickle_for_a_file(rng: random.Random, made: Made) -> None:
-    replace_file(rng, made, lambda path: path.with_suffix(".bin").touch())
+FILES: dict[str, Mutation] = {
+    "empty_file": another_file(Path.touch),
+    "directory_for_a_file": another_file(Path.mkdir),
+    "fifo_for_a_file": another_file(os.mkfifo),
+    "link_to_itself": another_file(lambda path: path.symlink_to(path.name)),
+    "missing_file": another_file(lambda path: None),
+    "pickle_for_a_file": another_file(lambda path: path.with_suffix(".bin").touch()),
+}
+MUTATIONS: dict[str, Mutation] = TENSORS | HEADERS | BYTES | FILES
+STAGES = {name: stage for stage, part in enumerate([TENSORS, HEADERS, BYTES, FILES]) for name in part}

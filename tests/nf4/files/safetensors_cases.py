@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qloralab.nf4.files.safetensors_format import DTYPES, Description
+from qloralab.nf4.files.safetensors_reader import DTYPES, Description
 
 MB = 1 << 20
 SHAPES = [(2, 6), (0,), (3, 0, 2), (1,), (7, 2)]

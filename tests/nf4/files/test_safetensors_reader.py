@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qloralab.nf4.files.errors import FormatError
-from qloralab.nf4.files.safetensors_format import DTYPES
-from qloralab.nf4.files.safetensors_reader import SafetensorsFile
+from qloralab.nf4.files.safetensors_reader import DTYPES, SafetensorsFile
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
 
 from .safetensors_cases import EVERY_DTYPE, MB

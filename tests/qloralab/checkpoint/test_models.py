@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
+import os
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
@@ -35,25 +37,30 @@ from qloralab.checkpoint.models import (
 )
 from qloralab.nf4.linear import QuantizedLinear
 
+from .four_bits import edit, edit_tensors
 
-def broken(kind: str, model_dir: Path, folder: Path) -> Path:
-    """A model that cannot be read."""
-    copy = folder / "model"
-    shutil.copytree(model_dir, copy)
-    weights, config = copy / "model.safetensors", copy / "config.json"
-    if kind == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:2000])
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "weights that are text":
-        weights.write_text("not a tensor")
-    elif kind == "config that is no JSON":
-        config.write_text("{")
-    elif kind == "config with null for a number":
-        config.write_text(config.read_text().replace('"hidden_size": 64', '"hidden_size": null'))
-    elif kind == "config of an unknown model":
-        config.write_text('{"model_type": "no-such-model"}')
-    return copy
+
+def replace(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+# How a model becomes one that cannot be read.
+BROKEN: dict[str, Callable[[Path], Any]] = {
+    "truncated weights": lambda model: os.truncate(model / "model.safetensors", 2000),
+    "no weights": lambda model: (model / "model.safetensors").unlink(),
+    "weights that are text": lambda model: (model / "model.safetensors").write_text("not a tensor"),
+    "config that is no JSON": lambda model: (model / "config.json").write_text("{"),
+    "config with null for a number": lambda model: replace(
+        model / "config.json", '"hidden_size": 64', '"hidden_size": null'
+    ),
+    "config of an unknown model": lambda model: (model / "config.json").write_text('{"model_type": "no-such-model"}'),
+}
+
+
+@pytest.fixture
+def copied(model_dir, tmp_path) -> Path:
+    """A directory of the tiny model, to be spoiled."""
+    return shutil.copytree(model_dir, tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,12 +119,11 @@ def test_4_bit_weights_are_the_same_whatever_is_computed_in(model_dir, dtype):
 
 def test_broken_4_bit_weights(model_dir, tmp_path, refusal):
     path = quantized(model_dir, tmp_path)
-    tensors = load_file(path / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    save_file({key: t for key, t in tensors.items() if key != f"{name}.absmax"}, path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight.absmax"
+    put(path, {name: None})
     with pytest.raises(FormatError) as caught:
         load_model(path)
-    assert (caught.value.file, caught.value.tensor) == (str(path / "model.safetensors"), f"{name}.absmax")
+    assert (caught.value.file, caught.value.tensor) == (str(path / "model.safetensors"), name)
     (path / "model.safetensors").unlink()
     assert refusal(load_model, path).startswith(f"{path} cannot be read as a model: ")
 
@@ -142,7 +148,8 @@ def test_config_json_says_whether_there_are_4_bit_weights(text, expected, tmp_pa
 def test_reading_leaves_the_logging_as_it_was(model_dir, tmp_path, capfd, refusal):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load_model(model_dir)
-    refusal(load_model, broken("no weights", model_dir, tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    refusal(load_model, tmp_path)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
 
@@ -153,29 +160,22 @@ def test_a_tokenizer_belongs_to_the_model(model_dir):
     assert "<|start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "truncated weights",
-        "no weights",
-        "weights that are text",
-        "config that is no JSON",
-        "config with null for a number",
-        "config of an unknown model",
-    ],
-)
-def test_a_broken_directory(kind, model_dir, tmp_path, refusal):
-    path = broken(kind, model_dir, tmp_path)
-    assert refusal(load_model, path).startswith(f"{path} cannot be read as a model: ")
+@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
+def test_a_broken_directory(spoil, copied, refusal):
+    spoil(copied)
+    assert refusal(load_model, copied).startswith(f"{copied} cannot be read as a model: ")
 
 
-def changed(name: str, tensor: torch.Tensor | None, model_dir: Path, folder: Path) -> Path:
-    """The model with another tensor, or without it."""
-    shutil.copytree(model_dir, folder / "model")
-    file = folder / "model" / "model.safetensors"
-    tensors = {**load_file(file), name: tensor}
-    save_file({key: found for key, found in tensors.items() if found is not None}, file, {"format": "pt"})
-    return folder / "model"
+def put(model: Path, others: dict[str, torch.Tensor | None]) -> None:
+    """Put other tensors into a model; None removes one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in others.items():
+            del tensors[name]
+            if tensor is not None:
+                tensors[name] = tensor
+
+    edit_tensors(model / "model.safetensors", change)
 
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -191,20 +191,20 @@ UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
     ],
     ids=["missing", "another shape", "an infinite norm", "NaN"],
 )
-def test_a_checkpoint_that_is_not_whole(name, tensor, message, model_dir, tmp_path, refusal):
+def test_a_checkpoint_that_is_not_whole(name, tensor, message, copied, refusal):
     """Transformers would fill in random numbers."""
-    path = changed(name, tensor, model_dir, tmp_path)
-    assert refusal(load_model, path).startswith(f"{path}{message}")
+    put(copied, {name: tensor})
+    assert refusal(load_model, copied).startswith(f"{copied}{message}")
 
 
-def test_more_than_one_tensor_is_missing(model_dir, tmp_path, refusal):
-    path = changed(UP, None, model_dir, tmp_path)
-    changed(NORM, None, path, tmp_path / "again")
-    assert f"has no tensor {UP}, nor 1 others: " in refusal(load_model, tmp_path / "again" / "model")
+def test_more_than_one_tensor_is_missing(copied, refusal):
+    put(copied, {UP: None, NORM: None})
+    assert f"has no tensor {UP}, nor 1 others: " in refusal(load_model, copied)
 
 
 def test_a_norm_beside_4_bit_weights_is_looked_at_too(model_dir, tmp_path, refusal):
-    path = changed(NORM, torch.full([64], math.nan), quantized(model_dir, tmp_path), tmp_path / "nan")
+    path = quantized(model_dir, tmp_path)
+    put(path, {NORM: torch.full([64], math.nan)})
     assert refusal(load_model, path).startswith(f"{path}: tensor {NORM} holds NaN or infinity")
 
 
@@ -215,11 +215,10 @@ def test_a_weight_that_cannot_be_quantized_is_one_line(model_dir, refusal):
     assert "mlp" in refusal(quantize_loaded_, model, torch.bfloat16)
 
 
-def test_a_directory_without_tokenizer(model_dir, tmp_path, refusal):
-    path = broken("", model_dir, tmp_path)
-    for file in path.glob("tokenizer*"):
+def test_a_directory_without_tokenizer(copied, refusal):
+    for file in copied.glob("tokenizer*"):
         file.unlink()
-    assert refusal(load_tokenizer, path).startswith(f"{path} cannot be read as a model: ")
+    assert refusal(load_tokenizer, copied).startswith(f"{copied} cannot be read as a model: ")
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
@@ -248,10 +247,8 @@ def test_a_whole_gguf_of_an_unknown_model_is_not_called_damaged(tmp_path, refusa
     file = tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(file, "no-such-model")
     writer.add_tensor("weight", np.ones((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for write in writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close:
+        write()
     message = refusal(load_model, file)
     assert message.startswith(f"{file} cannot be read as a model: ")
     assert "no-such-model" in message
@@ -323,10 +320,11 @@ PREFIX = "base_model.model.model.layers"
     ids=["shape", "NaN", "layer"],
 )
 def test_an_adapter_is_looked_at_before_the_model_is_read(adapter, model_dir, refusal, layer, change, message):
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    A, B = (tensors.pop(f"{PREFIX}.1.mlp.up_proj.lora_{which}.weight") for which in "AB")
-    tensors |= {f"{PREFIX}.{layer}.mlp.up_proj.lora_{which}.weight": t for which, t in (("A", A), ("B", change(B)))}
-    save_file(tensors, adapter / "adapter_model.safetensors")
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        A, B = (tensors.pop(f"{PREFIX}.1.mlp.up_proj.lora_{which}.weight") for which in "AB")
+        tensors |= {f"{PREFIX}.{layer}.mlp.up_proj.lora_{which}.weight": t for which, t in (("A", A), ("B", change(B)))}
+
+    edit_tensors(adapter / "adapter_model.safetensors", spoil)
     _, config = load_tokenizer_and_config(model_dir)
     assert message in refusal(check_adapter_fits, adapter, config)
     assert message in refusal(load_adapter, load_model(model_dir), adapter)
@@ -343,8 +341,7 @@ def test_an_adapter_fits_a_model_in_4_bits(adapter, model_dir, tmp_path):
 
 @pytest.mark.parametrize(("named", "other"), [("hub/tiny", False), (None, False), (3, False), ("hub/large", True)])
 def test_an_adapter_names_its_model(adapter, model_dir, named, other):
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+    edit(adapter / "adapter_config.json", base_model_name_or_path=named)
     _, config = load_tokenizer_and_config(model_dir)
     assert ("is for hub/large, and this is" in (check_adapter_fits(adapter, config) or "")) == other
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -43,37 +42,23 @@ from qloralab.checkpoint.models import load_model, quiet
 from qloralab.checkpoint.quantize_checkpoint import Options, Result, quantize_model, storage_dtype
 from qloralab.display import Display
 from qloralab.nf4.files.checkpoint import Checkpoint
-from qloralab.nf4.linear import QuantizedLinear
 
-PROJECTIONS = 7  # linear layers of a Llama block
-
-
-def write_llama(
-    path: Path, tied: bool = False, bias: bool = False, dtype: torch.dtype = torch.bfloat16, shards: str = "5GB"
-) -> Any:
-    """Two layers, hidden size 64, random, as a directory."""
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=257,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with quiet():
-        model.save_pretrained(path, max_shard_size=shards)
-    return model
+from .four_bits import (
+    PROJECTIONS,
+    assert_same,
+    assert_same_logits,
+    edit,
+    edit_tensors,
+    open_with_bitsandbytes,
+    quantized_layers,
+    write_llama,
+)
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
     """A directory of one file, bfloat16."""
-    write_llama(tmp_path / "dense")
+    write_llama(tmp_path / "dense", vocab_size=260, num_key_value_heads=4, eos_token_id=257)
     return tmp_path / "dense"
 
 
@@ -144,22 +129,9 @@ def test_every_linear_layer_is_quantized_and_the_rest_copied(model, options, tmp
 def test_the_directory_opens_in_transformers_and_here(model, options, tmp_path, run):
     write_llama(tmp_path / "dense", **model)
     run(tmp_path / "dense", **options)
-    with quiet():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ours = load_quantized(tmp_path / "out")
-    count = 0
-    for name, module in theirs.named_modules():
-        if isinstance(module, Linear4bit):
-            weight: Any = module.weight
-            expected = dequantize_4bit(weight.data, weight.quant_state)
-            assert torch.equal(ours.get_submodule(name).weight.dequantize(), expected), name
-            count += 1
-    assert count == 2 * PROJECTIONS
-    theirs.train()
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        found, expected = ours(ids).logits.double(), theirs(ids).logits.double()
-    assert (found - expected).norm() < 0.02 * expected.norm()
+    ours, theirs = load_quantized(tmp_path / "out"), open_with_bitsandbytes(tmp_path / "out")
+    assert_same(ours, theirs)
+    assert_same_logits(ours, theirs)
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float16])
@@ -171,8 +143,7 @@ def test_the_config_is_the_one_that_transformers_writes(storage, dense, tmp_path
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=storage,
     )
-    with quiet():
-        theirs = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    theirs = open_with_bitsandbytes(dense, quantization_config=config)
     theirs.save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
 
@@ -208,8 +179,7 @@ def test_layers_that_share_a_weight_stay_dense_as_in_transformers(tmp_path, run,
     assert run(tmp_path / "dense").layers == 2 * PROJECTIONS - 2
     ours = load_quantized(tmp_path / "out")
     assert ours.get_parameter(shared[1]) is ours.get_parameter(shared[0])
-    with quiet():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = open_with_bitsandbytes(tmp_path / "out")
     assert torch.equal(theirs.get_parameter(shared[1]), ours.get_parameter(shared[1]))
     assert sum(isinstance(module, Linear4bit) for module in theirs.modules()) == 2 * PROJECTIONS - 2
 
@@ -220,12 +190,9 @@ def test_layers_whose_weight_is_read_stay_dense(tmp_path, run):
     with quiet():
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     assert run(tmp_path / "dense").layers == 2
-    with quiet():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    theirs = open_with_bitsandbytes(tmp_path / "out").train()
     ours, ids = load_quantized(tmp_path / "out"), torch.arange(20)[None]
-    assert {name.rpartition(".")[2] for name, m in ours.named_modules() if isinstance(m, QuantizedLinear)} == {
-        "in_proj"
-    }
+    assert {name.rpartition(".")[2] for name in quantized_layers(ours)} == {"in_proj"}
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
@@ -266,9 +233,7 @@ def test_the_cache_of_the_hub_is_a_directory_like_any_other(dense, tmp_path, run
 
 
 def test_a_config_without_a_dtype_gets_that_of_the_tensors(dense, tmp_path, run):
-    config = json.loads((dense / "config.json").read_text())
-    del config["dtype"]
-    (dense / "config.json").write_text(json.dumps(config))
+    edit(dense / "config.json", dtype=None)
     run(dense, storage=torch.float32)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert load_quantized(tmp_path / "out").dtype == torch.bfloat16
@@ -293,44 +258,83 @@ def test_missing_parents_are_made_and_removed_again(dense, tmp_path, silent, ref
 
 def poison(path: Path, name: str) -> None:
     """Put a NaN into a tensor of a one-file checkpoint."""
-    tensors = load_file(path / "model.safetensors")
-    tensors[name][5, 7] = float("nan")
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path / "model.safetensors")
+    edit_tensors(path / "model.safetensors", lambda tensors: tensors[name][5, 7].fill_(float("nan")))
+
+
+def renamed(rename: Callable[[str], str]) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [*tensors]:
+            tensors[rename(name)] = tensors.pop(name)
+
+    return lambda dense: edit_tensors(dense / "model.safetensors", change)
+
+
+def become_an_adapter(dense: Path) -> None:
+    model = load_model(dense)
+    shutil.rmtree(dense)
+    save_adapter(inject_(model, LoraConfig(2, 2)), dense)
+
+
+def become_a_run(dense: Path) -> None:
+    (dense / "model.safetensors").unlink()
+    (dense / "metrics.jsonl").write_text("")
+
+
+def become_gpt2(dense: Path) -> None:
+    """Made of Conv1D."""
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=1, n_head=2)
+    with quiet():
+        AutoModelForCausalLM.from_config(config).save_pretrained(dense)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+IN_MEMORY = r" has no tensor \S+; .* load it with transformers, then quantize_ and save_quantized$"
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "NaN": (lambda dense: poison(dense, UP), rf"^\S+/dense/model\.safetensors: {UP}\[5, 7\] is nan; "),
+    "float64": (
+        lambda dense: write_llama(dense, dtype=torch.float64), "is torch.float64; only float32, bfloat16 and float16"
+    ),
+    "no weights": (lambda dense: (dense / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "an adapter": (
+        become_an_adapter, "is the directory of an adapter, not of a model; give --model the model it is for$"
+    ),
+    "a run": (become_a_run, "is the directory of a run, not of a model"),
+    "an unknown model": (
+        lambda dense: (dense / "config.json").write_text('{"model_type": "no-such-model"}'),
+        "cannot be read as a model: ",
+    ),
+    "quantized by another": (
+        lambda dense: edit(dense / "config.json", quantization_config={"quant_method": "gptq"}),
+        "is quantized already, by gptq; give --model the dense model$",
+    ),
+    "quantized somehow": (
+        lambda dense: edit(dense / "config.json", quantization_config="gptq"), "is quantized already, by unknown; give"
+    ),
+    "other names": (renamed(lambda name: name.removeprefix("model.")), IN_MEMORY),
+    "another name": (renamed(lambda name: name.replace("lm_head", "head")), IN_MEMORY),
+    "no linear layers": (become_gpt2, "dense has no linear layer to quantize$"),
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("nothing_left")
 class TestRefused:
-    def test_nan(self, dense, run, refusal):
-        poison(dense, "model.layers.1.mlp.up_proj.weight")
-        file = dense / "model.safetensors"
-        assert refusal(run, dense).startswith(f"{file}: model.layers.1.mlp.up_proj.weight[5, 7] is nan; ")
-
-    def test_weights_that_are_no_floating_point_numbers_of_16_or_32_bits(self, tmp_path, run, refusal):
-        write_llama(tmp_path / "dense", dtype=torch.float64)
-        assert "is torch.float64; only float32, bfloat16 and float16" in refusal(run, tmp_path / "dense")
+    @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
+    def test_models_that_are_not_quantized(self, spoil, message, dense, run, refusal):
+        spoil(dense)
+        assert re.search(message, refusal(run, dense))
 
     def test_quantized_already(self, dense, run, tmp_path, refusal):
         run(dense)
-        (tmp_path / "out").rename(tmp_path / "4bit")
-        assert refusal(run, tmp_path / "4bit").endswith(
-            "4bit is quantized already, by bitsandbytes; give --model the dense model"
-        )
-        config = json.loads((tmp_path / "4bit" / "config.json").read_text())
-        del config["quantization_config"]
-        (tmp_path / "4bit" / "config.json").write_text(json.dumps(config))
-        assert "holds 4-bit weights already" in refusal(run, tmp_path / "4bit")
-        for value in ({"quant_method": "gptq"}, "gptq"):
-            (tmp_path / "4bit" / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
-            assert "is quantized already, by" in refusal(run, tmp_path / "4bit")
+        made = (tmp_path / "out").rename(tmp_path / "4bit")
+        expected = "4bit is quantized already, by bitsandbytes; give --model the dense model"
+        assert refusal(run, made).endswith(expected)
+        edit(made / "config.json", quantization_config=None)
+        assert "holds 4-bit weights already" in refusal(run, made)
 
     def test_only_pickles(self, dense, run):
         (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
         with pytest.raises(FormatError, match="is a pickle, which can run code"):
             run(dense)
-
-    def test_no_weights(self, dense, run, refusal):
-        (dense / "model.safetensors").unlink()
-        assert "holds neither model.safetensors nor" in refusal(run, dense)
 
     def test_a_broken_file(self, dense, run):
         file = dense / "model.safetensors"
@@ -338,34 +342,6 @@ class TestRefused:
         with pytest.raises(FormatError) as caught:
             run(dense)
         assert caught.value.file == str(file)
-
-    def test_the_directories_of_adapters_and_runs(self, dense, tmp_path, run, refusal):
-        save_adapter(inject_(load_model(dense), LoraConfig(2, 2)), tmp_path / "adapter")
-        assert refusal(run, tmp_path / "adapter").endswith(
-            "adapter is the directory of an adapter, not of a model; give --model the model it is for"
-        )
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "metrics.jsonl").write_text("")
-        assert "is the directory of a run, not of a model" in refusal(run, tmp_path / "run")
-
-    def test_a_config_of_an_unknown_model(self, dense, run, refusal):
-        (dense / "config.json").write_text('{"model_type": "no-such-model"}')
-        assert "cannot be read as a model: " in refusal(run, dense)
-
-    @pytest.mark.parametrize("renamed", [lambda n: n.removeprefix("model."), lambda n: n.replace("lm_head", "head")])
-    def test_tensors_under_other_names(self, renamed, dense, run, refusal):
-        tensors = load_file(dense / "model.safetensors")
-        save_file({renamed(name): tensor for name, tensor in tensors.items()}, dense / "model.safetensors")
-        message = refusal(run, dense)
-        assert re.search(
-            r" has no tensor \S+; .* load it with transformers, then quantize_ and save_quantized$", message
-        )
-
-    def test_a_model_without_linear_layers(self, tmp_path, run, refusal):
-        config = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=1, n_head=2)  # made of Conv1D
-        with quiet():
-            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
-        assert refusal(run, tmp_path / "gpt2").endswith("gpt2 has no linear layer to quantize")
 
     def test_a_file_that_cannot_be_read(self, dense, run, refusal, monkeypatch):
         def denied(source: Path, target: Path) -> None:
@@ -381,10 +357,8 @@ class TestRefused:
         (dense / "inside" / "up").symlink_to("../..")
         (dense / "NOTICE").symlink_to("generation_config.json")
         (dense / "LICENSE").symlink_to(link.format(tmp_path))
-        message = (
-            f"{dense}/LICENSE leads out of the directory, to {tmp_path}/secret; put a copy in its place, or remove it"
-        )
-        assert refusal(run, dense) == message
+        leads = f"{dense}/LICENSE leads out of the directory, to {tmp_path}/secret"
+        assert refusal(run, dense) == f"{leads}; put a copy in its place, or remove it"
 
     def test_names_that_are_too_long(self, dense, tmp_path, silent, refusal):
         long = tmp_path / ("x" * 300)
@@ -393,25 +367,23 @@ class TestRefused:
         assert f"{long} does not exist; --model takes" in refusal(quantize_model, long, tmp_path / "out", None, silent)
 
     def test_another_shape(self, dense, run):
-        config = json.loads((dense / "config.json").read_text())
-        (dense / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
+        edit(dense / "config.json", intermediate_size=192)
         with pytest.raises(FormatError, match=r"is \[128, 64\]; config\.json makes it \[192, 64\]") as caught:
             run(dense)
         assert caught.value.tensor == "model.layers.0.mlp.gate_proj.weight"
 
     def test_a_disk_that_is_too_small(self, dense, run, refusal, monkeypatch):
-        seen = []
-        monkeypatch.setattr(
-            command_module.shutil, "disk_usage", lambda path: seen.append(path) or SimpleNamespace(free=12_345)
-        )
+        asked = []
+        free = lambda path: asked.append(path) or SimpleNamespace(free=12_345)  # noqa: E731
+        monkeypatch.setattr(command_module.shutil, "disk_usage", free)
         assert re.search(r"out needs 137\.\d kB, and 12\.3 kB are free on its disk$", refusal(run, dense))
-        assert seen == [dense.parent]
+        assert asked == [dense.parent]
 
     def test_a_disk_that_is_full(self, dense, run, refusal, full_disk):
         with full_disk(10_000):
             assert refusal(run, dense).endswith("out cannot be written: File too large")
 
-    def test_a_place_that_cannot_be_written(self, dense, tmp_path, silent, refusal):
+    def test_a_path_that_cannot_be_written(self, dense, tmp_path, silent, refusal):
         (tmp_path / "file").write_text("")
         assert "is not a directory; give --out" in refusal(quantize_model, dense, tmp_path / "file", None, silent)
         inside = tmp_path / "file" / "out"

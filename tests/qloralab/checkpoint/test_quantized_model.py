@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -24,7 +22,6 @@ from transformers import (
     BitsAndBytesConfig,
     DeepseekV3Config,
     GPT2Config,
-    LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
@@ -38,38 +35,18 @@ from qloralab.nf4 import linear
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.processor import ComputeDtype
 
-IDS = torch.arange(40)[None]
-PROJECTIONS = 7  # linear layers of a Llama block
-
-
-def llama(tied: bool = False, bias: bool = False, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
-    """Two layers, hidden size 64, random."""
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        mlp_bias=bias,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=5,
-        **changes,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # the rotary embedding's buffers are float32
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    return model
-
-
-def open_with_bitsandbytes(path: Path, **options: Any) -> Any:
-    with quiet():
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+from .four_bits import (
+    IDS,
+    PROJECTIONS,
+    assert_same,
+    assert_same_logits,
+    assert_same_state,
+    edit,
+    edit_tensors,
+    llama,
+    open_with_bitsandbytes,
+    quantized_layers,
+)
 
 
 def bitsandbytes_writes(model: Any, folder: Path, max_shard_size: str = "5GB", **options: Any) -> tuple[Any, Path]:
@@ -79,32 +56,6 @@ def bitsandbytes_writes(model: Any, folder: Path, max_shard_size: str = "5GB", *
     theirs = open_with_bitsandbytes(folder / "dense", quantization_config=config, dtype=model.dtype)
     theirs.save_pretrained(folder / "theirs", max_shard_size=max_shard_size)
     return theirs, folder / "theirs"
-
-
-def assert_same(ours: Any, theirs: Any, layers: int = 2 * PROJECTIONS) -> None:
-    """That a model here and one of bitsandbytes hold the same numbers."""
-    modules = {name: m for name, m in theirs.named_modules() if isinstance(m, Linear4bit)}
-    assert len(modules) == layers
-    assert set(modules) == {name for name, m in ours.named_modules() if isinstance(m, QuantizedLinear)}
-    for name, module in modules.items():
-        weight = ours.get_submodule(name).weight
-        packed: Any = module.weight
-        expected = dequantize_4bit(packed.data, packed.quant_state)
-        assert torch.equal(weight.dequantize(), expected), name
-        assert weight.dtype == expected.dtype
-    rest = {name: p for name, p in theirs.named_parameters() if not isinstance(p, Params4bit)}
-    mine = dict(ours.named_parameters())
-    assert set(mine) == set(rest)
-    for name, parameter in rest.items():
-        assert torch.equal(mine[name], parameter.to(mine[name].dtype)), name
-
-
-def assert_same_logits(ours: Any, theirs: Any) -> None:
-    """Within the roundings of a bfloat16 model, of which a few are at other places."""
-    theirs.train()
-    with torch.no_grad():
-        found, expected = ours(IDS).logits.double(), theirs(IDS).logits.double()
-    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 NF4 = {
@@ -161,11 +112,7 @@ def test_what_is_saved_here_opens_everywhere(make: Callable[[], Any], options, t
     model = quantize_(make(), **{"compute_dtype": torch.bfloat16, **options})
     save_quantized(model, tmp_path)
     ours, theirs = load_quantized(tmp_path), open_with_bitsandbytes(tmp_path)
-    before, after = model.state_dict(), ours.state_dict()
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
-    )
+    assert_same_state(ours, model)
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, model(IDS).logits)
     assert_same(ours, theirs, 2 * PROJECTIONS - ("skip" in options))
@@ -204,32 +151,18 @@ def test_a_layer_of_gpt2_opens_though_its_dense_weight_is_transposed(tmp_path):
 
 
 def test_experts_stay_dense_and_buffers_come_along(tmp_path):
-    config = DeepseekV3Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    )
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64}
+    heads |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
+    config = DeepseekV3Config(**sizes, **heads, **experts, topk_group=1, first_k_dense_replace=1)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     bias = model.model.layers[1].mlp.gate.e_score_correction_bias  # a buffer that is saved
     bias.copy_(torch.arange(4))
     save_quantized(quantize_(model, compute_dtype=torch.bfloat16), tmp_path)
     ours, theirs = load_quantized(tmp_path), open_with_bitsandbytes(tmp_path)
     assert torch.equal(ours.model.layers[1].mlp.gate.e_score_correction_bias, bias)
-    assert_same(ours, theirs, sum(isinstance(module, QuantizedLinear) for module in model.modules()))
+    assert_same(ours, theirs, len(quantized_layers(model)))
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, model(IDS).logits)
 
@@ -260,12 +193,6 @@ def test_the_compute_dtype_can_be_chosen(tmp_path):
     save_quantized(quantize_(llama(bias=True)), tmp_path)
     layer = load_quantized(tmp_path, torch.float32).model.layers[0].mlp.up_proj
     assert (layer.compute_dtype, layer.bias.dtype) == (torch.float32, torch.float32)
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change fields of a config.json; None removes one."""
-    fields = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
 
 def test_without_a_dtype_in_the_config_the_tensors_have_theirs(tmp_path):
@@ -376,9 +303,7 @@ EDITS = {
 def test_tensors_that_are_not_the_models(change, tensor, message, tmp_path):
     save_quantized(quantize_(llama()), tmp_path)
     file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    edit_tensors(file, change)
     with pytest.raises(FormatError, match=message) as caught:
         load_quantized(tmp_path)
     assert (caught.value.file, caught.value.tensor) == (str(file), tensor)
@@ -386,8 +311,7 @@ def test_tensors_that_are_not_the_models(change, tensor, message, tmp_path):
 
 def test_tensors_that_old_versions_saved_are_ignored(tmp_path):
     save_quantized(quantize_(llama()), tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "model.rotary_emb.inv_freq": torch.zeros(8)}, tmp_path / "model.safetensors")
+    edit_tensors(tmp_path / "model.safetensors", lambda t: t.update({"model.rotary_emb.inv_freq": torch.zeros(8)}))
     model = load_quantized(tmp_path)
     assert model.model.rotary_emb.inv_freq.amax() == 1
 
@@ -395,10 +319,9 @@ def test_tensors_that_old_versions_saved_are_ignored(tmp_path):
 def test_a_head_that_differs_from_the_embedding_it_is_said_to_be_tied_to(tmp_path):
     model: Any = quantize_(llama(tied=True))
     save_quantized(model, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert "lm_head.weight" not in tensors
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     head = torch.randn(97, 64, dtype=torch.bfloat16)
-    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+    edit_tensors(tmp_path / "model.safetensors", lambda tensors: tensors.update({"lm_head.weight": head}))
     ours = load_quantized(tmp_path)
     assert torch.equal(ours.lm_head.weight, head)
     assert torch.equal(ours.model.embed_tokens.weight, model.model.embed_tokens.weight)
@@ -478,16 +401,10 @@ def test_save_pretrained_writes_what_opens(options, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     assert not hasattr(model.config, "quantization_config")
     ours = load_quantized(tmp_path)
-    assert_same(ours, open_with_bitsandbytes(tmp_path), sum(isinstance(m, QuantizedLinear) for m in model.modules()))
+    assert_same(ours, open_with_bitsandbytes(tmp_path), len(quantized_layers(model)))
     assert_same_state(ours, model)
     ours.save_pretrained(tmp_path / "again")
     assert_same_state(load_quantized(tmp_path / "again"), model)
-
-
-def assert_same_state(ours: Any, expected: Any) -> None:
-    after, before = ours.state_dict(), expected.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_save_pretrained_refuses_what_it_could_not_open(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -73,21 +74,62 @@ def test_codebooks_are_equal_and_compared(rows, monkeypatch):
     assert [row.verdict for row in off.all()] == [DIFFERS, DIFFERS, "equal"]
 
 
-def test_one_wrong_code_is_found(rows, monkeypatch):
-    def change(codes):
-        codes[77] = (codes[77] + 1) % 16
-
-    faulty(monkeypatch, lambda q: with_codes(q, change))
-    checks.compare_weight(rows, normal(64, 256), "nf4")
-    row = only(rows, "codes")
-    assert (row.compared - row.equal, row.beyond, row.verdict) == (1, 1, DIFFERS)
-    assert "[77]" in str(row.first)
+def bumped(codes: torch.Tensor) -> None:
+    codes[77] = (codes[77] + 1) % 16
 
 
-def test_the_padding_of_an_odd_count_is_compared_too(rows, monkeypatch):
-    faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.cat([q.packed[:-1], q.packed[-1:] ^ 1])))
-    checks.compare_weight(rows, normal(65), "nf4")
-    assert only(rows, "codes, extremes").beyond == 1
+def wrong_bit(weight: torch.Tensor) -> torch.Tensor:
+    weight.view(torch.int32)[5, 7] ^= 1
+    return weight
+
+
+def up(x: torch.Tensor) -> torch.Tensor:
+    return x.nextafter(torch.tensor(9.0))
+
+
+ZEROS = Sample("zeros", torch.zeros(2, 64), 64)
+# A fault of what we quantize, or of what a method of it gives -> sample, codebook, the quantity and how much is beyond.
+QUANTIZED = {
+    "one code": (lambda q: with_codes(q, bumped), (64, 256), "nf4", "codes", 1),
+    "padding": (lambda q: dataclasses.replace(q, packed=torch.cat([q.packed[:-1], q.packed[-1:] ^ 1])),
+                (65,), "nf4", "codes, extremes", 1),
+    "a code in a tail": (lambda q: with_codes(q, lambda codes: codes[-1:].bitwise_xor_(1)),
+                         (100,), "nf4", "codes, extremes", 1),
+    "scales one ulp off": (lambda q: dataclasses.replace(q, scales=up(q.scales)), (64, 256), "nf4", "scales", 256),
+    "the second code of zero": (lambda q: dataclasses.replace(q, packed=torch.full_like(q.packed, 0x88)),
+                                ZEROS, "fp4", "codes", 128),
+}  # fmt: skip
+READ = {
+    "one bit": ("dequantize", wrong_bit, (64, 256), "weights", 1),
+    "one bit in split rows": ("dequantize", wrong_bit, (64, 96), "weights, split rows", None),
+    "negative zero": ("dequantize", lambda weight: torch.where(weight == 0, -0.0, weight), ZEROS, "weights", 128),
+    "decoded scales one ulp off": ("absmax", up, (64, 256), "decoded scales", 256),
+}
+
+
+def check_fault(rows: Rows, sample: Any, codebook: str, quantity: str, beyond: int | None) -> Row:
+    checks.compare_weight(rows, sample if isinstance(sample, Sample) else normal(*sample), codebook)
+    row = only(rows, quantity)
+    assert row.verdict == DIFFERS
+    assert row.beyond == beyond if beyond else row.beyond >= 1
+    return row
+
+
+@pytest.mark.parametrize("fault", QUANTIZED)
+def test_a_fault_of_what_is_quantized_is_found(rows, monkeypatch, fault):
+    change, *expected = QUANTIZED[fault]
+    faulty(monkeypatch, change)
+    row = check_fault(rows, *expected)
+    assert fault != "one code" or "[77]" in str(row.first)
+    assert fault != "scales one ulp off" or row.largest == 1.0
+
+
+@pytest.mark.parametrize("fault", READ)
+def test_a_fault_of_what_is_read_is_found(rows, monkeypatch, fault):
+    method, change, sample, quantity, beyond = READ[fault]
+    right = getattr(QuantizedTensor, method)
+    monkeypatch.setattr(QuantizedTensor, method, lambda self, *dtype: change(right(self, *dtype)))
+    check_fault(rows, sample, "nf4", quantity, beyond)
 
 
 def test_fp4s_second_zero_is_the_only_exchange_of_codes_allowed(rows, monkeypatch):
@@ -115,12 +157,6 @@ def test_the_quotient_is_allowed_in_a_tail_and_nowhere_else(rows, monkeypatch):
     faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.cat([theirs, q.packed[16:]])))
     checks.compare_weight(off := Rows(), Sample("whole", whole, 64), "nf4")
     assert only(off, "codes").beyond == row.allowed["quotient"]
-
-
-def test_a_wrong_code_in_a_tail_is_found(rows, monkeypatch):
-    faulty(monkeypatch, lambda q: with_codes(q, lambda codes: codes[-1:].bitwise_xor_(1)))
-    checks.compare_weight(rows, normal(100), "nf4")
-    assert only(rows, "codes, extremes").beyond == 1
 
 
 def test_under_an_extreme_scale_only_the_nearest_code_is_allowed(rows, monkeypatch):
@@ -163,31 +199,9 @@ def test_an_offset_farther_from_the_mean_than_theirs_is_found(rows, monkeypatch)
     assert only(rows, "second-level offset").verdict == DIFFERS
 
 
-def test_a_scale_one_ulp_off_is_found(rows, monkeypatch):
-    faulty(monkeypatch, lambda q: dataclasses.replace(q, scales=q.scales.nextafter(torch.tensor(9.0))))
-    checks.compare_weight(rows, normal(64, 256), "nf4")
-    row = only(rows, "scales")
-    assert (row.beyond, row.largest) == (256, 1.0)
-
-
 def test_a_tail_of_zeros_may_have_the_scale_0(rows):
     checks.compare_weight(rows, Sample("zeros", torch.cat([torch.ones(64), torch.zeros(9)]), 64), "nf4")
     assert only(rows, "scales").allowed == {"zero tail": 1}
-
-
-@pytest.mark.parametrize(("shape", "quantity"), [((64, 256), "weights"), ((64, 96), "weights, split rows")])
-def test_one_wrong_bit_of_a_weight_is_found(rows, monkeypatch, shape, quantity):
-    def off(self, dtype=None):
-        weight = right(self, dtype)
-        weight.view(torch.int32)[5, 7] ^= 1
-        return weight
-
-    right = QuantizedTensor.dequantize
-    monkeypatch.setattr(QuantizedTensor, "dequantize", off)
-    checks.compare_weight(rows, normal(*shape), "nf4")
-    row = only(rows, quantity)
-    assert row.verdict == DIFFERS
-    assert row.beyond >= 1
 
 
 def test_where_bitsandbytes_misreads_rows_the_oracle_says_who_is_right(rows):
@@ -195,24 +209,6 @@ def test_where_bitsandbytes_misreads_rows_the_oracle_says_who_is_right(rows):
     row = only(rows, "weights, split rows")
     assert row.verdict == ("equal" if row.equal == row.compared else "bitsandbytes wrong")
     assert row.beyond == 0
-
-
-def test_a_negative_zero_of_ours_is_found(rows, monkeypatch):
-    right = QuantizedTensor.dequantize
-
-    def off(self, dtype=None):
-        weight = right(self, dtype)
-        return torch.where(weight == 0, -0.0, weight)
-
-    monkeypatch.setattr(QuantizedTensor, "dequantize", off)
-    checks.compare_weight(rows, Sample("zeros", torch.zeros(2, 64), 64), "nf4")
-    assert only(rows, "weights").beyond == 128
-
-
-def test_the_second_code_of_zero_is_not_ours(rows, monkeypatch):
-    faulty(monkeypatch, lambda q: dataclasses.replace(q, packed=torch.full_like(q.packed, 0x88)))
-    checks.compare_weight(rows, Sample("zeros", torch.zeros(2, 64), 64), "fp4")
-    assert only(rows, "codes").beyond == 128
 
 
 def test_a_second_level_code_that_is_not_the_nearest_is_found(rows, monkeypatch):
@@ -229,13 +225,6 @@ def test_our_second_level_codes_are_never_farther(rows):
     assert row.fails is False
     assert row.verdict == "ours closer"
     assert row.cases[0]["closer"] > 0
-
-
-def test_a_decoded_scale_one_ulp_off_is_found(rows, monkeypatch):
-    right = QuantizedTensor.absmax
-    monkeypatch.setattr(QuantizedTensor, "absmax", lambda self: right(self).nextafter(torch.tensor(9.0)))
-    checks.compare_weight(rows, normal(64, 256), "nf4")
-    assert only(rows, "decoded scales").beyond == 256
 
 
 def test_an_offset_or_second_level_scale_that_is_off_is_found(rows, monkeypatch):
