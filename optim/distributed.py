@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import has_memory
+from qloralab.kernels.update import has_memory
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # of these very types there is nothing to ask
 

@@ -68,16 +68,15 @@ def launches(segments: Segments, rates: Any, tile: int) -> Iterator[Launch]:
     addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in segments.tensors], device="cpu")
     aligned = (torch.cat([numels[None], addresses[:4]]) % ALIGNMENT == 0).all(dim=0)
     known = {step: rates.factors(step) for step in set(segments.steps)}
-    factors = torch.tensor([known[step] for step in segments.steps], dtype=torch.float32, device="cpu").view(
-        len(params), 2
-    )
+    factors = torch.tensor([known[step] for step in segments.steps], dtype=torch.float32, device="cpu")
+    factors = factors.view(len(params), 2).view(torch.int32).long().T
     dtypes = [param.dtype for param in params]
     for dtype in dict.fromkeys(dtypes):
         of_dtype = torch.tensor([one is dtype for one in dtypes], device="cpu") & (numels > 0)
         for is_aligned in (True, False):
             chosen = (of_dtype & (aligned == is_aligned)).nonzero()[:, 0]
             if len(chosen):
-                columns = numels[chosen], addresses[:, chosen], factors[chosen].view(torch.int32).long().T
+                columns = numels[chosen], addresses[:, chosen], factors[:, chosen]
                 yield Launch(dtype, is_aligned, *_tables(*columns, tile, params[0].device))
 
 

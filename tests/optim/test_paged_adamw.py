@@ -67,7 +67,7 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def settle(optimizer: ql.PagedAdamW) -> None:
     """Wait until nothing is on its way between memory and disk."""
-    for device in optimizer._devices.values():
+    for device in optimizer._storage.devices.values():
         if device.pager is not None:
             device.pager.settle()
 

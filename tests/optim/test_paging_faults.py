@@ -44,7 +44,7 @@ def state(optimizer):
     return [value for param in params for value in optimizer.state[param].values()]
 
 def pager(optimizer):
-    (device,) = optimizer._devices.values()
+    (device,) = optimizer._storage.devices.values()
     return device.pager
 
 def midway(optimizer, act):
@@ -207,7 +207,7 @@ optimizer.step()
 saved = {"params": [param.detach().clone() for param in params]}
 torch.save(optimizer.state_dict(), folder / "state")
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 descriptor, null = arena._file.fileno(), os.open("/dev/null", os.O_RDWR)
 whole = os.dup(descriptor)
 midway(optimizer, lambda: os.dup2(null, descriptor))  # which has no ranges to write: ESPIPE
@@ -247,7 +247,7 @@ optimizer = make()
 give(0)
 optimizer.step()
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 os.ftruncate(arena._file.fileno(), len(arena.bytes) - CHUNK // 2)  # without the last chunk, which is away
 give(1)
 answer(raised=caught(optimizer.step), refused=[caught(optimizer.step), caught(optimizer.state_dict)])
@@ -265,7 +265,7 @@ optimizer.step()
 values = [param.detach().clone() for param in params]
 torch.save(optimizer.state_dict(), folder / "state")
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 whole = len(arena.bytes)
 os.ftruncate(arena._file.fileno(), whole - CHUNK // 2)  # without the last chunk, which is away
 give(1)
