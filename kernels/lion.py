@@ -42,12 +42,11 @@ class Rates:
 
 
 def formula(p: Tensor, g: Tensor, moments: Sequence[Tensor], step: int, rates: Rates) -> None:
-    """The update rounded to float32 after each operation. The sign of a zero is that zero, and that of NaN is NaN."""
+    """The update rounded to float32 after each operation. The sign of a zero is +0.0, and that of NaN is NaN."""
     (m,) = moments
     decay, lr, beta1, rest1, beta2, rest2 = rates.constants
     s = (m * beta1).add_(g * rest1)
-    sign = torch.where(s == 0, s, s.sign()).masked_fill_(s.isnan(), torch.nan)
-    p.mul_(decay).sub_(sign.mul_(lr))
+    p.mul_(decay).sub_(s.sign().mul_(lr).masked_fill_(s.isnan(), torch.nan))
     m.mul_(beta2).add_(g * rest2)
 
 

@@ -15,8 +15,8 @@ class PagedLion(PagedOptimizer):
 
     Args:
         params: as for ``PagedAdamW``.
-        lr, betas, weight_decay: of the paper, which advises an lr 3 to 10 times smaller than AdamW's, and a weight decay
-            as much larger.
+        lr, betas, weight_decay: of the paper, which advises an lr 3 to 10 times smaller than AdamW's, and a weight
+            decay as much larger.
         options: all others of ``PagedAdamW``. The smallest budget is 8 MiB.
     """
 

@@ -1,8 +1,8 @@
 """What an optimizer's ``state`` shows of the storage, and what users put in its place.
 
-``state`` is the truth, as in PyTorch: the next step goes on from what is assigned there, and from nothing where an entry
-was removed. An entry is a dictionary of views; whether it is still the one that was shown, value by value, tells what
-was changed.
+``state`` is the truth, as in PyTorch: the next step goes on from what is assigned there, and from nothing where an
+entry was removed. An entry is a dictionary of views; whether it is still the one that was shown, value by value, tells
+what was changed.
 """
 
 from __future__ import annotations

@@ -671,7 +671,7 @@ def test_more_than_is_free_is_refused_and_takes_nothing():
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_a_budget_changes_no_bit_on_a_gpu_and_what_goes_over_the_link_is_counted(state_bits):
     noise = torch.randn(2**22 + 2**16, device="cuda")
-    layout = lay_out(NUMELS[state_bits], state_bits // 8, ALIGNMENT)
+    layout = lay_out(NUMELS[state_bits], state_bits // 8, ALIGNMENT, 2)
     kept = BUDGET // (2 * ALIGNMENT)  # chunks
     away = sum(one.end - one.first for segments in layout.segments[kept:] for one in segments) * 2 * state_bits // 8
     assert away > 0
