@@ -301,7 +301,7 @@ def _hook(optimizer: weakref.ref[PagedOptimizer]) -> Callable[[Tensor], None]:
     return update
 
 
-def _nested(optimizer: PagedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _nested(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dictionary of 8 bits in the layout of bitsandbytes."""
     entries = {key: nested(entry, optimizer.rule) for key, entry in state_dict["state"].items()}
     return {**state_dict, "state": entries}
