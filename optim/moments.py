@@ -1,17 +1,17 @@
-"""The moments of some parameters: a run of memory for each in an arena, seen as tensors, and their update."""
+"""The moments of some parameters: a run of memory for each in an arena, seen as tensors, and the plan of an update."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from qloralab.kernels.moment_codes import BLOCK_SIZE
 from qloralab.kernels.rule import DTYPES, Rule, Segments
-from qloralab.kernels.update import check, update_
+from qloralab.kernels.update import check
 
 from .arena import Arena, StreamedArena
 from .distributed import is_distributed, local
@@ -45,7 +45,7 @@ class Batch:
     away: int
 
     def segments(self, grads: Sequence[Tensor], steps: Sequence[int]) -> Segments:
-        """The segments, with the gradients and steps of the parameters that the batch was made for."""
+        """The segments, with gradients (flat) and steps (from 1) of the parameters that the batch is for."""
         owned = zip(self.owners, self.parts, strict=True)
         parts = [grads[owner] if part is None else grads[owner][part] for owner, part in owned]
         return Segments(self.params, parts, self.moments, self.scales, [steps[owner] for owner in self.owners])
@@ -143,17 +143,6 @@ class Moments:
                 self._plans.clear()
             known = self._plans[key] = signatures, self._plan(numbers, params)
         return known[1]
-
-    def update(self, batch: Batch, grads: Sequence[Tensor], steps: Sequence[int], rates: Any) -> None:
-        """Apply the rule to the segments of a batch.
-
-        Args:
-            batch: one of `batches`.
-            grads: of the parameters that it was made for: flat, contiguous, the dtype of the parameter.
-            steps: of each of them, from 1.
-            rates: of the group.
-        """
-        update_(self.rule, batch.segments(grads, steps), rates)
 
     def _plan(self, numbers: Sequence[int], params: Sequence[Tensor]) -> list[Batch]:
         index_of = {number: index for index, number in enumerate(numbers)}

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qloralab.kernels.rule import Rule
+from qloralab.kernels.update import update_
 
 from .groups import check_distinct, check_rates, find, gradients, name_of, not_finite, rates_of
 from .interrupts import held_interrupts
@@ -249,7 +250,7 @@ class PagedOptimizer(Optimizer):
         moments.arena.recall()
         for batch in batches:
             shared.use(batch.chunk)
-            moments.update(batch, grads, steps, rates)
+            update_(self.rule, batch.segments(grads, steps), rates)
             shared.counters.fetched += batch.away
             shared.counters.evicted += batch.away
 

@@ -53,16 +53,7 @@ class Chunk:
 
 @dataclass
 class Counters:
-    """What a pager has done.
-
-    Attributes:
-        prefetches: chunks that were on their way before they were asked for.
-        misses: chunks that were not.
-        stalls: chunks that had not arrived when they were needed.
-        stalled: seconds spent waiting for them.
-        fetched: bytes brought in.
-        evicted: bytes sent out.
-    """
+    """What a pager has done; ``paging.py`` says what each number counts."""
 
     prefetches: int = 0
     misses: int = 0
@@ -85,10 +76,6 @@ class _Streaming:
 
 def divide(count: int, slots: int) -> tuple[int, int]:
     """How many of ``count`` chunks stay, and in how many slots the others stream.
-
-    Args:
-        count: of the chunks.
-        slots: how many chunks may be resident at once.
 
     Raises:
         ValueError: there are too few slots for the chunks, and too few to stream in.

@@ -124,7 +124,7 @@ def test_an_update_of_all_chunks_is_that_of_each_parameter(state_bits, rule):
     states = [[torch.zeros_like(tensor).flatten() for tensor in moments.of_param(i)] for i in range(len(flat))]
     for later in (0, 1):
         for batch in moments.batches(range(len(flat))):
-            moments.update(batch, grads, [step + later for step in steps], RATES[rule])
+            update_(rule, batch.segments(grads, [step + later for step in steps]), RATES[rule])
         for i, (param, state) in enumerate(zip(flat, states, strict=True)):
             lists = [[tensor] for tensor in state]
             alone = Segments([param], [grads[i]], lists[:count], lists[count:] or None, [steps[i] + later])
