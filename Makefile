@@ -59,11 +59,11 @@ sanitize: $(READY) ## run the tests of the CPU kernels under AddressSanitizer an
 	    $(BIN)/python -c "from qloralab.kernels.cpu.library import Library; Library('$$isa')"; \
 	done; \
 	run() { $(BIN)/python -m pytest --numprocesses logical "$$@" $(ARGS); }; \
-	run tests/kernels/cpu tests/kernels/test_adamw.py tests/kernels/test_adamw_8bit.py \
+	run tests/kernels/cpu tests/kernels/test_adamw.py tests/kernels/test_update.py \
 	    --ignore tests/kernels/cpu/test_arm.py; \
 	for isa in $${isas#native}; do \
 	    QLORALAB_ISA=$$isa run tests/kernels/cpu/test_operators.py tests/kernels/test_adamw.py \
-	        tests/kernels/test_adamw_8bit.py -k "adamw or not ($${isas// / or } or panels)"; \
+	        tests/kernels/test_update.py -k "adamw or update or not ($${isas// / or } or panels)"; \
 	done
 
 bench: $(READY) ## measure, for half an hour: the job, operators, generation, parity, the optimizer, beside their peers

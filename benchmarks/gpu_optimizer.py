@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 import qloralab as ql
-from qloralab.optim.unified_memory import HOST, Allocation, Runtime, as_tensor, load_runtime, pointer_attributes
+from qloralab.optim.unified_memory import HOST, Allocation, Runtime, as_tensor, load_runtime
 
 from . import adamw
 from .adamw import BYTES, DECAY, RATE, SMALLEST, Contender, make, ours, torch_fused
@@ -89,7 +89,8 @@ def check_paging(device: torch.device, state_bits: Any, elements: int = 3 * 2**2
         more = torch.cuda.memory_reserved(device) - reserved  # PyTorch's own, for the scales of 8 bits
         given = before - torch.cuda.mem_get_info(device)[0] - more
         moments = [tensor for param in params for tensor in list(optimizer.state[param].values())[1:3]]
-        kinds = {pointer_attributes(tensor).kind for tensor in moments}
+        known = [load_runtime().cudaPointerGetAttributes(tensor.data_ptr())[1] for tensor in moments]
+        kinds = {one.type.name.removeprefix("cudaMemoryType").lower() for one in known}
         paging = optimizer.paging()
         found[name] = {
             "state_bytes": paging.state_bytes,

@@ -126,7 +126,7 @@ def throughput(optimizer: ql.PagedAdamW, rounds: int, directory: str) -> dict[st
 
     def settled_step() -> None:
         optimizer.step()
-        for device in optimizer._devices.values():
+        for device in optimizer._storage.devices.values():
             if device.pager is not None:
                 device.pager.settle()
 
@@ -234,8 +234,8 @@ def train(
 
 def _kill_midway(optimizer: ql.PagedAdamW) -> None:
     """Let the next step send SIGKILL to this process, when half of the chunks that page have been updated."""
-    (pager,) = (device.pager for device in optimizer._devices.values() if device.pager is not None)
-    left = sum(chunk is not None for part in optimizer._parts for chunk in part.moments.chunks) // 2
+    (pager,) = (device.pager for device in optimizer._storage.devices.values() if device.pager is not None)
+    left = sum(chunk is not None for part in optimizer._storage.parts for chunk in part.moments.chunks) // 2
     acquire = pager.acquire
 
     def acquire_or_die(chunk: Chunk) -> None:

@@ -1,10 +1,10 @@
-"""Where the state of an optimizer is: what the optimizer asks of an arena, and the arenas there are.
+"""The memory in which the state of an optimizer is: what the optimizer asks of it, and the three kinds of it.
 
 ======================  =================================  =============================================================
 arena                   where a chunk is when away         how it is updated then
 ======================  =================================  =============================================================
 ``Memory``              it never is                        nothing pages: no budget, or all of the state is within it
-``mapped_file.py``      in a file on a disk                it streams through a few places in memory (``pager.py``)
+``mapped_file.py``      in a file on a disk                it streams through a few slots in memory (``pager.py``)
 ``unified_memory.py``   in the host's memory               where it is: the kernel reads and writes it over the link
 ======================  =================================  =============================================================
 
@@ -26,12 +26,18 @@ Ticket = Any
 ALIGNMENT = 1 << 21  # bytes, of ranges: a large folio of the kernel's cache, and what the driver of a GPU moves at once
 
 
+def between(nbytes: int, ranges: Ranges) -> list[tuple[int, int]]:
+    """The ranges that others, in any order, leave of [0, nbytes)."""
+    borders = [0, *(border for pair in sorted(ranges) for border in pair), nbytes]
+    return [(first, end) for first, end in zip(borders[::2], borders[1::2], strict=True) if first < end]
+
+
 class Arena(Protocol):
     """A run of memory, parts of which can be elsewhere.
 
     Attributes:
         bytes: uint8 [nbytes], zero at first. Valid at any time: what is away comes back where it is touched, slowly.
-        where: the place, in words, for a report.
+        where: what the memory is, in words, for a report.
         failure: the error of an eviction; those bytes stayed in memory, and may have been lost since.
     """
 

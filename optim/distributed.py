@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import has_memory
+from qloralab.kernels.update import has_memory
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # of these very types there is nothing to ask
+_PLAIN = (Tensor, torch.nn.Parameter)  # tensors of these very types are no DTensors
 
 
 def is_distributed(tensor: Tensor) -> bool:

@@ -1,18 +1,18 @@
 """State in a file that is mapped into memory: paging on a CPU, by the calls that a kernel offers for it.
 
-A shared mapping makes bytes of a file appear at addresses. They are read when they are touched, a page of 4 KiB at a
-time, written back when the kernel sees fit, and dropped when memory is short. That works by itself, and badly: it reads
-late, in small pieces, and what it keeps is what was used last, which for an optimizer is what is needed last. So the
-pager says what is wanted (``pager.py``), and here is how::
+A shared mapping makes bytes of a file appear at addresses. By itself the kernel reads them when they are touched, a
+page of 4 KiB at a time, writes them back when it sees fit, and drops them when memory is short. That reads late and in
+small pieces, and it keeps what was used last, which an optimizer needs last. So the pager says what is wanted
+(``pager.py``), and the arena asks the kernel for it::
 
     fetch   madvise(POPULATE_WRITE)      reads, and maps every page writable: no page fault is left for the update
     evict   madvise(DONTNEED)            takes the pages out of this process
             sync_file_range              writes what was changed: begins all ranges, then waits for the disk
             posix_fadvise(DONTNEED)      takes them out of the kernel's cache
 
-on threads, so that the disk reads and writes while the update runs; two of them read, so that it always has a request.
-What is to stay is anonymous memory, mapped
-over the same addresses; the kernel does not write that to the file. ``mincore`` tells what is really in memory.
+The calls run on threads, so that the disk reads and writes while the update runs; two threads read, so that the disk
+always has a request. Bytes that are to stay are anonymous memory, mapped over the same addresses; the kernel does not
+write that to the file. ``mincore`` tells what is really in memory.
 
 **The kernel's own time** is what paging costs on a fast disk, and it is by the page. Two things make it small. Where
 the file system has large folios (ext4 from Linux 6.16, XFS), the mapping is advised MADV_HUGEPAGE and MADV_RANDOM: then
@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from .arena import ALIGNMENT, Ranges, Ticket
+from .arena import ALIGNMENT, Ranges, Ticket, between
 
 PAGE = mmap.PAGESIZE
 IN_MEMORY = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
@@ -80,7 +80,7 @@ class MappedFile:
         mapping = mmap.mmap(self._file.fileno(), nbytes)  # lives as long as the tensor
         self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
         self._address = self.bytes.data_ptr()
-        self._large_folios = self._advise_large_folios(_complement(nbytes, keep))
+        self._large_folios = self._advise_large_folios(between(nbytes, keep))
         for first, end in keep:
             self._stay(first, end - first)
         # The first that was submitted never waits for a later one, so two that read do not wait for each other either.
@@ -188,7 +188,7 @@ class MappedFile:
         _check(_libc().madvise(self._address + first, end - first, advice), "madvise")
 
     def _allocate(self, nbytes: int, keep: Ranges, folder: Path) -> None:
-        away = _complement(nbytes, keep)
+        away = between(nbytes, keep)
         try:
             for first, end in away:
                 os.posix_fallocate(self._file.fileno(), first, end - first)
@@ -232,11 +232,6 @@ def _file_system(directory: str | os.PathLike[str]) -> int:
     answer = ctypes.create_string_buffer(512)  # struct statfs: its first field is f_type, of the size of a long
     _check(_libc().statfs(os.fsencode(directory), answer), f"statfs {directory}")
     return ctypes.c_long.from_buffer(answer).value & 0xFFFFFFFF
-
-
-def _complement(nbytes: int, ranges: Ranges) -> list[tuple[int, int]]:
-    borders = [0, *(border for pair in sorted(ranges) for border in pair), nbytes]
-    return [(first, end) for first, end in zip(borders[::2], borders[1::2], strict=True) if first < end]
 
 
 def _check(result: int, what: str) -> None:

@@ -1,25 +1,25 @@
-"""The moments of a group of parameters: two runs of memory in an arena, seen as tensors, and their update."""
+"""The moments of some parameters: a run of memory for each in an arena, seen as tensors, and the plan of an update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import DTYPES, Rates, adamw_unchecked_
-from qloralab.kernels.adamw_8bit import adamw_8bit_unchecked_
+from qloralab.kernels.moment_codes import BLOCK_SIZE
+from qloralab.kernels.rule import DTYPES, Rule, Segments
+from qloralab.kernels.update import check
 
 from .arena import Arena, StreamedArena
 from .distributed import is_distributed, local
-from .layout import BLOCK_SIZE, Layout, Segment
+from .layout import Layout, Segment
 from .pager import Chunk
 
-ITEMSIZE = {32: 4, 8: 1}  # bytes of an element of a moment, by the bits of the state
-DTYPE = {32: torch.float32, 8: torch.uint8}
-Signature = tuple[int, torch.Size, torch.dtype, bool, bool]  # of a parameter's memory: what a plan has relied on
+DTYPE = {32: torch.float32, 8: torch.uint8}  # of a moment, by the bits of the state
+Signature = tuple[int, torch.Size, torch.dtype, bool, bool]  # of a parameter's memory: a plan has relied on it
 PLANS = 4096  # of one group: a parameter each, where parameters are updated in backward
 
 
@@ -29,10 +29,10 @@ class Batch:
 
     Attributes:
         chunk: that has to be there; None: they are always within reach.
-        owners: whose gradient and step are a segment's: its place among the parameters that are updated.
+        owners: the index, among the parameters that are updated, of the one that a segment is of.
         parts: of the gradient; None: all of it.
         params: the segments, flat.
-        states: their first moments, second moments, and with 8 bits the scales of both.
+        moments, scales: as `Segments` has them.
         away: bytes of state that are read, and written, where they are when that is not in fast memory.
     """
 
@@ -40,23 +40,31 @@ class Batch:
     owners: Sequence[int]
     parts: Sequence[slice | None]
     params: Sequence[Tensor]
-    states: Sequence[Sequence[Tensor]]
+    moments: Sequence[Sequence[Tensor]]
+    scales: Sequence[Sequence[Tensor]] | None
     away: int
+
+    def segments(self, grads: Sequence[Tensor], steps: Sequence[int]) -> Segments:
+        """The segments, with gradients (flat) and steps (from 1) of the parameters that the batch is for."""
+        owned = zip(self.owners, self.parts, strict=True)
+        parts = [grads[owner] if part is None else grads[owner][part] for owner, part in owned]
+        return Segments(self.params, parts, self.moments, self.scales, [steps[owner] for owner in self.owners])
 
 
 class Moments:
-    """m and v of some parameters on one device, all zero at first.
+    """The moments of some parameters on one device, all zero at first.
 
     Args:
         params: their local parts contiguous, on one device.
         layout: of their state.
+        rule: whose moments these are.
         state_bits: 32, or 8.
         arena: of the size of the layout, zero.
         resident: how many of the chunks, from the first one, are always in fast memory; None: all.
         streams: whether a pager brings the others in; otherwise they are updated where they are.
 
     Attributes:
-        params, layout, arena: as given.
+        params, layout, rule, arena: as given.
         chunks: of the arena, in the order of the layout; None for those that no pager moves.
         steps: how many updates each parameter has had, float32 [params].
     """
@@ -65,46 +73,41 @@ class Moments:
         self,
         params: Sequence[Tensor],
         layout: Layout,
+        rule: Rule,
         state_bits: int,
         arena: Arena,
         resident: int | None = None,
         streams: bool = False,
     ):
-        self.params = params
-        self.layout = layout
-        self.arena = arena
+        self.params, self.layout, self.rule, self.arena = params, layout, rule, arena
         self._resident = len(layout.ranges) if resident is None else resident
         streaming = layout.ranges[self._resident :] if streams else ()
         self.chunks: list[Chunk | None] = [None] * (len(layout.ranges) - len(streaming))
         self.chunks += [Chunk(cast(StreamedArena, arena), ranges) for ranges in streaming]
         self.steps = torch.zeros(len(params), dtype=torch.float32, device="cpu")
-        runs = self.arena.bytes[: layout.run], self.arena.bytes[layout.run :]
-        elements = layout.elements
-        self._itemsize = ITEMSIZE[state_bits]
-        self._exp_avg, self._exp_avg_sq = (run.view(DTYPE[state_bits])[:elements] for run in runs)
-        self._absmax: Sequence[Tensor] = ()
-        if state_bits == 8:
-            # 8 bytes for 256 elements, all of the time in ordinary memory.
-            self._absmax = torch.zeros(
-                2, -(-elements // BLOCK_SIZE), dtype=torch.float32, device=self.arena.bytes.device
-            ).unbind()
+        elements, dtype = layout.elements, DTYPE[state_bits]
+        starts = [k * layout.run for k in range(layout.runs)]
+        self._runs = [arena.bytes[at : at + layout.run].view(dtype)[:elements] for at in starts]
+        blocks, coded = -(-elements // BLOCK_SIZE), self._runs if state_bits == 8 else []
+        # 4 bytes for 256 elements of a moment, all of the time in ordinary memory.
+        self._scales = [torch.zeros(blocks, dtype=torch.float32, device=arena.bytes.device) for _ in coded]
         self._shapes = [local(param).shape for param in params]
         self._distributed = any(is_distributed(param) for param in params)
         self._plans: dict[tuple[int, ...], tuple[list[Signature], list[Batch]]] = {}
 
     def of_param(self, number: int) -> tuple[Tensor, ...]:
-        """exp_avg and exp_avg_sq in the shape of a parameter, and with 8 bits their scales; not copies."""
-        shape, place = self._shapes[number], self.layout.places[number]
-        runs = (self._exp_avg, self._exp_avg_sq)
-        moments = [run[place : place + shape.numel()].view(shape) for run in runs]
-        blocks = slice(place // BLOCK_SIZE, -(-(place + shape.numel()) // BLOCK_SIZE))
-        return *moments, *(absmax[blocks] for absmax in self._absmax)
+        """The moments in the shape of a parameter, and with 8 bits their scales; not copies."""
+        shape, offset = self._shapes[number], self.layout.offsets[number]
+        moments, scales = self._at(slice(offset, offset + shape.numel()))
+        return *(moment.view(shape) for moment in moments), *scales
 
-    def of_segment(self, segment: Segment) -> tuple[Tensor, ...]:
-        """The same, flat, of a part of a parameter."""
-        here = segment.here
+    def of_segment(self, segment: Segment) -> tuple[list[Tensor], list[Tensor]]:
+        """The moments of a part of a parameter, flat, and with 8 bits their scales; not copies."""
+        return self._at(segment.here)
+
+    def _at(self, here: slice) -> tuple[list[Tensor], list[Tensor]]:
         blocks = slice(here.start // BLOCK_SIZE, -(-here.stop // BLOCK_SIZE))
-        return self._exp_avg[here], self._exp_avg_sq[here], *(absmax[blocks] for absmax in self._absmax)
+        return [run[here] for run in self._runs], [scale[blocks] for scale in self._scales]
 
     def advance(self, numbers: Sequence[int]) -> list[int]:
         """Count an update of these parameters, and say which one it is for each of them, from 1."""
@@ -141,53 +144,41 @@ class Moments:
             known = self._plans[key] = signatures, self._plan(numbers, params)
         return known[1]
 
-    def update(self, batch: Batch, grads: Sequence[Tensor], steps: Sequence[int], rates: Rates) -> None:
-        """AdamW on the segments of a batch and their moments.
-
-        Args:
-            batch: one of `batches`.
-            grads: of the parameters that it was made for: flat, contiguous, the dtype of the parameter.
-            steps: of each of them, from 1.
-            rates: of the group.
-        """
-        pairs = zip(batch.owners, batch.parts, strict=True)
-        parts = [grads[owner] if part is None else grads[owner][part] for owner, part in pairs]
-        update: Callable[..., None] = adamw_8bit_unchecked_ if self._absmax else adamw_unchecked_
-        update(batch.params, parts, *batch.states, [steps[owner] for owner in batch.owners], rates)
-
     def _plan(self, numbers: Sequence[int], params: Sequence[Tensor]) -> list[Batch]:
-        place = {number: index for index, number in enumerate(numbers)}
+        index_of = {number: index for index, number in enumerate(numbers)}
         within_reach: list[Segment] = []
         away, streaming = 0, []
-        for index in sorted({index for number in numbers for index in self.layout.chunks_of(number)}):
-            segments = [one for one in self.layout.segments[index] if one.param in place]
-            if self.chunks[index] is not None:
-                streaming.append((self.chunks[index], segments))
+        for chunk in sorted({chunk for number in numbers for chunk in self.layout.chunks_of(number)}):
+            segments = [one for one in self.layout.segments[chunk] if one.param in index_of]
+            if self.chunks[chunk] is not None:
+                streaming.append((self.chunks[chunk], segments))
                 continue
-            if index >= self._resident:
-                away += sum(2 * self._itemsize * (one.end - one.first) for one in segments)
+            if chunk >= self._resident:
+                away += sum(one.end - one.first for one in segments) * sum(run.itemsize for run in self._runs)
             within_reach += segments
-        plan = [self._batch(None, _joined(within_reach), place, params, away)] if within_reach else []
-        return plan + [self._batch(chunk, segments, place, params, 0) for chunk, segments in streaming]
+        plan = [self._batch(None, _joined(within_reach), index_of, params, away)] if within_reach else []
+        return plan + [self._batch(chunk, segments, index_of, params, 0) for chunk, segments in streaming]
 
     def _batch(
         self,
         chunk: Chunk | None,
         segments: Sequence[Segment],
-        place: dict[int, int],
+        index_of: dict[int, int],
         params: Sequence[Tensor],
         away: int,
     ) -> Batch:
-        owners = [place[one.param] for one in segments]
-        whole = [one.end - one.first == params[owner].numel() for one, owner in zip(segments, owners, strict=True)]
-        return Batch(
-            chunk,
-            owners,
-            [None if all_ else slice(one.first, one.end) for one, all_ in zip(segments, whole, strict=True)],
-            [params[owner].detach().view(-1)[one.first : one.end] for one, owner in zip(segments, owners, strict=True)],
-            [list(tensors) for tensors in zip(*(self.of_segment(one) for one in segments), strict=True)],
-            away,
-        )
+        owners, parts, flat, moments, scales = [index_of[one.param] for one in segments], [], [], [], []
+        for one, owner in zip(segments, owners, strict=True):
+            part = slice(one.first, one.end)
+            parts.append(None if one.end - one.first == params[owner].numel() else part)
+            flat.append(params[owner].detach().view(-1)[part])
+            of_one = self.of_segment(one)
+            moments.append(of_one[0])
+            scales.append(of_one[1])
+        by_moment = [list(some) for some in zip(*moments, strict=True)]
+        by_scale = [list(some) for some in zip(*scales, strict=True)] if self._scales else None
+        check(Segments(flat, flat, by_moment, by_scale, [1] * len(flat)))  # gradients are looked at in each step
+        return Batch(chunk, owners, parts, flat, by_moment, by_scale, away)
 
 
 def check_param(param: Tensor, device: torch.device) -> None:
@@ -211,7 +202,7 @@ def _joined(segments: Sequence[Segment]) -> list[Segment]:
     for one in segments:
         last = found[-1] if found else None
         if last is not None and last.param == one.param and last.end == one.first:
-            found[-1] = Segment(one.param, last.first, one.end, last.place)
+            found[-1] = Segment(one.param, last.first, one.end, last.offset)
         else:
             found.append(one)
     return found

@@ -4,15 +4,15 @@ An optimizer uses its chunks in the same order at every step, so the future is k
 
 **A part stays.** When everything is used once in turn, keeping what was used last is of no use: each chunk is evicted
 just before its turn. A fixed part that never leaves saves all of its traffic. So of the chunks that a budget has room
-for, all but a few stay for good; the others *stream* through the few places that are left.
+for, all but a few stay for good; the others *stream* through the few slots that are left.
 
-**The next is fetched early.** With W places for chunks that stream, one is being updated, those after it are on their
+**The next is fetched early.** With W slots for chunks that stream, one is being updated, those after it are on their
 way in, those before it on their way out::
 
-    place 1     update 5 |  evict 5  |  fetch 9
-    place 2     fetch 6  |  update 6 |  evict 6
-    place 3     fetch 7  |  .......  |  update 7
-    place 4     evict 4  |  fetch 8  |  .......
+    slot 1      update 5 |  evict 5  |  fetch 9
+    slot 2      fetch 6  |  update 6 |  evict 6
+    slot 3      fetch 7  |  .......  |  update 7
+    slot 4      evict 4  |  fetch 8  |  .......
 
 A fetch begins when the eviction that makes room for it is over, so the budget holds at any time. The order wraps
 around: at the end of a step the first chunks of the next one are fetched, while the model runs.
@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 
 from .arena import Ranges, StreamedArena, Ticket
 
-FEWEST_PLACES = 4
-MOST_PLACES = 8  # for chunks that stream; more hide no more
+FEWEST_SLOTS = 4
+MOST_SLOTS = 8  # for chunks that stream; more hide no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +53,7 @@ class Chunk:
 
 @dataclass
 class Counters:
-    """What a pager has done.
-
-    Attributes:
-        prefetches: chunks that were on their way before they were asked for.
-        misses: chunks that were not.
-        stalls: chunks that had not arrived when they were needed.
-        stalled: seconds spent waiting for them.
-        fetched: bytes brought in.
-        evicted: bytes sent out.
-    """
+    """What a pager has done; ``paging.py`` says what each number counts."""
 
     prefetches: int = 0
     misses: int = 0
@@ -74,7 +65,7 @@ class Counters:
 
 @dataclass
 class _Streaming:
-    """The places: what is in them, by the order of arrival, and what is leaving, the oldest first."""
+    """The slots: the chunks in them, by the order of arrival, and those that are leaving, the oldest first."""
 
     here: dict[Chunk, Ticket] = field(default_factory=dict)
     leaving: deque[tuple[Chunk, Ticket]] = field(default_factory=deque)
@@ -83,41 +74,35 @@ class _Streaming:
         return len(self.here) + len(self.leaving)
 
 
-def divide(count: int, places: int) -> tuple[int, int]:
-    """How many of ``count`` chunks stay, and in how many places the others stream.
-
-    Args:
-        count: of the chunks.
-        places: how many chunks may be resident at once.
+def divide(count: int, slots: int) -> tuple[int, int]:
+    """How many of ``count`` chunks stay, and in how many slots the others stream.
 
     Raises:
-        ValueError: there are too few places for the chunks, and too few to stream in.
+        ValueError: there are too few slots for the chunks, and too few to stream in.
     """
-    if count <= places:
+    if count <= slots:
         return count, 0
-    if places < FEWEST_PLACES:
-        raise ValueError(f"paging needs room for {FEWEST_PLACES} chunks; there is room for {max(places, 0)}")
-    width = min(places, MOST_PLACES)
-    return places - width, width
+    if slots < FEWEST_SLOTS:
+        raise ValueError(f"paging needs room for {FEWEST_SLOTS} chunks; there is room for {max(slots, 0)}")
+    width = min(slots, MOST_SLOTS)
+    return slots - width, width
 
 
 class Pager:
-    """Streams chunks through a few places.
+    """Streams chunks through a few slots.
 
     A chunk may be touched between ``acquire`` and ``release``, one at a time.
 
     Args:
-        places: how many chunks may be resident at once, `FEWEST_PLACES` at least.
+        slots: how many chunks may be resident at once, `FEWEST_SLOTS` at least.
         counters: to count in what is done.
     """
 
-    def __init__(self, places: int, counters: Counters):
-        if places < FEWEST_PLACES:
-            raise ValueError(f"paging needs {FEWEST_PLACES} places, not {places}")
+    def __init__(self, slots: int, counters: Counters):
         self.counters = counters
-        self._width = places
+        self._width = slots
         self._expected: list[Chunk] = []
-        self._places: dict[Chunk, int] = {}  # in _expected
+        self._index: dict[Chunk, int] = {}  # in _expected
         self._used: list[Chunk] = []  # since the sweep began
         self._using: Chunk | None = None  # acquired, and not released yet
         self._position = 0  # in _expected: the first that is not behind
@@ -180,12 +165,12 @@ class Pager:
 
     def _expect(self, chunks: list[Chunk]) -> None:
         self._expected = chunks
-        self._places = {chunk: place for place, chunk in enumerate(chunks)}
+        self._index = {chunk: index for index, chunk in enumerate(chunks)}
 
     def _seek(self, chunk: Chunk) -> None:
         """Stand behind a chunk in the expected order, where it is expected."""
-        if chunk in self._places:
-            self._position = (self._places[chunk] + 1) % len(self._expected)
+        if chunk in self._index:
+            self._position = (self._index[chunk] + 1) % len(self._expected)
 
     def _fetch_ahead(self) -> None:
         """Fetch what is expected next, as far as there is room without giving up what is expected as soon."""
@@ -227,7 +212,7 @@ class Pager:
     def _distance(self, chunk: Chunk) -> int:
         """How many others are expected before a chunk."""
         count = len(self._expected)
-        return (self._places[chunk] - self._position) % count if chunk in self._places else count
+        return (self._index[chunk] - self._position) % count if chunk in self._index else count
 
     def _leave(self, chunk: Chunk) -> None:
         arrival = self._streaming.here.pop(chunk)

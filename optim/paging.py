@@ -10,7 +10,7 @@ class Paging:
     """What an optimizer's state takes, and what its pager has done since the start.
 
     Attributes:
-        where: the places of the state.
+        where: the kinds of memory that the state is in.
         state_bytes: all of it that may page.
         budget: the most that may be resident, bytes; None: no limit.
         resident_bytes: what is in fast memory now, as the system says (``mincore``).

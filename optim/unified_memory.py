@@ -35,46 +35,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arena import ALIGNMENT, Ranges
+from .arena import ALIGNMENT, Ranges, between
 
 HOST = -1  # cudaCpuDeviceId
 PRESSURE = 1 << 30  # bytes free on a device: with more than that nothing has been evicted
-
-_KINDS = {
-    "cudaMemoryTypeUnregistered": "unregistered",
-    "cudaMemoryTypeHost": "host",
-    "cudaMemoryTypeDevice": "device",
-    "cudaMemoryTypeManaged": "managed",
-}
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """What the CUDA runtime knows of an address.
-
-    Attributes:
-        kind: "managed", "device", "host" (pinned) or "unregistered" (ordinary memory of the host).
-        device: the number of the GPU that it belongs to.
-    """
-
-    kind: str
-    device: int
-
-
-def pointer_attributes(tensor: Tensor) -> Pointer:
-    """What kind of memory a tensor is in, by ``cudaPointerGetAttributes``.
-
-    Raises:
-        ImportError: there is no ``cuda.bindings``.
-        RuntimeError: there is no driver.
-    """
-    return Runtime(load_runtime()).attributes(tensor.data_ptr())
 
 
 class UnifiedMemory:
@@ -221,12 +190,6 @@ def check_room(nbytes: int, free: int, total: int, managed: int = 0, managed_on_
         )
 
 
-def between(nbytes: int, ranges: Ranges) -> list[tuple[int, int]]:
-    """What sorted ranges leave of [0, nbytes)."""
-    borders = [0, *(border for pair in ranges for border in pair), nbytes]
-    return [(first, end) for first, end in zip(borders[::2], borders[1::2], strict=True) if first < end]
-
-
 def load_runtime() -> Any:
     """The module ``cuda.bindings.runtime``.
 
@@ -247,7 +210,7 @@ def load_runtime() -> Any:
 class Runtime:
     """The calls that are needed of ``cuda.bindings.runtime``, of CUDA 12 and 13, with errors raised.
 
-    CUDA 13 names a place by a struct, and CUDA 12 by a number, -1 for the host. Which it is, is read off the module:
+    CUDA 13 names a location by a struct, and CUDA 12 by a number, -1 for the host. Which it is, is read off the module:
     only where a number is the default there may be a second version of the call, with the suffix ``_v2``, and only
     the other has the parameter ``location``.
 
@@ -269,11 +232,7 @@ class Runtime:
         return bool(self._call("cudaDeviceGetAttribute", attribute, device))
 
     def allocate(self, nbytes: int) -> int:
-        """The address of managed memory that every stream of every device may touch.
-
-        Raises:
-            MemoryError: there is none.
-        """
+        """The address of managed memory that every stream of every device may touch; MemoryError if there is none."""
         return int(self._call("cudaMallocManaged", nbytes, self._module.cudaMemAttachGlobal))
 
     def use_and_free(self, device: int, address: int) -> None:
@@ -290,31 +249,28 @@ class Runtime:
     def prefetch(self, address: int, nbytes: int, to: int, stream: int) -> None:
         """Move pages to a device or to HOST."""
         flags = (0,) if self._by_struct else ()
-        self._call("cudaMemPrefetchAsync", address, nbytes, self._place(to), *flags, stream)
+        self._call("cudaMemPrefetchAsync", address, nbytes, self._location(to), *flags, stream)
 
-    def prefer(self, address: int, nbytes: int, place: int) -> None:
+    def prefer(self, address: int, nbytes: int, to: int) -> None:
         """Advise that pages belong to a device or to HOST."""
-        advice = self._module.cudaMemoryAdvise.cudaMemAdviseSetPreferredLocation
-        self._call("cudaMemAdvise", address, nbytes, advice, self._place(place))
+        self._advise("cudaMemAdviseSetPreferredLocation", address, nbytes, to)
 
     def map_into(self, address: int, nbytes: int, device: int) -> None:
         """Advise that pages are to be in the page table of a device, wherever they are."""
-        advice = self._module.cudaMemoryAdvise.cudaMemAdviseSetAccessedBy
-        self._call("cudaMemAdvise", address, nbytes, advice, self._place(device))
+        self._advise("cudaMemAdviseSetAccessedBy", address, nbytes, device)
 
-    def attributes(self, address: int) -> Pointer:
-        """What an address is."""
-        found = self._call("cudaPointerGetAttributes", address)
-        return Pointer(_KINDS[found.type.name], int(found.device))
+    def _advise(self, advice: str, address: int, nbytes: int, to: int) -> None:
+        kind = getattr(self._module.cudaMemoryAdvise, advice)
+        self._call("cudaMemAdvise", address, nbytes, kind, self._location(to))
 
-    def _place(self, number: int) -> Any:
+    def _location(self, number: int) -> Any:
         if not self._by_struct:
             return number
-        place, types = self._module.cudaMemLocation(), self._module.cudaMemLocationType
+        location, types = self._module.cudaMemLocation(), self._module.cudaMemLocationType
         host = number == HOST
-        place.type = types.cudaMemLocationTypeHost if host else types.cudaMemLocationTypeDevice
-        place.id = 0 if host else number
-        return place
+        location.type = types.cudaMemLocationTypeHost if host else types.cudaMemLocationTypeDevice
+        location.id = 0 if host else number
+        return location
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call, and return what comes with the code of an error, if that is 0."""

@@ -24,10 +24,10 @@ if when == "before":
     set_defaults()
 import qloralab as ql
 from qloralab.kernels import dispatch
-from qloralab.kernels.adamw import adamw_
-from qloralab.kernels.adamw_8bit import adamw_8bit_
 from qloralab.kernels.gpu import adamw as gpu_adamw, adamw_8bit as gpu_adamw_8bit, dequantize, linear, packing, quantize
-from qloralab.kernels.adamw import Rates
+from qloralab.kernels.adamw import ADAMW, Rates
+from qloralab.kernels.rule import Segments
+from qloralab.kernels.update import check, update_
 from qloralab.nf4.codebook import codebook_values
 if when == "after":
     set_defaults()
@@ -98,18 +98,20 @@ with tempfile.TemporaryDirectory() as folder:
     assert 0 < optimizer.paging().resident_bytes <= 1 << 24
     show("paged", big)
 
-def moments(dtype, n=600):
-    zeros = lambda n, dtype: torch.zeros(n, dtype=dtype, device="cpu")
-    scales = [[zeros(-(-n // 256), torch.float32)] for _ in range(2)] if dtype == torch.uint8 else []
-    return [[zeros(n, dtype)], [zeros(n, dtype)], *scales]
+def segments(bits, n=600):
+    zeros = lambda n, dtype: [[torch.zeros(n, dtype=dtype, device="cpu")] for _ in range(2)]
+    moments = zeros(n, torch.float32 if bits == 32 else torch.uint8)
+    scales = None if bits == 32 else zeros(-(-n // 256), torch.float32)
+    return Segments([numbers(n)], [numbers(n)], moments, scales, [1])
 
-rates = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+rates = Rates(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 for choice in ("auto", "reference"):
     with dispatch.use(choice):
-        for update, dtype in ((adamw_, torch.float32), (adamw_8bit_, torch.uint8)):
-            p, state = [numbers(600)], moments(dtype)
-            update(p, [numbers(600)], *state, [1], **rates)
-            show(update.__name__, *p, *(one for (one,) in state))
+        for bits in (32, 8):
+            some = segments(bits)
+            check(some)
+            update_(ADAMW, some, rates)
+            show(f"update, {bits} bits", *(one for (one,) in some.tensors))
 
 # The kernels for GPUs, interpreted.
 nf4 = codebook_values("nf4")
@@ -119,10 +121,10 @@ show("triton", packed, absmax, codes, absmax2, offset)
 show("triton", dequantize.dequantize(packed, codes, absmax2, offset, nf4, [64, 64], 64, torch.bfloat16))
 tiled = packing.tile(packed, absmax, None, None, nf4, [64, 64], 64)
 show("triton", linear.linear(numbers(3, 64, dtype=torch.bfloat16), tiled, None))
-for update, dtype in ((gpu_adamw.adamw, torch.float32), (gpu_adamw_8bit.adamw_8bit, torch.uint8)):
-    p, state = [numbers(600)], moments(dtype)
-    update(p, [numbers(600)], *state, [1], Rates(**rates))
-    show("triton", *p, *(one for (one,) in state))
+for launch, bits in ((gpu_adamw.adamw, 32), (gpu_adamw_8bit.adamw_8bit, 8)):
+    some = segments(bits)
+    launch(some, rates)
+    show("triton", *(one for (one,) in some.tensors))
 """
 
 

@@ -10,9 +10,10 @@ import ctypes
 import functools
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ from qloralab.nf4.codebook import decision_table, dynamic_map, thresholds
 from qloralab.nf4.packed import Packed
 from qloralab.nf4.processor import cpu_features
 
-from ..adamw import Rates
-from ..adamw_8bit import BLOCK_SIZE as MOMENTS_PER_BLOCK
-from ..adamw_8bit import moment_tables
+from ..moment_codes import BLOCK_SIZE as MOMENTS_PER_BLOCK
+from ..moment_codes import moment_tables
 from . import pool
 from .build import load
+
+if TYPE_CHECKING:
+    from ..rule import Segments
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
@@ -51,19 +54,19 @@ class Weight(ctypes.Structure):
     )
 
 
-class Segments(ctypes.Structure):
-    """The segments of a chunk, as adamw.h has them."""
+class Chunk(ctypes.Structure):
+    """The segments of a chunk, as update.h has them."""
 
     _fields_ = (
         ("count", _long),
-        *((name, _pointer) for name in ("params", "grads", "m", "v", "m_absmax", "v_absmax")),
-        *((name, _pointer) for name in ("numels", "ends", "types", "step_sizes", "roots")),
-        *((name, _float) for name in ("decay", "beta2", "lerp", "one_minus_beta2", "eps")),
+        *((name, _pointer) for name in ("params", "grads", "moment0", "moment1", "scales0", "scales1")),
+        *((name, _pointer) for name in ("numels", "ends", "types", "factors0", "factors1")),
+        ("constants", _float * 6),
+        *((name, _pointer) for name in ("values", "thresholds", "below")),
     )
 
 
 _weight = ctypes.POINTER(Weight)
-_chunk = ctypes.POINTER(Segments)
 _SIGNATURES = {
     "set_pool": (_pointer,),
     "quantize": (_pointer, _int, _long, _long, *[_pointer] * 4, _int),
@@ -71,8 +74,6 @@ _SIGNATURES = {
     "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
     "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
     "linear_few": (_weight, _int, _pointer, _long, _pointer, _pointer, _int),
-    "adamw": (_chunk, _int),
-    "adamw_8bit": (_chunk, *[_pointer] * 3, _int),
 }
 _PRODUCT_SIGNATURES = {
     "forward": (
@@ -100,6 +101,7 @@ class Library:
         self._c = load(SOURCES, isa, extra)
         self.pool = pool.find()
         self.has_bf16_product = bool(self._c.qloralab_has_bf16_product())
+        self._updates: dict[str, Callable[[Segments, Any], None] | None] = {}
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._c, f"qloralab_{name}")
             function.argtypes, function.restype = arguments, None
@@ -195,34 +197,14 @@ class Library:
             r, scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
         )  # fmt: skip
 
-    def adamw(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        steps: Sequence[int],
-        rates: Rates,
-    ) -> None:
-        """The update of ``kernels/adamw.py``, in place."""
-        chunk = _Chunk(params, [grads, exp_avgs, exp_avg_sqs], steps, rates)
-        self._c.qloralab_adamw(chunk.structure, threads())
-
-    def adamw_8bit(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        absmaxes: Sequence[Tensor],
-        absmax_sqs: Sequence[Tensor],
-        steps: Sequence[int],
-        rates: Rates,
-    ) -> None:
-        """The update of ``kernels/adamw_8bit.py``, in place."""
-        chunk = _Chunk(params, [grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs], steps, rates)
-        values, limits, below = moment_tables()
-        self._c.qloralab_adamw_8bit(chunk.structure, values.data_ptr(), limits.data_ptr(), below.data_ptr(), threads())
+    def update(self, name: str) -> Callable[[Segments, Any], None] | None:
+        """The update of ``update.h`` by a rule, in place, by the name of its kernel; None: there is no C for it."""
+        if name not in self._updates:
+            function: Any = getattr(self._c, f"qloralab_{name}", None)
+            if function is not None:
+                function.argtypes, function.restype = (ctypes.POINTER(Chunk), _int), None
+            self._updates[name] = None if function is None else functools.partial(_update, function)
+        return self._updates[name]
 
     def _arithmetic(self, x: Tensor) -> str:
         return "bf16" if x.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
@@ -245,32 +227,31 @@ def weight_of(weight: Packed) -> Weight:
     )  # fmt: skip
 
 
-class _Chunk:
-    """The segments of a chunk, as the C sees them. The tensors must outlive it.
+def _update(function: Any, segments: Segments, rates: Any) -> None:
+    """Call the C. The arrays that the structure points into live until it returns."""
+    numels, scales = [param.numel() for param in segments.params], segments.scales
+    lengths = numels if scales is None else [-(-n // MOMENTS_PER_BLOCK) for n in numels]
+    known = {step: rates.factors(step) for step in set(segments.steps)}
+    factors = zip(*(known[step] for step in segments.steps), strict=True)
 
-    Attributes:
-        structure: that points into arrays, which live as long as this object.
-    """
+    def two(arrays: Iterable[array]) -> list[array]:
+        return [*arrays, array("q"), array("q")][:2]
 
-    def __init__(
-        self, params: Sequence[Tensor], others: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: Rates
-    ):
-        numels = [param.numel() for param in params]
-        has_absmax = len(others) > 3
-        lengths = [-(-n // MOMENTS_PER_BLOCK) for n in numels] if has_absmax else numels
-        step_sizes, roots = rates.of_segments(steps)
-        self._arrays = [
-            *(array("q", [tensor.data_ptr() for tensor in tensors]) for tensors in (params, *others)),
-            *([] if has_absmax else [array("q"), array("q")]),
-            array("q", numels),
-            array("q", accumulate(lengths)),
-            array("i", [DTYPES[param.dtype] for param in params]),
-            array("f", step_sizes),
-            array("f", roots),
-        ]
-        addresses = [one.buffer_info()[0] for one in self._arrays]
-        constants = rates.decay, rates.beta2, rates.lerp, 1 - rates.beta2, rates.eps
-        self.structure = Segments(len(params), *addresses, *constants)
+    def addresses(lists: Sequence[Sequence[Tensor]]) -> Iterable[array]:
+        return (array("q", [tensor.data_ptr() for tensor in some]) for some in lists)
+
+    arrays = [
+        *addresses([segments.params, segments.grads]),
+        *two(addresses(segments.moments)),
+        *two(addresses(scales or ())),
+        array("q", numels),
+        array("q", accumulate(lengths)),
+        array("i", [DTYPES[param.dtype] for param in segments.params]),
+        *two(array("f", some) for some in factors),
+    ]
+    tables = () if scales is None else [table.data_ptr() for table in moment_tables()]
+    starts = [one.buffer_info()[0] for one in arrays]
+    function(Chunk(len(numels), *starts, (_float * 6)(*rates.constants), *tables), threads())
 
 
 def threads() -> int:

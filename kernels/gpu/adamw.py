@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..adamw import Rates
-from .adamw_segments import WIDTH, Launch, launches
+from ..rule import Segments
 from .case import Case
 from .rounding import round_to, to_float32
+from .segments import WIDTH, Launch, launches
 
 TILE = 1024  # elements of a program
 MINUS_ZERO = -(2**31)  # its bits, as int32
@@ -90,16 +89,9 @@ def _adamw(
     tl.store(v_at, v, mask=i < left)
 
 
-def adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[int],
-    rates: Rates,
-) -> None:
-    """The update of ``kernels/adamw.py``, in place, on the current stream. What it is given is checked there."""
-    for one in launches([params, grads, exp_avgs, exp_avg_sqs], steps, rates, TILE):
+def adamw(segments: Segments, rates: Rates) -> None:
+    """The update of ``kernels/adamw.py``, in place, on the current stream. It checks nothing."""
+    for one in launches(segments, rates, TILE):
         with one.on_its_device():
             _adamw[(len(one.segment_of),)](one.table, one.segment_of, **arguments(one, rates, TILE))
 
@@ -107,8 +99,7 @@ def adamw(
 def arguments(launch: Launch, rates: Rates, tile: int) -> dict[str, Any]:
     """Those that this kernel and the one for 8 bits have in common, by name."""
     kind = {"TYPE": TYPES[launch.dtype], "ALIGNED": launch.aligned, "TILE": tile}
-    numbers = rates.decay, rates.beta2, rates.lerp, 1 - rates.beta2, rates.eps, MINUS_ZERO
-    return kind | dict(zip(SCALARS, numbers, strict=True))
+    return kind | dict(zip(SCALARS, (*rates.constants, MINUS_ZERO), strict=True))
 
 
 SCALARS = dict.fromkeys(("decay", "beta2", "lerp", "one_minus_beta2", "eps"), "fp32") | {"minus_zero": "i32"}

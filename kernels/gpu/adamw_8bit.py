@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..adamw import Rates
-from ..adamw_8bit import BLOCK_SIZE, moment_tables
+from ..moment_codes import BLOCK_SIZE, moment_tables
+from ..rule import Segments
 from .adamw import SCALARS, arguments, find_segment, pointer, product, update
-from .adamw_segments import launches
 from .case import Case
 from .quantize import _is_extreme, _largest
 from .rounding import round_to, to_float32
+from .segments import launches
 
 TILE = 2048  # elements of a program
 _BLOCK_SIZE = tl.constexpr(BLOCK_SIZE)
@@ -99,19 +98,9 @@ def _adamw_8bit(
     tl.store(v_absmax, scale, mask=is_block)
 
 
-def adamw_8bit(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    absmaxes: Sequence[Tensor],
-    absmax_sqs: Sequence[Tensor],
-    steps: Sequence[int],
-    rates: Rates,
-) -> None:
-    """The update of ``kernels/adamw_8bit.py``, in place, on the current stream. What it is given is checked there."""
-    tensors = [params, grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs]
-    for one in launches(tensors, steps, rates, TILE):
+def adamw_8bit(segments: Segments, rates: Rates) -> None:
+    """The update of ``kernels/adamw.py``, in place, on the current stream. It checks nothing."""
+    for one in launches(segments, rates, TILE):
         with one.on_its_device():
             common = arguments(one, rates, TILE) | _tables(one.table.device)
             _adamw_8bit[(len(one.segment_of),)](one.table, one.segment_of, **common)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 import qloralab as ql
+from qloralab.optim.paged_lion import PagedLion
 
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 torch.set_num_threads(1)
@@ -94,10 +95,19 @@ run(again, fresh, [3])
 run(peer, theirs, [3])
 answer["checkpoint"] = same(whole(fresh, again), whole(ours, optimizer))
 answer["loaded by torch"] = same(whole(theirs, peer), whole(ours, optimizer))
+
+shared, plain = parameters(), [nn.Parameter(value.clone()) for value in values]
+lion, alone = PagedLion(shared, lr=0.1), PagedLion(plain, lr=0.1)
+run(lion, shared, range(3))
+for step in range(3):
+    for param, grad in zip(plain, grads[step]):
+        param.grad = grad.clone()
+    alone.step()
+answer["lion"] = all(torch.equal(a, b) for a, b in zip(whole(shared, lion), whole(plain, alone), strict=True))
 """
     for answer in two_processes(code, tmp_path):
         assert answer == dict.fromkeys(answer, True)
-        assert len(answer) == 3
+        assert len(answer) == 4
 
 
 def test_fully_shard_and_what_both_have_to_agree_on(tmp_path):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qloralab.optim import mapped_file
-from qloralab.optim.arena import Ranges
+from qloralab.optim.arena import Ranges, between
 from qloralab.optim.mapped_file import IN_MEMORY, PAGE, MappedFile
 
 UNIT = 1 << 21  # the unit of ranges: what one fault reads where there are large folios
@@ -198,7 +198,7 @@ def test_all_blocks_are_allocated_before_anything_is_written(folder):
     ],
 )
 def test_what_ranges_leave(keep, away):
-    assert mapped_file._complement(10, keep) == away
+    assert between(10, keep) == away
 
 
 def test_too_little_memory_for_what_is_kept_is_an_error_that_leaves_nothing(folder):

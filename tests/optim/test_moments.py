@@ -6,46 +6,43 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import Rates, adamw_
-from qloralab.kernels.adamw_8bit import adamw_8bit_
+from qloralab.kernels import adamw, lion
+from qloralab.kernels.adamw import ADAMW
+from qloralab.kernels.lion import LION
+from qloralab.kernels.rule import Rule, Segments
+from qloralab.kernels.update import update_
 from qloralab.optim.arena import ALIGNMENT, Memory
 from qloralab.optim.layout import BLOCK_SIZE, lay_out
-from qloralab.optim.moments import ITEMSIZE, Moments
+from qloralab.optim.moments import Moments
 
-RATES = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+RATES = {ADAMW: adamw.Rates(1e-2, 0.9, 0.999, 1e-8, 0.1), LION: lion.Rates(1e-2, 0.9, 0.99, 0.1)}
 SHAPES = [(3, 5), (0, 4), (), (ALIGNMENT // 4 + 77,), (1000,)]  # the fourth is in two chunks, or in one of 8 bits
 
 bits = pytest.mark.parametrize("state_bits", [32, 8])
+rules = pytest.mark.parametrize("rule", [ADAMW, LION], ids=["AdamW", "Lion"])
 
 
-def make(state_bits: int, resident: int | None = None, streams: bool = False) -> Moments:
+def make(state_bits: int, resident: int | None = None, streams: bool = False, rule: Rule = ADAMW) -> Moments:
     params = [torch.randn(shape) for shape in SHAPES]
-    layout = lay_out([param.numel() for param in params], ITEMSIZE[state_bits], ALIGNMENT)
-    return Moments(params, layout, state_bits, Memory(layout.nbytes, torch.device("cpu")), resident, streams)
+    layout = lay_out([param.numel() for param in params], state_bits // 8, ALIGNMENT, len(rule.moments))
+    arena = Memory(layout.nbytes, torch.device("cpu"))
+    return Moments(params, layout, rule, state_bits, arena, resident, streams)
 
 
+@rules
 @bits
-def test_moments_begin_as_zeros_in_the_shape_of_the_parameter(state_bits):
-    moments = make(state_bits)
-    for number, param in enumerate(moments.params):
-        exp_avg, exp_avg_sq, *scales = moments.of_param(number)
-        assert exp_avg.shape == exp_avg_sq.shape == param.shape
-        assert {exp_avg.dtype, exp_avg_sq.dtype} == {torch.float32 if state_bits == 32 else torch.uint8}
-        assert [(scale.dtype, len(scale)) for scale in scales] == (
-            [] if state_bits == 32 else [(torch.float32, -(-param.numel() // BLOCK_SIZE))] * 2
+def test_moments_begin_as_zeros_where_the_layout_says_in_the_shape_of_the_parameter(state_bits, rule):
+    moments, count = make(state_bits, rule=rule), len(rule.moments)
+    start, dtype = moments.arena.bytes.data_ptr(), torch.float32 if state_bits == 32 else torch.uint8
+    for number, (param, offset) in enumerate(zip(moments.params, moments.layout.offsets, strict=True)):
+        found = moments.of_param(number)
+        assert [(one.dtype, one.shape) for one in found[:count]] == [(dtype, param.shape)] * count
+        assert [(scale.dtype, len(scale)) for scale in found[count:]] == (
+            [] if state_bits == 32 else [(torch.float32, -(-param.numel() // BLOCK_SIZE))] * count
         )
-        assert not any(tensor.any() for tensor in (exp_avg, exp_avg_sq, *scales))
-
-
-@bits
-def test_views_are_in_the_arena_where_the_layout_says(state_bits):
-    moments, size = make(state_bits), ITEMSIZE[state_bits]
-    start = moments.arena.bytes.data_ptr()
-    for number, place in enumerate(moments.layout.places):
-        if moments.params[number].numel():
-            exp_avg, exp_avg_sq = moments.of_param(number)[:2]
-            assert exp_avg.data_ptr() - start == place * size
-            assert exp_avg_sq.data_ptr() - start == moments.layout.run + place * size
+        assert not any(tensor.any() for tensor in found)
+        for k, one in enumerate(found[:count] if param.numel() else ()):
+            assert one.data_ptr() - start == k * moments.layout.run + offset * state_bits // 8
 
 
 @bits
@@ -59,7 +56,7 @@ def test_views_of_segments_are_parts_of_those_of_parameters(state_bits):
         for one in segments:
             blocks = slice(one.first // BLOCK_SIZE, -(-one.end // BLOCK_SIZE))
             parts = [slice(one.first, one.end)] * 2 + [blocks] * 2
-            found = moments.of_segment(one)
+            found = [tensor for some in moments.of_segment(one) for tensor in some]
             assert len(found) == len(flat[one.param])
             for tensor, whole, part in zip(found, flat[one.param], parts, strict=False):
                 assert torch.equal(tensor, whole[part])
@@ -117,29 +114,21 @@ def test_steps_are_counted_for_each_parameter():
     assert moments.steps.tolist() == [2, 1, 1, 3, 1]
 
 
+@rules
 @bits
-def test_an_update_of_all_chunks_is_that_of_each_parameter(state_bits):
-    moments, kernel = make(state_bits), adamw_ if state_bits == 32 else adamw_8bit_
+def test_an_update_of_all_chunks_is_that_of_each_parameter(state_bits, rule):
+    moments, count = make(state_bits, rule=rule), len(rule.moments)
     grads = [torch.randn(param.numel()) for param in moments.params]
     steps = [1, 2, 3, 40, 5]
     flat: list[Tensor] = [param.clone().view(-1) for param in moments.params]
     states = [[torch.zeros_like(tensor).flatten() for tensor in moments.of_param(i)] for i in range(len(flat))]
-    numbers = list(range(len(flat)))
     for later in (0, 1):
-        for batch in moments.batches(numbers):
-            moments.update(batch, grads, [step + later for step in steps], Rates(**RATES))
+        for batch in moments.batches(range(len(flat))):
+            update_(rule, batch.segments(grads, [step + later for step in steps]), RATES[rule])
         for i, (param, state) in enumerate(zip(flat, states, strict=True)):
-            lists = [[param], [grads[i]], *([tensor] for tensor in state), [steps[i] + later]]
-            kernel(*lists, **RATES)  # pyright: ignore[reportArgumentType]
+            lists = [[tensor] for tensor in state]
+            alone = Segments([param], [grads[i]], lists[:count], lists[count:] or None, [steps[i] + later])
+            update_(rule, alone, RATES[rule])
     for i, (param, state) in enumerate(zip(flat, states, strict=True)):
         assert torch.equal(moments.params[i].view(-1), param)
         assert all(torch.equal(a.flatten(), b) for a, b in zip(moments.of_param(i), state, strict=True))
-
-
-def test_a_parameter_that_requires_a_gradient_is_updated_in_place():
-    param = torch.ones(300, requires_grad=True)
-    layout = lay_out([300], 4, ALIGNMENT)
-    moments = Moments([param], layout, 32, Memory(layout.nbytes, torch.device("cpu")))
-    (batch,) = moments.batches([0])
-    moments.update(batch, [torch.ones(300)], [1], Rates(**RATES))
-    torch.testing.assert_close(param.detach(), torch.full((300,), 1 - 1e-3 - 1e-2))

@@ -1,4 +1,4 @@
-"""AdamW whose state pages: the numbers of PyTorch's, the same bits paged or not, never more memory than its budget."""
+"""Optimizers whose state pages: the numbers of PyTorch's AdamW, the same bits paged or not, memory within a budget."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import qloralab as ql
-from qloralab.optim import paged_adamw, unified_memory
+from qloralab.optim import storage, unified_memory
 from qloralab.optim.arena import ALIGNMENT
 from qloralab.optim.layout import lay_out
+from qloralab.optim.paged_lion import PagedLion
 
 MIB = 2**20
 CHUNK = 4 * MIB
-BUDGET = 4 * CHUNK  # the smallest: as few places as there may be
+BUDGET = 4 * CHUNK  # the smallest: as few slots as there may be
 NUMELS = [1_000_003, 5, 0, 2_600_000, 4_096, 1_400_000]  # 40 MB of float32 moments, 10 chunks
 NUMELS_8BIT = [4_000_003, 5, 0, 4_100_000, 4_096, 4_000_000]  # 24 MB of codes, 6 chunks
 SMALL = [70_001, 5, 0, 256]
@@ -67,7 +68,7 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def settle(optimizer: ql.PagedAdamW) -> None:
     """Wait until nothing is on its way between memory and disk."""
-    for device in optimizer._devices.values():
+    for device in optimizer._storage.devices.values():
         if device.pager is not None:
             device.pager.settle()
 
@@ -143,26 +144,33 @@ def _moments(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize(
-    ("state_bits", "numels", "budget"),
-    [(32, NUMELS, BUDGET), (32, NUMELS, 36 * MIB), (8, NUMELS_8BIT, BUDGET)],
-    ids=["32 bits", "32 bits, a chunk stays", "8 bits"],
+    ("kind", "state_bits", "numels", "budget"),
+    [
+        pytest.param(ql.PagedAdamW, 32, NUMELS, BUDGET, id="32 bits"),
+        pytest.param(ql.PagedAdamW, 32, NUMELS, 36 * MIB, id="32 bits, a chunk stays"),
+        pytest.param(ql.PagedAdamW, 8, NUMELS_8BIT, BUDGET, id="8 bits"),
+        pytest.param(PagedLion, 32, NUMELS, BUDGET // 2, id="Lion"),
+        pytest.param(PagedLion, 8, NUMELS_8BIT, BUDGET // 2, id="Lion, 8 bits"),
+    ],
 )
-def test_paging_changes_no_bit(state_bits, numels, budget, dtype):
+def test_paging_changes_no_bit(kind, state_bits, numels, budget, dtype):
     ends = []
     for limit in (None, budget):
         params = make(numels, dtype)
-        optimizer = ql.PagedAdamW(groups_of(params), state_bits=state_bits, budget=limit)
+        optimizer = kind(groups_of(params), state_bits=state_bits, budget=limit)
         run(optimizer, params)
         assert (optimizer.paging().fetched > 0) == (limit is not None)
+        assert optimizer.paging().resident_bytes <= (limit or optimizer.paging().state_bytes)
         ends.append(bits(optimizer, params))
     assert same(*ends)
 
 
-def test_an_update_in_backward_has_the_bits_of_a_step_and_frees_gradients():
+@pytest.mark.parametrize("kind", [ql.PagedAdamW, PagedLion])
+def test_an_update_in_backward_has_the_bits_of_a_step_and_frees_gradients(kind):
     ends = []
     for in_backward in (False, True):
         params = make()
-        optimizer = ql.PagedAdamW(groups_of(params), budget=BUDGET, update_in_backward=in_backward)
+        optimizer = kind(groups_of(params), budget=BUDGET, update_in_backward=in_backward)
         for step in range(3):
             loss = sum((param * NOISE[997 * step + i :][: param.numel()]).sum() for i, param in enumerate(params))
             assert isinstance(loss, Tensor)
@@ -407,9 +415,12 @@ def test_a_state_within_the_budget_does_not_page():
     assert str(paging) == "optimizer state 42 MB, 42 resident"
 
 
-def test_8_bits_take_a_quarter():
-    sizes = [ql.PagedAdamW(make([4 * MIB]), state_bits=bits).paging().state_bytes for bits in (32, 8)]
-    assert sizes == [32 * MIB, 8 * MIB]
+@pytest.mark.parametrize(("kind", "moments"), [(ql.PagedAdamW, 2), (PagedLion, 1)])
+def test_8_bits_take_a_quarter_and_lion_the_half_of_adamw(kind, moments):
+    sizes = [kind(make([4 * MIB]), state_bits=bits).paging().state_bytes for bits in (32, 8)]
+    assert sizes == [moments * 16 * MIB, moments * 4 * MIB]
+    with pytest.raises(ValueError, match=rf"^budget is .* bytes at least \({8 * moments} MiB\), not "):
+        kind(make(SMALL), budget=8 * moments * MIB - 1)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -481,15 +492,16 @@ def test_bitsandbytes_continues_from_our_state_and_we_from_its():
         assert int(optimizer.state[one]["step"]) == peer.state[other]["step"] == 4
 
 
+@pytest.mark.parametrize("kind", [ql.PagedAdamW, PagedLion])
 @pytest.mark.parametrize(("state_bits", "numels"), [(32, NUMELS), (8, NUMELS_8BIT)], ids=["32 bits", "8 bits"])
-def test_a_saved_state_goes_on_with_the_same_bits(state_bits, numels, tmp_path):
-    params = make(numels)
-    optimizer = ql.PagedAdamW(groups_of(params), state_bits=state_bits, budget=BUDGET)
+def test_a_saved_state_goes_on_with_the_same_bits(state_bits, numels, kind, tmp_path):
+    params, count = make(numels), len(kind.rule.moments)
+    optimizer = kind(groups_of(params), state_bits=state_bits, budget=BUDGET)
     run(optimizer, params)
     torch.save(optimizer.state_dict(), tmp_path / "state")
-    assert (tmp_path / "state").stat().st_size < 1.1 * 2 * sum(numels) * state_bits // 8 + MIB
+    assert (tmp_path / "state").stat().st_size < 1.1 * count * sum(numels) * state_bits // 8 + MIB
     resumed = [Parameter(param.detach().clone()) for param in params]
-    other = ql.PagedAdamW(groups_of(resumed), lr=7, state_bits=state_bits, budget=BUDGET)
+    other = kind(groups_of(resumed), lr=7, state_bits=state_bits, budget=BUDGET)
     run(other, [Parameter(param.detach().clone()) for param in params])  # whatever it did before
     other.load_state_dict(torch.load(tmp_path / "state", mmap=True, weights_only=True))
     assert same(bits(other, resumed), bits(optimizer, params))
@@ -616,9 +628,9 @@ def test_gradients_need_not_be_contiguous(state_bits):
     assert same(*ends)
 
 
-def test_a_group_for_which_the_budget_has_no_place_leaves_the_optimizer_as_it_was():
+def test_a_group_for_which_the_budget_has_no_room_leaves_the_optimizer_as_it_was():
     params = make([BUDGET // 8, 1])
-    optimizer = ql.PagedAdamW(params[:1], budget=BUDGET)  # all of its places are taken for good
+    optimizer = ql.PagedAdamW(params[:1], budget=BUDGET)  # all of its slots are taken for good
     run(optimizer, params[:1], range(1))
     before, groups = bits(optimizer, params[:1]), copy.deepcopy(optimizer.state_dict()["param_groups"])
     for _ in itertools.repeat(None, 2):
@@ -635,9 +647,9 @@ def test_on_a_gpu_without_the_bindings_only_a_budget_is_an_error(monkeypatch):
 
     optimizer, with_budget = ql.PagedAdamW(make(SMALL)), ql.PagedAdamW(make(SMALL), budget=BUDGET)
     monkeypatch.setattr(unified_memory, "UnifiedMemory", missing)
-    monkeypatch.setattr(paged_adamw, "Memory", lambda nbytes, device: (nbytes, device))
-    layout, device = lay_out([1000], 4, ALIGNMENT), torch.device("cuda")
+    monkeypatch.setattr(storage, "Memory", lambda nbytes, device: (nbytes, device))
+    layout, device = lay_out([1000], 4, ALIGNMENT, 2), torch.device("cuda")
     with pytest.warns(RuntimeWarning, match="ordinary memory of cuda: paging on a GPU needs"):
-        assert optimizer._arena(layout, 1, device) == (layout.nbytes, device)
+        assert optimizer._storage._arena(layout, 1, device) == (layout.nbytes, device)
     with pytest.raises(ImportError, match=r"needs cuda\.bindings"):
-        with_budget._arena(layout, 1, device)
+        with_budget._storage._arena(layout, 1, device)

@@ -1,13 +1,13 @@
-"""Which chunk comes and which goes: never more than there are places, and what is used in a known order is there early.
+"""Which chunk comes and which goes: never more than there are slots, and what is used in a known order is there early.
 
 The arena of these tests moves nothing. It notes what it is asked for, and begins and ends that work as late as the
 protocol allows, or at any moment before; work on the same bytes is done in the order it was asked for. Two things are
 asserted at each call, whatever the case is about:
 
-* A place is handed on: a fetch takes one that was never used, or the one of the eviction that it is to wait for, and no
+* A slot is handed on: a fetch takes one that was never used, or the one of the eviction that it is to wait for, and no
   eviction makes room twice.
 * Counted from the beginning of their fetch (when what it waits for is over) to the end of their eviction, there are at
-  no time more chunks than places.
+  no time more chunks than slots.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from qloralab.optim.arena import Ranges
 from qloralab.optim.mapped_file import MappedFile
-from qloralab.optim.pager import FEWEST_PLACES, MOST_PLACES, Chunk, Counters, Pager, divide
+from qloralab.optim.pager import FEWEST_SLOTS, MOST_SLOTS, Chunk, Counters, Pager, divide
 
 SIZE = 1000  # bytes of a chunk of these tests, unless it says otherwise
 LATE = 0.25  # seconds that a wait takes for what is not over
@@ -40,7 +40,7 @@ class Work:
         needs: what has to be over before.
         over: whether it is.
         begun: whether the chunk counts from here on.
-        used: whether a fetch has been given the place.
+        used: whether a fetch has been given the slot.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Recorder:
     """An arena that keeps a log.
 
     Args:
-        places: how many chunks may be resident.
+        slots: how many chunks may be resident.
         dice: ends work at random moments; None: not before it is waited for.
 
     Attributes:
@@ -64,13 +64,13 @@ class Recorder:
         most: how many they were at most.
     """
 
-    def __init__(self, places: int, dice: random.Random | None = None):
+    def __init__(self, slots: int, dice: random.Random | None = None):
         self.failure: Exception | None = None
         self.where, self.bytes = "nowhere", torch.zeros(0, dtype=torch.uint8)
         self.log: list[tuple[Any, ...]] = []
         self.resident: list[int] = []
         self.most = 0
-        self._places, self._free, self._dice = places, places, dice
+        self._slots, self._free, self._dice = slots, slots, dice
         self._latest: dict[int, Work] = {}
         self._open: list[Work] = []
 
@@ -85,10 +85,10 @@ class Recorder:
         self.log.append(("fetch", first, None if after is None else after.chunk))
         assert before is None or before.kind == "evict", "it is here, or on its way"
         if after is None:
-            assert self._free > 0, "there is no free place, and nothing to wait for"
+            assert self._free > 0, "there is no free slot, and nothing to wait for"
             self._free -= 1
         else:
-            assert (after.kind, after.used) == ("evict", False), "its place is another's"
+            assert (after.kind, after.used) == ("evict", False), "its slot is another's"
             after.used = True
         return self._start(Work("fetch", first, [one for one in (after, before) if one is not None]))
 
@@ -141,7 +141,7 @@ class Recorder:
                 work.begun = True
                 self.resident.append(work.chunk)
         self.most = max(self.most, len(self.resident))
-        assert self.most <= self._places, "more chunks than places"
+        assert self.most <= self._slots, "more chunks than slots"
 
 
 def cut(arena: Recorder, count: int, first: int = 0) -> list[Chunk]:
@@ -151,9 +151,9 @@ def cut(arena: Recorder, count: int, first: int = 0) -> list[Chunk]:
     return [Chunk(arena, ((at, at + half), (10**6 + at, 10**6 + at + half))) for at in starts]
 
 
-def make(places: int, count: int, dice: random.Random | None = None) -> tuple[Recorder, list[Chunk], Pager]:
-    arena = Recorder(places, dice)
-    pager = Pager(places, Counters())
+def make(slots: int, count: int, dice: random.Random | None = None) -> tuple[Recorder, list[Chunk], Pager]:
+    arena = Recorder(slots, dice)
+    pager = Pager(slots, Counters())
     chunks = cut(arena, count)
     pager.add(chunks)
     return arena, chunks, pager
@@ -185,7 +185,7 @@ def numbers(log: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "places", "expected"),
+    ("count", "slots", "expected"),
     [
         (0, 0, (0, 0)),
         (3, 3, (3, 0)),
@@ -196,32 +196,26 @@ def numbers(log: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         (1000, 100, (92, 8)),
     ],
 )
-def test_all_but_eight_places_are_for_chunks_that_stay(count, places, expected):
-    assert divide(count, places) == expected
+def test_all_but_eight_slots_are_for_chunks_that_stay(count, slots, expected):
+    assert divide(count, slots) == expected
 
 
-@given(st.integers(0, 1000), st.integers(FEWEST_PLACES, 1000))
-def test_what_stays_and_what_streams_fit_in_the_places(count, places):
-    stay, width = divide(count, places)
-    assert stay + width <= places
-    if count > places:
-        assert (stay + width, FEWEST_PLACES <= width <= MOST_PLACES) == (places, True)
+@given(st.integers(0, 1000), st.integers(FEWEST_SLOTS, 1000))
+def test_what_stays_and_what_streams_fit_in_the_slots(count, slots):
+    stay, width = divide(count, slots)
+    assert stay + width <= slots
+    if count > slots:
+        assert (stay + width, FEWEST_SLOTS <= width <= MOST_SLOTS) == (slots, True)
         assert count - stay > width, "the others would have fitted"
     else:
         assert (stay, width) == (count, 0)
 
 
-@pytest.mark.parametrize("places", [-2, 0, 1, 3])
-def test_too_few_places_to_stream_in(places):
-    message = f"^paging needs room for 4 chunks; there is room for {max(places, 0)}$"
+@pytest.mark.parametrize("slots", [-2, 0, 1, 3])
+def test_too_few_slots_to_stream_in(slots):
+    message = f"^paging needs room for 4 chunks; there is room for {max(slots, 0)}$"
     with pytest.raises(ValueError, match=message):
-        divide(max(places, 0) + 1, places)
-
-
-@pytest.mark.parametrize("places", [-1, 0, 3])
-def test_a_pager_has_four_places_at_least(places):
-    with pytest.raises(ValueError, match=f"^paging needs 4 places, not {places}$"):
-        Pager(places, Counters())
+        divide(max(slots, 0) + 1, slots)
 
 
 # one order
@@ -232,7 +226,7 @@ def test_a_chunk_has_the_bytes_of_its_ranges():
     assert Chunk(Recorder(4), ()).nbytes == 0
 
 
-def test_what_is_added_first_is_on_its_way_at_once_with_a_place_to_spare():
+def test_what_is_added_first_is_on_its_way_at_once_with_a_slot_to_spare():
     arena, _, _ = make(5, 9)
     assert numbers(arena.log) == [("fetch", i, None) for i in range(4)]
 
@@ -246,7 +240,7 @@ def test_the_calls_of_the_first_steps():
         pager.release(chunk)
     assert numbers(arena.log) == [
         ("wait", 0),
-        ("fetch", 3, None),  # the last place that was free
+        ("fetch", 3, None),  # the last slot that was free
         ("update", 0),
         ("evict", 0),
         ("wait", 1),
@@ -260,16 +254,16 @@ def test_the_calls_of_the_first_steps():
     ]
 
 
-@given(st.integers(FEWEST_PLACES, MOST_PLACES), st.integers(1, 12), st.integers(1, 4), st.booleans())
-def test_in_one_order_all_are_prefetched_and_the_first_ones_of_the_next_sweep(places, more, sweeps, hurried):
-    count = places + more
-    arena, chunks, pager = make(places, count, random.Random(places) if hurried else None)
+@given(st.integers(FEWEST_SLOTS, MOST_SLOTS), st.integers(1, 12), st.integers(1, 4), st.booleans())
+def test_in_one_order_all_are_prefetched_and_the_first_ones_of_the_next_sweep(slots, more, sweeps, hurried):
+    count = slots + more
+    arena, chunks, pager = make(slots, count, random.Random(slots) if hurried else None)
     for _ in range(sweeps):
         sweep(arena, pager, chunks)
     counters = pager.counters
     assert (counters.prefetches, counters.misses) == (sweeps * count, 0)
     assert counters.evicted == SIZE * sweeps * count
-    assert counters.fetched == SIZE * (sweeps * count + places - 1), "the first of the next sweep are coming"
+    assert counters.fetched == SIZE * (sweeps * count + slots - 1), "the first of the next sweep are coming"
 
 
 def test_the_counters_have_the_bytes_of_the_log():
@@ -315,16 +309,16 @@ def test_settling_waits_for_what_comes_and_for_what_goes():
 
 @given(st.data())
 def test_another_order_of_all_chunks_is_known_soon(data):
-    places = data.draw(st.integers(FEWEST_PLACES, MOST_PLACES))
-    arena, chunks, pager = make(places, places + data.draw(st.integers(1, 10)))
+    slots = data.draw(st.integers(FEWEST_SLOTS, MOST_SLOTS))
+    arena, chunks, pager = make(slots, slots + data.draw(st.integers(1, 10)))
     sweep(arena, pager, data.draw(st.permutations(chunks)))
     order = data.draw(st.permutations(chunks))
     sweep(arena, pager, order)
-    assert misses(arena, pager, order) <= 1, "one, where its place has what the sweep before fetched in vain"
+    assert misses(arena, pager, order) <= 1, "one, where its slot has what the sweep before fetched in vain"
     assert [misses(arena, pager, order) for _ in range(2)] == [0, 0]
 
 
-def test_a_chunk_that_nobody_expected_takes_the_place_that_is_free_soon():
+def test_a_chunk_that_nobody_expected_takes_the_slot_that_is_free_soon():
     arena, chunks, pager = make(4, 9)
     pager.acquire(chunks[0])
     pager.release(chunks[0])
@@ -334,7 +328,7 @@ def test_a_chunk_that_nobody_expected_takes_the_place_that_is_free_soon():
     assert numbers(arena.log)[:2] == [("fetch", 7, 0), ("wait", 7)]
 
 
-def test_where_no_place_is_free_soon_a_chunk_is_given_up():
+def test_where_no_slot_is_free_soon_a_chunk_is_given_up():
     arena, chunks, pager = make(4, 9)
     for i in (0, 7):
         pager.acquire(chunks[i])
@@ -407,12 +401,12 @@ def test_what_is_added_in_the_middle_of_a_sweep_waits_for_its_turn():
     more = cut(arena, 2, first=6)
     arena.log.clear()
     pager.add(more)
-    assert not arena.log, "every place is taken by what is used sooner"
+    assert not arena.log, "every slot is taken by what is used sooner"
     sweep(arena, pager, [*chunks[3:], *more])
     assert pager.counters.misses == 0
 
 
-def test_fewer_chunks_than_places_come_and_go_without_an_error():
+def test_fewer_chunks_than_slots_come_and_go_without_an_error():
     arena, chunks, pager = make(6, 2)
     for _ in range(3):
         sweep(arena, pager, chunks)
@@ -424,11 +418,11 @@ def test_fewer_chunks_than_places_come_and_go_without_an_error():
 
 
 @given(st.data())
-def test_in_any_orders_a_chunk_is_there_when_it_is_used_and_no_place_is_used_twice(data):
-    """The recorder asserts the rest: who may be fetched, which place it takes, how many are resident."""
-    places = data.draw(st.integers(FEWEST_PLACES, MOST_PLACES))
+def test_in_any_orders_a_chunk_is_there_when_it_is_used_and_no_slot_is_used_twice(data):
+    """The recorder asserts the rest: who may be fetched, which slot it takes, how many are resident."""
+    slots = data.draw(st.integers(FEWEST_SLOTS, MOST_SLOTS))
     dice = data.draw(st.one_of(st.none(), st.integers(0, 9).map(random.Random)))
-    arena, chunks, pager = make(places, data.draw(st.integers(1, 14)), dice)
+    arena, chunks, pager = make(slots, data.draw(st.integers(1, 14)), dice)
     orders = data.draw(st.lists(st.lists(st.integers(0, 19), max_size=20), max_size=5))
     for number, order in enumerate(orders):
         if number == 2:
@@ -445,7 +439,7 @@ def test_in_any_orders_a_chunk_is_there_when_it_is_used_and_no_place_is_used_twi
     kinds = [kind for kind, *_ in arena.log]
     assert counters.fetched == SIZE * kinds.count("fetch")
     assert counters.evicted == SIZE * kinds.count("evict")
-    assert 0 <= counters.fetched - counters.evicted <= SIZE * places
+    assert 0 <= counters.fetched - counters.evicted <= SIZE * slots
 
 
 def test_an_error_of_a_fetch_is_raised_where_the_chunk_is_asked_for():
@@ -467,7 +461,7 @@ def test_an_error_of_a_fetch_is_raised_where_the_chunk_is_asked_for():
         pager.settle()
 
 
-def test_places_of_chunks_that_are_used_no_more_are_given_to_others():
+def test_slots_of_chunks_that_are_used_no_more_are_given_to_others():
     arena, chunks, pager = make(4, 20)
     sweep(arena, pager, chunks)
     for _ in range(5):
@@ -519,9 +513,9 @@ class Failing(Recorder):
 
 
 def test_a_prefetch_that_failed_is_fetched_again_and_then_an_error_that_leaves_no_trace():
-    arena = Failing(FEWEST_PLACES)
+    arena = Failing(FEWEST_SLOTS)
     chunks = [Chunk(arena, ((i * SIZE, (i + 1) * SIZE),)) for i in range(8)]
-    pager = Pager(FEWEST_PLACES, Counters())
+    pager = Pager(FEWEST_SLOTS, Counters())
     pager.add(chunks)
     arena.failures = 1
     pager.acquire(chunks[0])  # a prefetch: once more helps

@@ -16,12 +16,13 @@ import pytest
 
 MIDWAY = "an update failed midway: load the parameters and the state from a checkpoint"
 
-# 5 million elements: 40 MB of state in 10 chunks, with places for 4. Gradients change with every step.
+# 5 million elements: 40 MB of state in 10 chunks, with room for 4. Gradients change with every step.
 COMMON = """
-import hashlib, json, os, resource, signal
+import functools, hashlib, json, os, resource, signal
 from pathlib import Path
 import torch
 import qloralab as ql
+from qloralab.optim.paged_lion import PagedLion
 
 BUDGET, CHUNK, NUMELS = 2**24, 2**22, [1_000_003, 5, 2_600_000, 1_404_096]
 noise = torch.randn(2**22, generator=torch.Generator().manual_seed(3))
@@ -31,8 +32,8 @@ def give(step):
     for i, param in enumerate(params):
         param.grad = noise[997 * step + 101 * i :][: param.numel()].clone()
 
-def make(**options):
-    return ql.PagedAdamW(params, **{"lr": 0.1, "budget": BUDGET, "state_dir": folder, **options})
+def make(kind=ql.PagedAdamW, **options):
+    return kind(params, **{"lr": 0.1, "budget": BUDGET, "state_dir": folder, **options})
 
 def digest(*state):
     found = hashlib.sha256()
@@ -44,7 +45,7 @@ def state(optimizer):
     return [value for param in params for value in optimizer.state[param].values()]
 
 def pager(optimizer):
-    (device,) = optimizer._devices.values()
+    (device,) = optimizer._storage.devices.values()
     return device.pager
 
 def midway(optimizer, act):
@@ -87,7 +88,10 @@ def child(code: str, folder: Path, exitcode: int = 0, **names: Any) -> dict[str,
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[str]:
     """The digest of parameters and state after 1, 2, ... steps that nothing disturbs."""
-    code = """
+    return child(UNDISTURBED, tmp_path_factory.mktemp("undisturbed"))["found"]
+
+
+UNDISTURBED = """
 optimizer, found = make(budget=None), []
 for step in range(6):
     give(step)
@@ -95,7 +99,6 @@ for step in range(6):
     found.append(digest(*state(optimizer)))
 answer(found=found)
 """
-    return child(code, tmp_path_factory.mktemp("undisturbed"))["found"]
 
 
 def test_ctrl_c_waits_for_a_whole_step(undisturbed, tmp_path):
@@ -138,7 +141,12 @@ answer(raised=raised, changed=changed, same=same, then=caught(optimizer.step))
     assert found["then"] == "nothing"
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(undisturbed, tmp_path):
+@pytest.mark.parametrize("kind", ["AdamW", "Lion"])
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(kind, undisturbed, tmp_path):
+    chosen = "make = functools.partial(make, PagedLion, budget=BUDGET // 2)" if kind == "Lion" else ""
+    if chosen:
+        (tmp_path.with_name("lion")).mkdir()
+        undisturbed = child(chosen + UNDISTURBED, tmp_path.with_name("lion"))["found"]
     code = """
 optimizer, saved = make(), folder / "checkpoint"
 first = 0
@@ -160,6 +168,7 @@ for step in range(first, 6):
         os.replace(folder / "new", saved)
 answer(first=first, digest=digest(*state(optimizer)))
 """
+    code = chosen + code
     child(code, tmp_path, -signal.SIGKILL, kill_in=4)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"], "the file of the state has no name"
     assert child(code, tmp_path, kill_in=None) == {"first": 3, "digest": undisturbed[5]}
@@ -207,7 +216,7 @@ optimizer.step()
 saved = {"params": [param.detach().clone() for param in params]}
 torch.save(optimizer.state_dict(), folder / "state")
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 descriptor, null = arena._file.fileno(), os.open("/dev/null", os.O_RDWR)
 whole = os.dup(descriptor)
 midway(optimizer, lambda: os.dup2(null, descriptor))  # which has no ranges to write: ESPIPE
@@ -247,7 +256,7 @@ optimizer = make()
 give(0)
 optimizer.step()
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 os.ftruncate(arena._file.fileno(), len(arena.bytes) - CHUNK // 2)  # without the last chunk, which is away
 give(1)
 answer(raised=caught(optimizer.step), refused=[caught(optimizer.step), caught(optimizer.state_dict)])
@@ -265,7 +274,7 @@ optimizer.step()
 values = [param.detach().clone() for param in params]
 torch.save(optimizer.state_dict(), folder / "state")
 pager(optimizer).settle()
-arena = optimizer._parts[0].moments.arena
+arena = optimizer._storage.parts[0].moments.arena
 whole = len(arena.bytes)
 os.ftruncate(arena._file.fileno(), whole - CHUNK // 2)  # without the last chunk, which is away
 give(1)

@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import qloralab as ql
-from qloralab.optim import state_dict
+from qloralab.kernels.adamw import ADAMW
+from qloralab.kernels.lion import LION
 from qloralab.optim.layout import BLOCK_SIZE, Segment
-from qloralab.optim.state_dict import NESTED, Entry, copy_, nested, read
+from qloralab.optim.paged_lion import PagedLion
+from qloralab.optim.state_dict import NESTED, Entry, copy_, names, nested, read
 
 SHAPES = [(70, 64), (4097,), (3, 5)]  # bitsandbytes keeps those below 4,096 elements in 32 bits
 MAPS = [create_dynamic_map(signed=signed).numpy() for signed in (True, False)]
@@ -90,7 +92,7 @@ def decode(codes: Tensor, absmax: Tensor, which: int) -> Tensor:
 @pytest.mark.parametrize("name", ["torch", "PagedAdamW, 32 bits"])
 def test_moments_by_the_names_of_torch(name):
     state, groups = written_by(OPTIMIZERS[name]), fresh()
-    entries = in_order(read(state, groups), groups)
+    entries = in_order(read(state, groups, ADAMW), groups)
     assert [entry.step for entry in entries] == [2, 1, 2]
     assert all(type(entry.step) is int for entry in entries)
     for entry, saved in zip(entries, saved_of(state), strict=True):
@@ -103,7 +105,7 @@ def test_moments_by_the_names_of_torch(name):
 @pytest.mark.parametrize("layout", [copy.copy, flat], ids=["nested", "flat"])
 def test_moments_by_the_names_of_bitsandbytes(layout):
     state, groups = written_by(AdamW32bit), fresh()
-    entries = in_order(read(layout(state), groups), groups)
+    entries = in_order(read(layout(state), groups, ADAMW), groups)
     assert [entry.step for entry in entries] == [2, 1, 2]
     for entry, saved in zip(entries, saved_of(state), strict=True):
         assert entry.scales is None
@@ -116,7 +118,7 @@ def test_moments_by_the_names_of_bitsandbytes(layout):
 @pytest.mark.parametrize("name", ["bitsandbytes, 8 bits", "PagedAdamW, 8 bits"])
 def test_codes_with_their_scales(name, layout):
     state, groups = written_by(OPTIMIZERS[name]), fresh()
-    entries = in_order(read(layout(state), groups), groups)
+    entries = in_order(read(layout(state), groups, ADAMW), groups)
     assert [entry.step for entry in entries] == [2, 1, 2]
     kinds = [torch.uint8, torch.uint8, torch.float32 if name.startswith("bitsandbytes") else torch.uint8]
     assert [entry.moments[0].dtype for entry in entries] == kinds
@@ -141,26 +143,26 @@ def test_a_state_of_ours_has_the_keys_shapes_and_maps_of_bitsandbytes():
 
 
 def test_nested_copies_no_moment():
-    entry = {name: torch.zeros(3, dtype=torch.uint8) for name in state_dict.NAMES[8]} | {"step": torch.tensor(7.0)}
-    found = nested(entry)
+    entry = {name: torch.zeros(3, dtype=torch.uint8) for name in names(ADAMW, 8)} | {"step": torch.tensor(7.0)}
+    found = nested(entry, ADAMW)
     assert found["step"] == 7
-    assert all(found[NESTED][name] is entry[name] for name in state_dict.NAMES[8])
+    assert all(found[NESTED][name] is entry[name] for name in names(ADAMW, 8))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_without_state_have_no_entry(name):
     state, groups = written_by(OPTIMIZERS[name]), fresh()
     del state["state"][1]
-    assert list(read(state, groups)) == [groups[0]["params"][0], groups[0]["params"][2]]
-    assert read({**state, "state": {}}, groups) == {}
+    assert list(read(state, groups, ADAMW)) == [groups[0]["params"][0], groups[0]["params"][2]]
+    assert read({**state, "state": {}}, groups, ADAMW) == {}
 
 
-def test_parameters_are_found_by_their_places_in_the_groups():
+def test_parameters_are_found_by_their_indices_in_the_groups():
     state, (group,) = written_by(torch.optim.AdamW), fresh()
     first, second, third = group["params"]
     saved = {"state": {key + 4: of for key, of in state["state"].items()}, "param_groups": [{"params": [6, 4]}]}
     saved["param_groups"].append({"params": [5]})
-    entries = read(saved, [{"params": [third, first]}, {"params": [second]}])
+    entries = read(saved, [{"params": [third, first]}, {"params": [second]}], ADAMW)
     for param, key in ((first, 0), (second, 1), (third, 2)):
         assert torch.equal(entries[param].moments[0], state["state"][key]["exp_avg"].flatten())
 
@@ -168,7 +170,7 @@ def test_parameters_are_found_by_their_places_in_the_groups():
 def test_what_is_read_needs_no_gradient():
     state, groups = written_by(torch.optim.AdamW), fresh()
     state["state"][0]["exp_avg"].requires_grad_()
-    assert not in_order(read(state, groups), groups)[0].moments[0].requires_grad
+    assert not in_order(read(state, groups, ADAMW), groups)[0].moments[0].requires_grad
 
 
 # what is refused
@@ -184,7 +186,7 @@ def test_groups_of_other_sizes():
     ):
         message = f"the state has groups of [3] parameters, the optimizer of {sizes}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            read(state, other)
+            read(state, other, ADAMW)
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])
@@ -193,13 +195,13 @@ def test_an_update_that_we_do_not_have(option):
     state = written_by(lambda params: torch.optim.AdamW(params, **options))
     message = f"^group 0 of the state has {option}=True, which PagedAdamW does not have$"
     with pytest.raises(ValueError, match=message):
-        read(state, fresh())
+        read(state, fresh(), ADAMW)
 
 
 def test_the_state_of_another_optimizer():
     for kind in (torch.optim.Adagrad, lambda params: torch.optim.SGD(params, lr=1.0, momentum=0.9)):
         with pytest.raises(ValueError, match=r"^the state of parameter 0 has .*: it is not AdamW's$"):
-            read(written_by(kind), fresh())
+            read(written_by(kind), fresh(), ADAMW)
 
 
 def without(*path: Any) -> Callable[[StateDict], None]:
@@ -245,7 +247,7 @@ def test_what_is_missing_or_does_not_fit(name, spoil, message):
     state = written_by(OPTIMIZERS[name])
     spoil(state["state"][0])
     with pytest.raises(ValueError, match=f"^{re.escape('the state of parameter 0 ' + message)}"):
-        read(state, fresh())
+        read(state, fresh(), ADAMW)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +264,36 @@ def test_moments_of_another_shape(name, path):
     with_(lambda tensor: tensor.t(), *path)(state["state"][0])
     message = f"{path[-1]} in the state of parameter 0 is [64, 70]; the parameter is [70, 64]"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read(state, fresh())
+        read(state, fresh(), ADAMW)
 
 
 def test_without_maps_the_dynamic_ones_are_meant():
     state, groups = written_by(AdamW8bit), fresh()
     for key in ("qmap1", "qmap2"):
         del state["state"][0][NESTED][key]
-    assert in_order(read(state, groups), groups)[0].scales
+    assert in_order(read(state, groups, ADAMW), groups)[0].scales
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_lion_has_one_moment_of_the_same_names_and_refuses_the_state_of_adamw(state_bits):
+    state, groups = written_by(lambda params: PagedLion(params, state_bits=state_bits)), fresh()
+    entries = in_order(read(state, groups, LION), groups)
+    for entry, saved in zip(entries, saved_of(state), strict=True):
+        tensors = saved.get(NESTED, saved)
+        assert [key for key in tensors if key != "step"] == (
+            ["exp_avg"] if state_bits == 32 else ["state1", "absmax1", "qmap1"]
+        )
+        (moment,) = entry.moments
+        assert torch.equal(moment, tensors["exp_avg" if state_bits == 32 else "state1"].flatten())
+    for written in OPTIMIZERS.values():
+        with pytest.raises(ValueError, match=r"^the state of parameter 0 has .*: it is not Lion's$"):
+            read(written_by(written), fresh(), LION)
+    with pytest.raises(ValueError, match=r"^the state of parameter 0 has .* without .*: it is not AdamW's$"):
+        read(state, fresh(), ADAMW)
+    for into in (32, 8):
+        optimizer = PagedLion(groups[0]["params"], state_bits=into)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        assert [int(optimizer.state[param]["step"]) for param in groups[0]["params"]] == [2, 1, 2]
 
 
 # copying
@@ -308,7 +332,7 @@ segments = pytest.mark.parametrize(
 @segments
 def test_32_bits_are_copied_to_32_bit_for_bit(first, end):
     entry, into = numbers(), room(32, end - first)
-    copy_(into, entry, Segment(3, first, end, 4096))
+    copy_((into[:2], into[2:]), entry, Segment(3, first, end, 4096), ADAMW)
     for moment, source in zip(into, entry.moments, strict=True):
         assert torch.equal(moment, source[first:end])
 
@@ -316,7 +340,7 @@ def test_32_bits_are_copied_to_32_bit_for_bit(first, end):
 @segments
 def test_8_bits_are_copied_to_8_code_for_code(first, end):
     entry, into = codes(), room(8, end - first)
-    copy_(into, entry, Segment(3, first, end, 4096))
+    copy_((into[:2], into[2:]), entry, Segment(3, first, end, 4096), ADAMW)
     assert entry.scales
     blocks = slice(first // BLOCK_SIZE, -(-end // BLOCK_SIZE))
     parts = [slice(first, end)] * 2 + [blocks] * 2
@@ -327,7 +351,7 @@ def test_8_bits_are_copied_to_8_code_for_code(first, end):
 @segments
 def test_8_bits_become_the_32_that_they_stand_for(first, end):
     entry, into = codes(), room(32, end - first)
-    copy_(into, entry, Segment(3, first, end, 4096))
+    copy_((into[:2], into[2:]), entry, Segment(3, first, end, 4096), ADAMW)
     assert entry.scales
     for which, moment in enumerate(into):
         assert torch.equal(moment, decode(entry.moments[which], entry.scales[which], which)[first:end])
@@ -336,7 +360,7 @@ def test_8_bits_become_the_32_that_they_stand_for(first, end):
 @segments
 def test_32_bits_become_the_nearest_that_8_can_stand_for(first, end):
     entry, into = numbers(), room(8, end - first)
-    copy_(into, entry, Segment(3, first, end, 4096))
+    copy_((into[:2], into[2:]), entry, Segment(3, first, end, 4096), ADAMW)
     for which in range(2):
         exact, (found, scales) = entry.moments[which][first:end].double().numpy(), into[which::2]
         blocks = [block.abs().max().item() for block in entry.moments[which][first:end].split(BLOCK_SIZE)]
@@ -354,8 +378,8 @@ def test_moments_of_another_dtype_are_those_numbers(dtype, state_bits):
     source = [moment.clamp(-6e4, 6e4).to(dtype) for moment in numbers().moments]
     into, expected = room(state_bits, LENGTH), room(state_bits, LENGTH)
     whole = Segment(0, 0, LENGTH, 0)
-    copy_(into, Entry(1, (source[0], source[1])), whole)
-    copy_(expected, Entry(1, (source[0].float(), source[1].float())), whole)
+    copy_((into[:2], into[2:]), Entry(1, (source[0], source[1])), whole, ADAMW)
+    copy_((expected[:2], expected[2:]), Entry(1, (source[0].float(), source[1].float())), whole, ADAMW)
     assert all(torch.equal(one, other) for one, other in zip(into, expected, strict=True))
 
 
@@ -363,7 +387,7 @@ def test_moments_of_another_dtype_are_those_numbers(dtype, state_bits):
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_no_entry_is_zeros(state_bits, first, end):
     into = room(state_bits, end - first)
-    copy_(into, None, Segment(3, first, end, 4096))
+    copy_((into[:2], into[2:]), None, Segment(3, first, end, 4096), ADAMW)
     assert not any(tensor.any() for tensor in into)
 
 
@@ -374,8 +398,8 @@ def test_each_state_is_loaded_into_each_optimizer(name, state_bits):
     state, groups = written_by(OPTIMIZERS[name]), fresh()
     optimizer = ours(state_bits)(groups[0]["params"])
     optimizer.load_state_dict(copy.deepcopy(state))
-    source = in_order(read(state, groups), groups)
-    into = in_order(read(optimizer.state_dict(), groups), groups)
+    source = in_order(read(state, groups, ADAMW), groups)
+    into = in_order(read(optimizer.state_dict(), groups, ADAMW), groups)
     assert [entry.step for entry in into] == [2, 1, 2]
     for one, other in zip(into, source, strict=True):
         for which in range(2):

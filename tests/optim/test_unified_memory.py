@@ -29,13 +29,10 @@ from qloralab.optim.unified_memory import (
     HOST,
     PRESSURE,
     Allocation,
-    Pointer,
     Runtime,
     UnifiedMemory,
-    between,
     check_room,
     load_runtime,
-    pointer_attributes,
 )
 
 MIB = 2**20
@@ -69,13 +66,6 @@ class LocationType(IntEnum):
     cudaMemLocationTypeHost = 2
 
 
-class MemoryType(IntEnum):
-    cudaMemoryTypeUnregistered = 0
-    cudaMemoryTypeHost = 1
-    cudaMemoryTypeDevice = 2
-    cudaMemoryTypeManaged = 3
-
-
 class Location:
     """The struct ``cudaMemLocation``."""
 
@@ -94,23 +84,21 @@ class Recorder:
         fails: the codes of calls that fail.
         start: the address that is allocated.
         concurrent: of the device.
-        kind: of any address.
     """
 
     CUDART_VERSION: int = 0
     cudaMemAttachGlobal = 1
     cudaError_t, cudaMemoryAdvise, cudaDeviceAttr = Error, Advice, Attribute
-    cudaMemLocation, cudaMemLocationType, cudaMemoryType = Location, LocationType, MemoryType
+    cudaMemLocation, cudaMemLocationType = Location, LocationType
 
     def __init__(
         self,
         fails: dict[str, Error] | None = None,
         start: int = START,
         concurrent: int = 1,
-        kind: MemoryType = MemoryType.cudaMemoryTypeManaged,
     ):
         self.calls: list[tuple[Any, ...]] = []
-        self._fails, self._start, self._concurrent, self._kind = fails or {}, start, concurrent, kind
+        self._fails, self._start, self._concurrent = fails or {}, start, concurrent
 
     def called(self, name: str) -> list[tuple[Any, ...]]:
         """The arguments of each call of this name."""
@@ -134,10 +122,6 @@ class Recorder:
 
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Any, ...]:
         return self._note("cudaMemsetAsync", devPtr, value, count, stream)
-
-    def cudaPointerGetAttributes(self, ptr: int) -> tuple[Any, ...]:
-        found = types.SimpleNamespace(type=self._kind, device=1, devicePointer=ptr, hostPointer=0)
-        return self._note("cudaPointerGetAttributes", ptr, returns=found)
 
     def cudaGetErrorName(self, error: Error) -> tuple[Any, ...]:
         assert isinstance(error, Error)
@@ -233,14 +217,12 @@ def test_the_calls_that_are_alike_in_all_versions(version):
     assert runtime.allocate(4096) == START
     runtime.zero(START, 4096, STREAM)
     assert runtime.concurrent(1) is True
-    assert runtime.attributes(START) == Pointer("managed", 1)
     runtime.use_and_free(1, START)
     assert module.calls == [
         ("cudaSetDevice", 1),
         ("cudaMallocManaged", 4096, 1),
         ("cudaMemsetAsync", START, 0, 4096, STREAM),
         ("cudaDeviceGetAttribute", Attribute.cudaDevAttrConcurrentManagedAccess, 1),
-        ("cudaPointerGetAttributes", START),
         ("cudaSetDevice", 1),
         ("cudaDeviceSynchronize",),
         ("cudaFree", START),
@@ -249,22 +231,6 @@ def test_the_calls_that_are_alike_in_all_versions(version):
 
 def test_a_device_without_concurrent_access():
     assert Runtime(recorder(13000, concurrent=0)).concurrent(0) is False
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        (MemoryType.cudaMemoryTypeManaged, "managed"),
-        (MemoryType.cudaMemoryTypeDevice, "device"),
-        (MemoryType.cudaMemoryTypeHost, "host"),
-        (MemoryType.cudaMemoryTypeUnregistered, "unregistered"),
-    ],
-)
-def test_the_kind_of_memory_that_a_tensor_is_in(kind, expected, monkeypatch):
-    module, tensor = recorder(12090, kind=kind), torch.zeros(3)
-    monkeypatch.setattr(unified_memory, "load_runtime", lambda: module)
-    assert pointer_attributes(tensor[1:]) == Pointer(expected, 1)
-    assert module.calls == [("cudaPointerGetAttributes", tensor.data_ptr() + 4)]
 
 
 # errors
@@ -280,7 +246,6 @@ def test_the_kind_of_memory_that_a_tensor_is_in(kind, expected, monkeypatch):
         ("cudaMemPrefetchAsync", lambda runtime: runtime.prefetch(START, 1, 7, STREAM)),
         ("cudaMemAdvise", lambda runtime: runtime.prefer(START, 1, HOST)),
         ("cudaMemAdvise", lambda runtime: runtime.map_into(START, 1, 7)),
-        ("cudaPointerGetAttributes", lambda runtime: runtime.attributes(START)),
     ],
 )
 @versions
@@ -364,21 +329,6 @@ def test_managed_memory_that_is_there_already_is_told():
 def test_never_less_than_nothing_is_free():
     with pytest.raises(MemoryError, match=re.escape("of the GPU 0.00 GB are free (20.00 GB")):
         check_room(1, 10 * GB, 80 * GB, 20 * GB)
-
-
-@pytest.mark.parametrize(
-    ("ranges", "expected"),
-    [
-        ([], [(0, 10)]),
-        ([(0, 10)], []),
-        ([(0, 3)], [(3, 10)]),
-        ([(7, 10)], [(0, 7)]),
-        ([(1, 2), (5, 6)], [(0, 1), (2, 5), (6, 10)]),
-        ([(2, 4), (4, 6)], [(0, 2), (6, 10)]),
-    ],
-)
-def test_what_ranges_leave(ranges, expected):
-    assert between(10, ranges) == expected
 
 
 # the arena, with a driver that records
@@ -586,15 +536,9 @@ def test_the_arena_is_managed_memory_and_zero_on_a_gpu():
     assert arena.bytes.device == torch.device("cuda", number)
     assert arena.bytes.data_ptr() % ALIGNMENT == 0
     for part in (arena.bytes, arena.bytes[20 * MIB :], arena.bytes[-1:]):
-        assert pointer_attributes(part) == Pointer("managed", number)
+        code, found = load_runtime().cudaPointerGetAttributes(part.data_ptr())
+        assert (int(code), found.type.name, found.device) == (0, "cudaMemoryTypeManaged", number)
     assert not arena.bytes.any()
-
-
-@pytest.mark.gpu
-def test_other_memory_is_told_apart_on_a_gpu():
-    pinned = torch.zeros(3).pin_memory()
-    tensors = (torch.zeros(3, device="cuda"), pinned, torch.zeros(3))
-    assert [pointer_attributes(tensor).kind for tensor in tensors] == ["device", "host", "unregistered"]
 
 
 @pytest.mark.gpu
@@ -671,7 +615,7 @@ def test_more_than_is_free_is_refused_and_takes_nothing():
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_a_budget_changes_no_bit_on_a_gpu_and_what_goes_over_the_link_is_counted(state_bits):
     noise = torch.randn(2**22 + 2**16, device="cuda")
-    layout = lay_out(NUMELS[state_bits], state_bits // 8, ALIGNMENT)
+    layout = lay_out(NUMELS[state_bits], state_bits // 8, ALIGNMENT, 2)
     kept = BUDGET // (2 * ALIGNMENT)  # chunks
     away = sum(one.end - one.first for segments in layout.segments[kept:] for one in segments) * 2 * state_bits // 8
     assert away > 0

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.adamw import DTYPES as PARAMETER_DTYPES
-from qloralab.kernels.adamw import Rates, adamw_rounded_
-from qloralab.kernels.adamw_8bit import adamw_8bit_reference_
+from qloralab.kernels.adamw import ADAMW, Rates
 from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.library import DTYPES, FEW_TOKENS, Library, weight_of
+from qloralab.kernels.lion import LION
+from qloralab.kernels.lion import Rates as LionRates
+from qloralab.kernels.rule import DTYPES as PARAMETER_DTYPES
+from qloralab.kernels.rule import Rule, Segments
 from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate, threshold
 from qloralab.nf4 import blockwise, ops
@@ -37,7 +40,8 @@ pytestmark = pytest.mark.compiler
 ROOT = Path(__file__).resolve().parents[3]
 NF4 = normal_float(4)
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]  # what weight_of takes
-ADAMW = Rates(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+RATES = Rates(lr=3e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+LION_RATES = LionRates(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.1)
 PROT_NONE = 0  # of <sys/mman.h>
 TINY = torch.finfo(torch.float32).tiny  # 2**-126
 
@@ -599,9 +603,7 @@ def everything(library: Library) -> list[Tensor]:
     for y in few:
         library.linear_few(weight_of(*operands), torch.randn(5, 1088).to(y.dtype), None, y)
     wide, narrow = segments([50_000, 200_000, 7]), segments([50_000, 20_000, 7], torch.bfloat16, bits=8)
-    library.adamw(*wide, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
-    library.adamw_8bit(*narrow, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
-    results += [dropped, *few, *(tensor for some in (*wide, *narrow) for tensor in some)]
+    results += [dropped, *few, *updated(library, 32, wide), *updated(library, 8, narrow)]
     for dtype in DTYPES:
         results += Layer(operands, 50, 70, 0.1, 5_000, True, dtype, torch.randn).run(library).values()
     return results
@@ -626,42 +628,47 @@ def test_without_a_pool_the_calling_thread_does_it_all(library):
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def segments(sizes: Sequence[int], dtype: torch.dtype = torch.float32, bits: int = 32, put=Tensor.clone):
-    """p, g, m and v, and with 8 bits the scales of m and v: a list for each, with a tensor for each segment."""
-    lists = [[put(torch.randn(n).to(dtype)) for n in sizes] for _ in range(2)]
+def segments(
+    sizes: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    bits: int = 32,
+    put: Callable[[Tensor], Tensor] = Tensor.clone,
+    rule: Rule = ADAMW,
+) -> Segments:
+    """Segments of random numbers, or codes."""
+    p, g = ([put(torch.randn(n).to(dtype)) for n in sizes] for _ in range(2))
+    steps = [3, 1000, 1][: len(sizes)]
     if bits == 32:
-        return [*lists, *([put(torch.rand(n)) for n in sizes] for _ in range(2))]
-    lists += [[put(torch.randint(256, (n,), dtype=torch.uint8)) for n in sizes] for _ in range(2)]
-    return [*lists, *([put(torch.rand(-(-n // 256))) for n in sizes] for _ in range(2))]
+        return Segments(p, g, [[put(torch.rand(n)) for n in sizes] for _ in rule.moments], None, steps)
+    codes = [[put(torch.randint(256, (n,), dtype=torch.uint8)) for n in sizes] for _ in rule.moments]
+    return Segments(p, g, codes, [[put(torch.rand(-(-n // 256))) for n in sizes] for _ in rule.moments], steps)
+
+
+def updated(library: Library, bits: int, some: Segments, rule: Rule = ADAMW) -> list[Tensor]:
+    """All tensors of segments behind an update in C."""
+    launch = library.update(f"{rule.kernel}_8bit" if bits == 8 else str(rule.kernel))
+    assert launch
+    launch(some, RATES if rule is ADAMW else LION_RATES)
+    return [tensor for tensors in some.tensors for tensor in tensors]
 
 
 @pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("sizes", [[1], [7, 0, 33], [65_536, 255, 1], [100_001, 512]], ids=str)
-def test_adamw_rounds_every_step_of_its_formula_to_float32(library, sizes, dtype, empty):
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("rule", [ADAMW, LION], ids=["adamw", "lion"])
+def test_update_adamw_and_lion_round_every_step_of_their_formula(library, rule, bits, sizes, dtype, empty):
     def put(tensor: Tensor) -> Tensor:
         return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
-    found, steps = segments(sizes, dtype, put=put), [1, 1000, 3][: len(sizes)]
-    expected = [[tensor.clone() for tensor in some] for some in found]
-    library.adamw(*found, steps, ADAMW)
-    for p, g, m, v, step in zip(*expected, steps, strict=True):
-        adamw_rounded_(p, g, m, v, step, ADAMW)
-    for one, other in zip(found, expected, strict=True):
-        assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", PARAMETER_DTYPES, ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("sizes", [[1], [7, 0, 33], [65_536, 255, 1], [10_001, 512]], ids=str)
-def test_adamw_8bit_gives_the_bits_of_the_reference(library, sizes, dtype, empty):
-    def put(tensor: Tensor) -> Tensor:
-        return empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-    found, steps = segments(sizes, dtype, bits=8, put=put), [1, 1000, 3][: len(sizes)]
-    p, g, m, v, m_absmax, v_absmax = ([tensor.clone() for tensor in some] for some in found)
-    library.adamw_8bit(*found, steps, ADAMW)
-    adamw_8bit_reference_(p, g, m, v, m_absmax, v_absmax, steps, ADAMW)
-    for one, other in zip(found, [p, g, m, v, m_absmax, v_absmax], strict=True):
-        assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
+    if bits == 8 and sizes[0] > 70_000:
+        sizes = [10_001, *sizes[1:]]
+    found = segments(sizes, dtype, bits, put, rule)
+    lists = [[tensor.clone() for tensor in some] for some in found.tensors]
+    count = 2 + len(rule.moments)
+    expected = Segments(lists[0], lists[1], lists[2:count], lists[count:] or None, found.steps)
+    rule.apply_(expected, RATES if rule is ADAMW else LION_RATES, rounded=True)
+    pairs = zip(updated(library, bits, found, rule), chain(*expected.tensors), strict=True)
+    assert all(same_bits(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(
@@ -742,8 +749,8 @@ def between_fences(library: Library, shape: tuple[int, int], block_size: int, do
     print("quantize_scales, adamw", case, flush=True)
     scales_quantized(library, put(torch.rand(N)), 0.5, new)
     for dtype in DTYPES:
-        library.adamw(*segments([N * K, 3, K], dtype, put=put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
-        library.adamw_8bit(*segments([N * K, 3, K], dtype, 8, put), [1, 2, 3], ADAMW)  # pyright: ignore[reportCallIssue]
+        for rule, bits in itertools.product((ADAMW, LION), (32, 8)):
+            updated(library, bits, segments([N * K, 3, K], dtype, bits, put, rule), rule)
     for dtype in DTYPES:
         bias = put(torch.randn(N).to(dtype))
         for tokens in (1, 2, 3, 8, 9):

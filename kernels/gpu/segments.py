@@ -2,9 +2,9 @@
 
 A kernel reads where its tensors are from a table in the memory of the device, a row of 8-byte words for each segment::
 
-    0 .. 3   addresses of p, g, m, v         6   lr / (1 - beta1**step), the bits of a float32
-    4        n                               7   the root of 1 - beta2**step, the bits of a float32
-    5        its first program               8   addresses of the scales of m and v, where moments have 8 bits
+    0 .. 3   addresses of p, g and moments   6   what depends on the step: bits of two float32
+    4        n                               7
+    5        its first program               8   addresses of the scales, where moments have 8 bits
                                              9
 
 Another table says for each program which segment it works on; which part of it follows from word 5. A program handles
@@ -20,7 +20,7 @@ them apart from the others those that begin at multiples of 16 bytes and have a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adamw import Rates
+from ..rule import Segments
 
 WIDTH = 10  # words of a row
 ALIGNMENT = 16  # bytes, and elements
@@ -55,20 +55,21 @@ class Launch:
         return torch.cuda.device(self.table.device) if self.table.is_cuda else nullcontext()
 
 
-def launches(tensors: Sequence[Sequence[Tensor]], steps: Sequence[int], rates: Rates, tile: int) -> Iterator[Launch]:
+def launches(segments: Segments, rates: Any, tile: int) -> Iterator[Launch]:
     """Sort segments by kind, and bring their tables to the device.
 
     Args:
-        tensors: the lists of p, g, m and v, and perhaps of the scales of m and v: one entry for each segment.
-        steps: one for each segment.
-        rates: from which the two factors of a segment come.
+        segments: of a rule with two moments.
+        rates: has the two ``factors`` of a step.
         tile: elements of a segment that one program handles.
     """
-    params = tensors[0]
+    params = segments.params
     numels = torch.tensor([param.numel() for param in params], device="cpu")
-    addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in tensors], device="cpu")
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in some] for some in segments.tensors], device="cpu")
     aligned = (torch.cat([numels[None], addresses[:4]]) % ALIGNMENT == 0).all(dim=0)
-    factors = torch.tensor(rates.of_segments(steps), dtype=torch.float32, device="cpu").view(torch.int32).long()
+    known = {step: rates.factors(step) for step in set(segments.steps)}
+    factors = torch.tensor([known[step] for step in segments.steps], dtype=torch.float32, device="cpu")
+    factors = factors.view(len(params), 2).view(torch.int32).long().T
     dtypes = [param.dtype for param in params]
     for dtype in dict.fromkeys(dtypes):
         of_dtype = torch.tensor([one is dtype for one in dtypes], device="cpu") & (numels > 0)
