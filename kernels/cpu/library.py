@@ -30,6 +30,7 @@ from .build import load
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
 FEW_TOKENS = 16  # the most that few_tokens.c takes
+_ARITHMETICS, _DIRECTIONS = ("f32", "bf16"), ("forward", "backward")
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -38,15 +39,19 @@ class Weight(ctypes.Structure):
     """A packed weight, as weight.h has it."""
 
     _fields_ = (
-        ("packed", _pointer),
-        ("scales", _pointer),
-        ("absmax2", _pointer),
-        ("offset", _pointer),
-        ("map", _pointer),
-        ("values", _pointer),
-        ("rows", _long),
-        ("columns", _long),
-        ("block_size", _long),
+        *((name, _pointer) for name in ("packed", "scales", "absmax2", "offset", "map", "values")),
+        *((name, _long) for name in ("rows", "columns", "block_size")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer and its operands, as tiles.h has them."""
+
+    _fields_ = (
+        *((name, _pointer) for name in ("x", "grad", "bias", "A", "B", "y", "h", "dx", "dA", "dB", "workspace")),
+        *((name, _long) for name in ("tokens", "r", "seed")),
+        ("scale", _float),
+        *((name, _int) for name in ("type", "threshold")),
     )
 
 
@@ -61,8 +66,7 @@ class Segments(ctypes.Structure):
     )
 
 
-_weight = ctypes.POINTER(Weight)
-_chunk = ctypes.POINTER(Segments)
+_weight, _layer, _chunk = map(ctypes.POINTER, (Weight, Layer, Segments))
 _SIGNATURES = {
     "set_pool": (_pointer,),
     "quantize": (_pointer, _int, _long, _long, *[_pointer] * 4, _int),
@@ -72,15 +76,9 @@ _SIGNATURES = {
     "linear_few": (_weight, _int, _pointer, _long, _pointer, _pointer, _int),
     "adamw": (_chunk, _int),
     "adamw_8bit": (_chunk, *[_pointer] * 3, _int),
+    **{f"adapted_{one}_{direction}": (_weight, _layer, _int) for one in _ARITHMETICS for direction in _DIRECTIONS},
+    **{f"adapted_{one}_workspace": (_long,) * 4 for one in _ARITHMETICS},
 }
-_PRODUCT_SIGNATURES = {
-    "forward": (
-        _weight, _int, _pointer, _long, _pointer, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 3, _int
-    ),
-    "backward": (
-        _weight, _int, *[_pointer] * 3, _long, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 4, _int
-    ),
-}  # fmt: skip
 
 
 class Library:
@@ -100,15 +98,10 @@ class Library:
         self.pool = pool.find()
         self.has_bf16_product = bool(self._c.qloralab_has_bf16_product())
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self._c, f"qloralab_{name}")
-            function.argtypes, function.restype = arguments, None
+            if "bf16" not in name or self.has_bf16_product:
+                function = getattr(self._c, f"qloralab_{name}")
+                function.argtypes, function.restype = arguments, _long if "workspace" in name else None
         self._c.qloralab_set_pool(self.pool.parallel if self.pool else None)
-        for arithmetic in ("f32", "bf16") if self.has_bf16_product else ("f32",):
-            for name, arguments in _PRODUCT_SIGNATURES.items():
-                function = getattr(self._c, f"qloralab_adapted_{arithmetic}_{name}")
-                function.argtypes, function.restype = arguments, None
-            workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
-            workspace.argtypes, workspace.restype = (_long,) * 4, _long
 
     def quantize(self, x: Tensor, values: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
         """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks], with a codebook of 16."""
@@ -162,13 +155,7 @@ class Library:
         seed: int = 0,
     ) -> None:
         """x [tokens, K] -> y [tokens, N] and h [tokens, r], of its dtype; without A and B, the base product alone."""
-        r = 0 if A is None else len(A)
-        arithmetic = self._arithmetic(x)
-        work = self._workspace(arithmetic, weight, len(x), r)
-        getattr(self._c, f"qloralab_adapted_{arithmetic}_forward")(
-            weight, DTYPES[x.dtype], x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale,
-            threshold, seed, y.data_ptr(), _address(h), work.data_ptr(), threads(),
-        )  # fmt: skip
+        self._multiply("forward", weight, x, scale, threshold, seed, x=x, bias=bias, y=y, A=A, B=B, h=h)
 
     def adapted_linear_backward(
         self,
@@ -186,13 +173,32 @@ class Library:
         seed: int = 0,
     ) -> None:
         """grad [tokens, N] -> dx [tokens, K] of its dtype, dA, dB; without A and B, dx = grad W alone."""
-        r = 0 if A is None else len(A)
-        arithmetic = self._arithmetic(grad)
-        work = self._workspace(arithmetic, weight, len(grad), r)
-        getattr(self._c, f"qloralab_adapted_{arithmetic}_backward")(
-            weight, DTYPES[grad.dtype], grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B),
-            r, scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
+        operands = {"grad": grad, "dx": dx, "x": x, "h": h, "A": A, "B": B, "dA": dA, "dB": dB}
+        self._multiply("backward", weight, grad, scale, threshold, seed, **operands)
+
+    def _multiply(
+        self,
+        direction: str,
+        weight: Weight,
+        rows: Tensor,
+        scale: float,
+        threshold: int,
+        seed: int,
+        **operands: Tensor | None,
+    ) -> None:
+        """`rows`: the operand [tokens, …] whose dtype is that of the product."""
+        r = 0 if operands["A"] is None else len(operands["A"])
+        arithmetic = "bf16" if rows.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
+        operands["workspace"] = self._workspace(arithmetic, weight, len(rows), r)
+        layer = Layer(
+            **{name: _address(tensor) for name, tensor in operands.items()}, tokens=len(rows), r=r, seed=seed, scale=scale,
+            type=DTYPES[rows.dtype], threshold=threshold,
         )  # fmt: skip
+        getattr(self._c, f"qloralab_adapted_{arithmetic}_{direction}")(weight, layer, threads())
+
+    def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
+        workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
+        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
     def adamw(
         self,
@@ -222,13 +228,6 @@ class Library:
         chunk = _Chunk(params, [grads, exp_avgs, exp_avg_sqs, absmaxes, absmax_sqs], steps, rates)
         values, limits, below = moment_tables()
         self._c.qloralab_adamw_8bit(chunk.structure, values.data_ptr(), limits.data_ptr(), below.data_ptr(), threads())
-
-    def _arithmetic(self, x: Tensor) -> str:
-        return "bf16" if x.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
-
-    def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
-        workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
-        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
 
 def weight_of(
