@@ -28,6 +28,7 @@ from . import pool
 from .build import load
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+threads = torch.get_num_threads
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
 FEW_TOKENS = 16  # the most that few_tokens.c takes
 _ARITHMETICS, _DIRECTIONS = ("f32", "bf16"), ("forward", "backward")
@@ -48,10 +49,11 @@ class Layer(ctypes.Structure):
     """A layer and its operands, as tiles.h has them."""
 
     _fields_ = (
-        *((name, _pointer) for name in ("x", "grad", "bias", "A", "B", "y", "h", "dx", "dA", "dB", "workspace")),
-        *((name, _long) for name in ("tokens", "r", "seed")),
+        *((name, _long) for name in ("tokens", "r")),
+        ("type", _int),
         ("scale", _float),
-        *((name, _int) for name in ("type", "threshold")),
+        *((name, _long) for name in ("threshold", "seed")),
+        *((name, _pointer) for name in ("x", "grad", "bias", "A", "B", "y", "h", "dx", "dA", "dB", "workspace")),
     )
 
 
@@ -155,7 +157,7 @@ class Library:
         seed: int = 0,
     ) -> None:
         """x [tokens, K] -> y [tokens, N] and h [tokens, r], of its dtype; without A and B, the base product alone."""
-        self._multiply("forward", weight, x, scale, threshold, seed, x=x, bias=bias, y=y, A=A, B=B, h=h)
+        self._multiply("forward", weight, x, (scale, threshold, seed), x=x, bias=bias, y=y, A=A, B=B, h=h)
 
     def adapted_linear_backward(
         self,
@@ -174,26 +176,17 @@ class Library:
     ) -> None:
         """grad [tokens, N] -> dx [tokens, K] of its dtype, dA, dB; without A and B, dx = grad W alone."""
         operands = {"grad": grad, "dx": dx, "x": x, "h": h, "A": A, "B": B, "dA": dA, "dB": dB}
-        self._multiply("backward", weight, grad, scale, threshold, seed, **operands)
+        self._multiply("backward", weight, grad, (scale, threshold, seed), **operands)
 
     def _multiply(
-        self,
-        direction: str,
-        weight: Weight,
-        rows: Tensor,
-        scale: float,
-        threshold: int,
-        seed: int,
-        **operands: Tensor | None,
+        self, direction: str, weight: Weight, rows: Tensor, of_h: tuple[float, int, int], **operands: Tensor | None
     ) -> None:
-        """`rows`: the operand [tokens, …] whose dtype is that of the product."""
+        """`rows` is the operand [tokens, …] that decides the dtype; `of_h` are its scale, threshold and seed."""
         r = 0 if operands["A"] is None else len(operands["A"])
         arithmetic = "bf16" if rows.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
         operands["workspace"] = self._workspace(arithmetic, weight, len(rows), r)
-        layer = Layer(
-            **{name: _address(tensor) for name, tensor in operands.items()}, tokens=len(rows), r=r, seed=seed, scale=scale,
-            type=DTYPES[rows.dtype], threshold=threshold,
-        )  # fmt: skip
+        addresses = {name: _address(tensor) for name, tensor in operands.items()}
+        layer = Layer(len(rows), r, DTYPES[rows.dtype], *of_h, **addresses)
         getattr(self._c, f"qloralab_adapted_{arithmetic}_{direction}")(weight, layer, threads())
 
     def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
@@ -276,11 +269,6 @@ class _Chunk:
         addresses = [one.buffer_info()[0] for one in self._arrays]
         constants = rates.decay, rates.beta2, rates.lerp, 1 - rates.beta2, rates.eps
         self.structure = Segments(len(params), *addresses, *constants)
-
-
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()
 
 
 @functools.cache

@@ -29,14 +29,15 @@ typedef struct {
 /* A layer and its operands; kernels/cpu/library.py has the same structure. All but A, B and their gradients are of the dtype
    `type`. r = 0: there is no adapter. */
 typedef struct {
+    int64_t tokens, r;
+    int32_t type;
+    float scale;                 /* of h */
+    int64_t threshold, seed;     /* threshold 0: no dropout */
     const void *x, *grad, *bias; /* [tokens, K], [tokens, N], [N] or NULL */
     const float *A, *B;          /* [r, K], [N, r] */
     void *y, *h, *dx;            /* [tokens, N], [tokens, r], [tokens, K] or NULL */
     float *dA, *dB;              /* [r, K], [N, r] */
     void *workspace;
-    int64_t tokens, r, seed;
-    float scale;                 /* of h */
-    int32_t type, threshold;     /* threshold 0: no dropout */
 } layer;
 
 /* The words of a contraction over n numbers. */
