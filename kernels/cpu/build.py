@@ -231,13 +231,15 @@ def _run(commands: Sequence[list[str]], scratch: Path | None = None) -> list[tup
     environment.pop("LD_PRELOAD", None)  # a sanitizer's runtime is meant for this process
     if scratch is not None:
         environment["TMPDIR"] = str(scratch)
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     deadline = time.monotonic() + TIMEOUT
     processes: list[subprocess.Popen[str]] = []
     command: list[str] = []
     try:
         for command in commands:
-            started = subprocess.Popen(command, env=environment, text=True, errors="replace", process_group=0, **pipes)
+            started = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+                text=True, errors="replace", process_group=0,
+            )  # fmt: skip
             processes.append(started)
         outputs = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in processes]
     except BaseException as error:
