@@ -1,10 +1,10 @@
 """PyTorch's memory on CPUs: what a tensor leaves serves the next tensor of its size.
 
-PyTorch asks for a tensor's memory with ``posix_memalign``, aligned to 64 bytes. The GNU C library serves that by
-looking for a free chunk that is 96 bytes larger, and cuts off what is too much. So the hole that a freed tensor leaves
-is too small for the next tensor of its size, unless a neighbour was freed too, and what was cut off, some dozens of
-bytes, soon belongs to something else. A training step frees and makes tensors of a few sizes between others that stay,
-and so leaves holes that nothing fills: of 2,630 MB that steps of the default job took in float32, 500.
+PyTorch asks for memory with ``posix_memalign``, aligned to 64 bytes. The GNU C library serves that by looking for a
+free chunk that is 96 bytes larger, and cuts off what is too much. So the hole that a freed tensor leaves is too small
+for the next tensor of its size, and what was cut off soon belongs to something else. A training step frees and makes
+tensors of a few sizes between others that stay, and so leaves holes that nothing fills: of 2,630 MB that steps of the
+default job took in float32, 500.
 
 ``install`` gives PyTorch an allocator (``c10::SetCPUAllocator``) that asks ``malloc`` for 64 bytes more and aligns
 inside. A hole then fits the next tensor of its size exactly, at no cost in time. It holds for the whole process, for

@@ -1,28 +1,25 @@
 """C, compiled by the system's compiler at first use, and kept for the next process.
 
 A wheel with compiled code would serve one instruction set; source serves the machine it runs on. The files are compiled
-at the same time, in some seconds, once: the shared library is kept under a name that holds a hash of everything that
-decides what is in it::
+at the same time, and the library is kept under a name that changes with everything that decides what is in it::
 
     <cache>/<stem of the first source>-<hash>.so
     hash    = sources and headers, instruction set, flags, compiler and its version, CPU features, machine
     <cache> = $QLORALAB_CACHE, else $XDG_CACHE_HOME/qloralab, else ~/.cache/qloralab
 
-**Several processes at once.** Each compiles into a temporary folder inside the cache and renames the result into
-place. Renaming is atomic: a reader finds nothing or a whole file, and who comes second replaces the same by the same.
+**Several processes at once.** Each compiles into a temporary folder inside the cache and renames the result. Renaming
+is atomic: a reader finds nothing or a whole file, and who comes second replaces the same by the same.
 
-**Damage.** A library cut short (a full disk, a killed copy) does not fail to load; it kills the process with SIGBUS. So
-the file ends with the SHA-256 of what comes before it, which the loader never looks at. A file that does not match is
+**Damage.** A library cut short (a full disk, a killed copy) kills the process that loads it with SIGBUS. So the file
+ends with the SHA-256 of what comes before it, which the loader never looks at, and a file that does not match is
 compiled again.
 
 **Trust.** A library runs with the rights of whoever loads it. The cache folder, and a file in it, are used only when
-they belong to this user or to root, and when not everyone may write to them. Otherwise somebody else could put a
-library there under the expected name. What the owner grants to a group is the owner's decision, and so are the
-folders above.
+they belong to this user or to root, and when not everyone may write to them. What the owner grants to a group is the
+owner's decision, and so are the folders above.
 
 **Flags.** ``-ffp-contract=off``: a product and a sum are two roundings on every path, as in PyTorch. Never
-``-ffast-math``: a library linked with it sets flush-to-zero for the whole process when it is loaded. No ``-fopenmp``:
-see ``pool.py``.
+``-ffast-math``: a library linked with it sets flush-to-zero for the whole process. No ``-fopenmp``: see ``pool.py``.
 
 ===============  =====================================================================================
 CC               the compiler, with arguments if need be; otherwise the first of cc, gcc, clang on PATH
@@ -51,15 +48,8 @@ from pathlib import Path
 
 from qloralab.nf4.processor import cpu_features, supported_isas
 
-FLAGS = (
-    "-O3",
-    "-fPIC",
-    "-pthread",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    "-Wno-psabi",  # notes on how vectors are passed to functions, of which none is called from outside
-)
+# The last one silences notes on how vectors are passed to functions, of which none is called from outside.
+FLAGS = ("-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
 STANDARDS = {".c": "-std=gnu11", ".cpp": "-std=c++17"}
 LIBRARIES = ("-lm",)
 TIMEOUT = 120  # seconds
@@ -83,7 +73,14 @@ class BuildError(RuntimeError):
     """The C code cannot be compiled or loaded here. The message says why and what to do about it."""
 
 
-def build(sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None) -> Path:
+def build(
+    sources: Sequence[Path],
+    isa: str = "native",
+    extra: Sequence[str] = (),
+    cache: Path | None = None,
+    *,
+    again: bool = False,
+) -> Path:
     """Compile C or C++ files into one shared library, unless the cache has it.
 
     Args:
@@ -91,6 +88,7 @@ def build(sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (
         isa: the instruction set to compile for: native (this machine's), avx512, avx2 or portable.
         extra: more flags for the compiler and the linker.
         cache: where the library is kept, instead of the user's cache folder.
+        again: whether to compile even if the cache has it.
 
     Returns:
         The shared library. Everything is hidden in it but what asks for default visibility.
@@ -99,48 +97,6 @@ def build(sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (
         ValueError: an unknown instruction set.
         BuildError: no compiler, a failing compiler, or a cache folder that cannot be written or is not trusted.
     """
-    return _build(sources, isa, extra, cache, again=False)
-
-
-def load(
-    sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None
-) -> ctypes.CDLL:
-    """Load what ``build`` returns. A cached file that does not load is compiled once more.
-
-    Args:
-        sources, isa, extra, cache: as for ``build``.
-
-    Raises:
-        ValueError: an unknown instruction set.
-        BuildError: as for ``build``; also when this machine lacks the instruction set, or the library does not load.
-    """
-    if isa in ISAS and isa not in supported_isas():
-        raise BuildError(f"this machine has no {isa}; it runs {', '.join(supported_isas())}")
-    path = build(sources, isa, extra, cache)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        path = _build(sources, isa, extra, cache, again=True)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        hint = "if its folder is mounted noexec, set QLORALAB_CACHE to one that is not"
-        raise BuildError(f"{path} does not load ({error}); {hint}") from None
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept, see the top of this file. It need not exist."""
-    if named := os.environ.get("QLORALAB_CACHE"):
-        return Path(named)
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # the XDG specification says to ignore it then
-        base = Path(os.path.expanduser("~/.cache"))
-    if not base.is_absolute():
-        raise BuildError("this user has no home folder to keep compiled code in; set QLORALAB_CACHE to a folder")
-    return base / "qloralab"
-
-
-def _build(sources: Sequence[Path], isa: str, extra: Sequence[str], cache: Path | None, *, again: bool) -> Path:
     if isa not in ISAS:
         raise ValueError(f"isa is one of {', '.join(ISAS)}, not {isa!r}")
     compiler = _compiler()
@@ -160,11 +116,43 @@ def _build(sources: Sequence[Path], isa: str, extra: Sequence[str], cache: Path 
     return path
 
 
+def load(
+    sources: Sequence[Path], isa: str = "native", extra: Sequence[str] = (), cache: Path | None = None
+) -> ctypes.CDLL:
+    """Load what ``build`` returns for the same arguments. A cached file that does not load is compiled once more.
+
+    Raises:
+        ValueError, BuildError: as ``build``; also when this machine lacks the instruction set, or nothing loads.
+    """
+    if isa in ISAS and isa not in supported_isas():
+        raise BuildError(f"this machine has no {isa}; it runs {', '.join(supported_isas())}")
+    why = None
+    for again in (False, True):
+        path = build(sources, isa, extra, cache, again=again)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            why = f"{path} does not load ({error})"
+    raise BuildError(f"{why}; if its folder is mounted noexec, set QLORALAB_CACHE to one that is not")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept, see the top of this file. It need not exist."""
+    if named := os.environ.get("QLORALAB_CACHE"):
+        return Path(named)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the XDG specification says to ignore it then
+        base = Path(os.path.expanduser("~/.cache"))
+    if not base.is_absolute():
+        raise BuildError("this user has no home folder to keep compiled code in; set QLORALAB_CACHE to a folder")
+    return base / "qloralab"
+
+
 def _compile(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: list[str], scratch: Path) -> Path:
     """The finished library, in the folder `scratch`."""
     name = Path(compiler[0]).name
     what = "the CPU kernels" if len(sources) > 1 else sources[0].name
-    print(f"qloralab: compiling {what} with {name}, some seconds, once", file=sys.stderr, flush=True)
+    print(f"qloralab: compiling {what} with {name}, about ten seconds, once", file=sys.stderr, flush=True)
     path = scratch / "library.so"
     flags = [*FLAGS, *_isa_flags(isa, compiler, scratch)]
     objects = [scratch / f"{source.name}.o" for source in sources]
@@ -174,7 +162,7 @@ def _compile(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: 
     ]
     link = [*compiler, *flags, "-shared", "-o", str(path), *map(str, objects), *extra, *LIBRARIES]
     for commands in steps, [link]:
-        for command, (status, output) in zip(commands, _run_all(commands, scratch), strict=True):
+        for command, (status, output) in zip(commands, _run(commands, scratch), strict=True):
             if status:
                 raise _failure(command, f"status {status}", output)
     if not path.is_file():
@@ -198,7 +186,7 @@ def _isa_flags(isa: str, compiler: list[str], scratch: Path) -> Sequence[str]:
     """The first flags of this instruction set that the compiler takes; the last ones untried."""
     *choices, last = ISAS[isa]
     for flags in choices:
-        status, _ = _run([*compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull], scratch)
+        ((status, _),) = _run([[*compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull]], scratch)
         if status == 0:
             return flags
     return last
@@ -226,18 +214,14 @@ def _words(variable: str) -> list[str]:
 def _hash(sources: Sequence[Path], isa: str, extra: Sequence[str], compiler: list[str]) -> str:
     """32 hexadecimal digits that change with anything that may change the library."""
     headers = {header for source in sources for header in source.parent.glob("*.h")}
-    _, version = _run([*compiler, "--version"])
+    ((_, version),) = _run([[*compiler, "--version"]])
     machine = [platform.machine(), cpu_features(), *compiler, version.partition("\n")[0]]
     flags = [*FLAGS, *LIBRARIES, isa, *map(str, ISAS[isa]), *extra]
     files = [(file.name, file.read_bytes()) for file in [*sources, *sorted(headers)]]
     return hashlib.sha256(repr((machine, flags, files)).encode()).hexdigest()[:32]
 
 
-def _run(command: list[str], scratch: Path | None = None) -> tuple[int, str]:
-    return _run_all([command], scratch)[0]
-
-
-def _run_all(commands: Sequence[list[str]], scratch: Path | None = None) -> list[tuple[int, str]]:
+def _run(commands: Sequence[list[str]], scratch: Path | None = None) -> list[tuple[int, str]]:
     """Exit status and output of each of some commands of the compiler, which run at the same time.
 
     They keep their temporary files in `scratch`. Each runs in a process group of its own, so that its children end with
@@ -249,9 +233,14 @@ def _run_all(commands: Sequence[list[str]], scratch: Path | None = None) -> list
         environment["TMPDIR"] = str(scratch)
     deadline = time.monotonic() + TIMEOUT
     processes: list[subprocess.Popen[str]] = []
+    command: list[str] = []
     try:
-        for command in commands:  # one by one into the list: those that run are to end when another does not start
-            processes.append(_start(command, environment))  # noqa: PERF401
+        for command in commands:
+            started = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
+                text=True, errors="replace", process_group=0,
+            )  # fmt: skip
+            processes.append(started)
         outputs = [process.communicate(timeout=max(0, deadline - time.monotonic()))[0] for process in processes]
     except BaseException as error:
         for process in processes:
@@ -260,24 +249,10 @@ def _run_all(commands: Sequence[list[str]], scratch: Path | None = None) -> list
             process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise BuildError(f"the C compiler took more than {TIMEOUT} s\n$ {shlex.join(error.cmd)}") from None
+        if isinstance(error, OSError):
+            raise BuildError(f"the C compiler {command[0]} does not start ({error.strerror}); {INSTALL}") from None
         raise
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            text=True,
-            errors="replace",
-            process_group=0,
-        )
-    except OSError as error:
-        raise BuildError(f"the C compiler {command[0]} does not start ({error.strerror}); {INSTALL}") from None
 
 
 def _usable(path: Path) -> bool:
@@ -288,8 +263,7 @@ def _usable(path: Path) -> bool:
         contents = path.read_bytes()
     except OSError:
         return False
-    size = hashlib.sha256().digest_size
-    return hashlib.sha256(contents[:-size]).digest() == contents[-size:]
+    return hashlib.sha256(contents[:-32]).digest() == contents[-32:]
 
 
 def _distrust(path: Path) -> str | None:

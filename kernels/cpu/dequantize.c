@@ -22,7 +22,7 @@ typedef struct {
 static void dequantize_rows(void *data, int64_t index)
 {
     const dequantize_job *job = data;
-    int64_t K = job->w->columns, bytes = job->type == FLOAT32 ? 4 : 2;
+    int64_t K = job->w->columns, bytes = size_of(job->type);
     int64_t first = index * job->rows_per_task, end = min64(job->rows, first + job->rows_per_task);
     if (job->columns == K) { /* whole rows follow each other */
         decode(job->w, (job->row + first) * K, (end - first) * K, job->type, job->out + first * K * bytes, job->stream);
@@ -58,7 +58,7 @@ EXPORT void qloralab_dequantize(const weight *w, int64_t row, int64_t rows, int6
 {
     int64_t rows_per_task = columns < CHUNK && columns > 0 ? CHUNK / columns : 1;
     dequantize_job job = {w, row, rows, column, columns, rows_per_task, (dtype)type, out,
-                          is_streamed(out, rows * columns * (type == FLOAT32 ? 4 : 2))};
+                          is_streamed(out, rows * columns * size_of((dtype)type))};
     if (columns > 0)
         for_each(ceil_div(rows, rows_per_task), threads, dequantize_rows, &job);
 }

@@ -14,7 +14,7 @@ typedef struct {
 } dropout_job;
 
 /* 32 elements, all there. */
-static inline __attribute__((always_inline)) void drop_segment(const dropout_job *job, dtype type, int64_t at, uint32_t keep)
+INLINE void drop_segment(const dropout_job *job, dtype type, int64_t at, uint32_t keep)
 {
     float y[32];
     for (int i = 0; i < 32; i += LANE)
@@ -24,12 +24,12 @@ static inline __attribute__((always_inline)) void drop_segment(const dropout_job
         return;
     }
     for (int i = 0; i < 32; i += 16) {
-        halves h = type == BFLOAT16 ? to_bf16(load_floats(y + i)) : to_fp16(load_floats(y + i));
+        halves h = to_halves(load_floats(y + i), type);
         memcpy((uint16_t *)job->out + at + i, &h, sizeof h);
     }
 }
 
-static inline __attribute__((always_inline)) void drop_row(const dropout_job *job, dtype type, int64_t m)
+INLINE void drop_row(dtype type, const dropout_job *job, int64_t m)
 {
     int64_t k = 0, K = job->columns;
     for (; k + 32 <= K; k += 32)
@@ -37,25 +37,15 @@ static inline __attribute__((always_inline)) void drop_row(const dropout_job *jo
     if (k == K)
         return;
     uint32_t keep = kept(&job->d, m, k / 32);
-    for (int64_t at = m * K + k; k < K; k++, at++, keep >>= 1) {
-        float y = keep & 1 ? number(job->x, type, at) * job->scale : 0.0f;
-        if (type == FLOAT32)
-            ((float *)job->out)[at] = y;
-        else
-            ((uint16_t *)job->out)[at] = type == BFLOAT16 ? bf16(y) : fp16_in_software(y);
-    }
+    for (int64_t at = m * K + k; k < K; k++, at++, keep >>= 1)
+        set_number(job->out, type, at, keep & 1 ? number(job->x, type, at) * job->scale : 0.0f);
 }
 
 static void drop_rows(void *data, int64_t index)
 {
     const dropout_job *job = data;
     for (int64_t m = index * ROWS; m < min64(job->rows, (index + 1) * ROWS); m++)
-        if (job->type == FLOAT32)
-            drop_row(job, FLOAT32, m);
-        else if (job->type == BFLOAT16)
-            drop_row(job, BFLOAT16, m);
-        else
-            drop_row(job, FLOAT16, m);
+        CALL_TYPED(drop_row, job->type, job, m);
 }
 
 /* x [rows, columns] -> out, the elements that stay times scale. */

@@ -19,10 +19,9 @@ enum {
     PASS = 8,       /* tokens at a time */
     PASSES = 2,
     ROWS = 64,      /* of the weight, per task: its codes are in the L2 cache when the second pass wants them */
-    STRETCH = 4096, /* weights of a row at a time */
     GROUP = 64,     /* weights that are looked up together: 32 bytes of codes */
+    ALONE = 1 << 20 /* multiplications that one thread is done with before another is awake: 40 microseconds */
 };
-enum { ALONE = 1 << 20 }; /* multiplications that one thread is done with before another is awake: 40 microseconds */
 
 typedef struct few_job {
     const weight *w;
@@ -32,16 +31,13 @@ typedef struct few_job {
     void *y;          /* [tokens, N] */
     int64_t tokens;
     void (*rows)(const struct few_job *job, int64_t n, int rows);
+    int step; /* rows that the function takes at a time */
 } few_job;
 
 static inline void store(const few_job *job, int64_t m, int64_t n, float sum)
 {
-    int64_t at = m * job->w->rows + n;
-    sum += job->bias ? number(job->bias, job->type, n) : 0.0f;
-    if (job->type == FLOAT32)
-        ((float *)job->y)[at] = sum;
-    else
-        ((uint16_t *)job->y)[at] = job->type == BFLOAT16 ? bf16(sum) : fp16_in_software(sum);
+    float bias = job->bias ? number(job->bias, job->type, n) : 0.0f;
+    set_number(job->y, job->type, m * job->w->rows + n, sum + bias);
 }
 
 static inline float total(lane v)
@@ -62,36 +58,31 @@ static void widen_rows(const void *x, dtype type, int64_t tokens, int64_t K, flo
             store_lane(out, load_numbers(x, type, m * K + k, K - k));
 }
 
-/* Rows from n on, any shape and block size. */
-static void any_rows(const few_job *job, int64_t n, int rows)
+/* Row n, any shape and block size. */
+static void any_row(const few_job *job, int64_t n, int rows)
 {
+    (void)rows;
     int64_t K = job->w->columns;
     float row[STRETCH];
-    uint16_t low[STRETCH];
-    for (; rows > 0; rows--, n++) {
-        lane acc[PASS] = {{0}};
-        for (int64_t k = 0; k < K; k += STRETCH) {
-            int64_t length = min64(STRETCH, K - k);
-            decode(job->w, n * K + k, length, job->type, job->type == FLOAT32 ? (void *)row : (void *)low, 0);
-            for (int64_t i = 0; i < length && job->type != FLOAT32; i += LANE)
-                store_lane(row + i, load_numbers(low, job->type, i, length - i));
-            for (int64_t i = length; i % LANE; i++)
-                row[i] = 0.0f;
-            for (int64_t i = 0; i < length; i += LANE)
-                for (int64_t m = 0; m < job->tokens; m++) {
-                    const float *x = (const float *)job->x + m * padded(K) + k + i;
-                    acc[m] = multiply_add(load_lane(row + i), load_lane(x), acc[m]);
-                }
-        }
-        for (int64_t m = 0; m < job->tokens; m++)
-            store(job, m, n, total(acc[m]));
+    lane acc[PASS] = {{0}};
+    for (int64_t k = 0; k < K; k += STRETCH) {
+        int64_t length = min64(STRETCH, K - k);
+        decode_numbers(job->w, job->type, n * K + k, length, row);
+        for (int64_t i = length; i % LANE; i++)
+            row[i] = 0.0f;
+        for (int64_t i = 0; i < length; i += LANE)
+            for (int64_t m = 0; m < job->tokens; m++) {
+                const float *x = (const float *)job->x + m * padded(K) + k + i;
+                acc[m] = multiply_add(load_lane(row + i), load_lane(x), acc[m]);
+            }
     }
+    for (int64_t m = 0; m < job->tokens; m++)
+        store(job, m, n, total(acc[m]));
 }
 
-#if HAVE_AVX512 && defined(__AVX512BF16__)
+#if HAVE_AVX512_BF16
 
-/* x [tokens, K] -> [K / 64, tokens, 64], and of each 64 the 32 even ones before the odd ones: the even ones meet the high
-   nibbles of 32 bytes, the odd ones the low nibbles. */
+/* x [tokens, K] -> [K / 64, tokens, 64], and of each 64 the 32 even ones before the odd ones. */
 static void split_pairs(const uint16_t *x, int64_t tokens, int64_t K, uint16_t *out)
 {
     for (int64_t k = 0; k < K; k += 64)
@@ -104,8 +95,7 @@ static void split_pairs(const uint16_t *x, int64_t tokens, int64_t K, uint16_t *
 
 /* `rows` rows from n times `tokens` tokens. Inlined with constant counts, and with a constant `blocks`: how many blocks
    64 weights are: 2, or 1 for a block of 64 or a part of a larger one. */
-static inline __attribute__((always_inline)) void bf16_block_rows(const few_job *job, int64_t n, int rows, int tokens,
-                                                                  int blocks)
+INLINE void bf16_block_rows(const few_job *job, int64_t n, int rows, int tokens, int blocks)
 {
     const weight *w = job->w;
     int64_t K = w->columns, inside = w->block_size - 1;
@@ -179,16 +169,7 @@ static void bf16_rows(const few_job *job, int64_t n, int rows)
 #undef CASE
 }
 
-/* Two rows share what is loaded of x. One row alone is read as one stream, which the processor foresees best. */
-static int rows_at_once(const few_job *job) { return job->rows != bf16_rows || job->tokens <= 2 ? 1 : 2; }
-
-#else
-
-static int rows_at_once(const few_job *job) { return (void)job, 1; }
-
 #endif
-
-#if HAVE_AVX512 || HAVE_AVX2
 
 #if HAVE_AVX512
 
@@ -202,8 +183,7 @@ typedef struct {
 
 static inline few_table make_table(const weight *w, dtype type)
 {
-    (void)type;
-    return (few_table){load_lane(w->values), {{0}}};
+    return (void)type, (few_table){load_lane(w->values), {{0}}};
 }
 
 static inline void enter_block(few_table *t, dtype type, float a, float b, int blocks)
@@ -213,8 +193,8 @@ static inline void enter_block(few_table *t, dtype type, float a, float b, int b
 }
 
 /* Number v of the vectors that a group is: 64 / LANE of them. */
-static inline __attribute__((always_inline)) void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
-                                                                lane out[GROUP / LANE])
+INLINE void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
+                          lane out[GROUP / LANE])
 {
     (void)type;
     for (int half = 0; half < 2; half++) {
@@ -224,7 +204,7 @@ static inline __attribute__((always_inline)) void look_up_group(const uint8_t *c
     }
 }
 
-#else
+#elif HAVE_AVX2
 
 static int in_order(dtype type, int j)
 {
@@ -236,7 +216,7 @@ static int in_order(dtype type, int j)
    halves of a register are the halves of a group. */
 typedef struct {
     __m256 values[2];
-    byte_tables bytes;
+    tables bytes;
     lane scale;
 } few_table;
 
@@ -248,7 +228,7 @@ static inline few_table make_table(const weight *w, dtype type)
     return t;
 }
 
-static inline byte_tables bf16_tables(const few_table *t, float scale)
+static inline tables bf16_tables(const few_table *t, float scale)
 {
     return tables16(narrowed(t->values[0] * scale, t->values[1] * scale, BFLOAT16));
 }
@@ -261,14 +241,14 @@ static inline void enter_block(few_table *t, dtype type, float a, float b, int b
     }
     t->bytes = bf16_tables(t, a);
     if (blocks == 2) {
-        byte_tables second = bf16_tables(t, b);
+        tables second = bf16_tables(t, b);
         for (int i = 0; i < 2; i++)
             t->bytes.byte[i] = _mm256_blend_epi32(t->bytes.byte[i], second.byte[i], 0xf0);
     }
 }
 
-static inline __attribute__((always_inline)) void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
-                                                                lane out[GROUP / LANE])
+INLINE void look_up_group(const uint8_t *codes, const few_table *t, dtype type,
+                          lane out[GROUP / LANE])
 {
     const __m256i nibble = _mm256_set1_epi8(15), above = _mm256_set1_epi32((int)0xffff0000);
     __m256i bytes = _mm256_loadu_si256((const __m256i *)codes);
@@ -292,6 +272,8 @@ static inline __attribute__((always_inline)) void look_up_group(const uint8_t *c
 
 #endif
 
+#if HAVE_AVX512 || HAVE_AVX2
+
 /* x [tokens, K] -> float32 [K / 64, tokens, 64], each 64 in the order of a look-up. */
 static void order_groups(const void *x, dtype type, int64_t tokens, int64_t K, float *out)
 {
@@ -311,7 +293,7 @@ static __attribute__((noinline)) void row_scales(const weight *w, int64_t first,
 }
 
 /* Row n times `tokens` tokens. Inlined with a constant count and type. */
-static inline __attribute__((always_inline)) void f32_block_row(const few_job *job, int64_t n, int tokens, dtype type)
+INLINE void f32_block_row(const few_job *job, int64_t n, int tokens, dtype type)
 {
     enum { VECTORS = GROUP / LANE };
     const weight *w = job->w;
@@ -360,18 +342,17 @@ static inline __attribute__((always_inline)) void f32_block_row(const few_job *j
         CASE(TYPE, 1) CASE(TYPE, 2) CASE(TYPE, 3) CASE(TYPE, 4) CASE(TYPE, 5) CASE(TYPE, 6) CASE(TYPE, 7) CASE(TYPE, 8) \
     }
 
-static void f32_rows(const few_job *job, int64_t n, int rows)
+static void f32_row(const few_job *job, int64_t n, int rows)
 {
     (void)rows;
-    if (job->type == FLOAT32) {
+    if (job->type == FLOAT32)
         CASES(FLOAT32)
-    } else {
+    else
 #if HAVE_AVX512 /* only rounding a block's table asks for the type: bfloat16 and float16 share a copy */
         CASES(job->type)
 #else
         CASES(BFLOAT16)
 #endif
-    }
 }
 
 #endif
@@ -380,44 +361,53 @@ static void few_rows(void *data, int64_t index)
 {
     for (const few_job *job = data; job < (const few_job *)data + PASSES && job->tokens; job++) {
         int64_t n = index * ROWS, end = min64(job->w->rows, n + ROWS);
-        int step = rows_at_once(job);
-        for (; n < end; n += step)
-            job->rows(job, n, (int)min64(step, end - n));
+        for (; n < end; n += job->step)
+            job->rows(job, n, (int)min64(job->step, end - n));
     }
+}
+
+/* Chooses the function for a job, and brings x into the form that it takes. */
+static void prepare(few_job *job, float *own)
+{
+    int64_t K = job->w->columns;
+    int whole = K % job->w->block_size == 0 && K % GROUP == 0;
+    (void)whole;
+    const void *x = job->x;
+    job->x = own;
+    job->step = 1;
+#if HAVE_AVX512_BF16
+    if (whole && job->type == BFLOAT16) {
+        split_pairs(x, job->tokens, K, (uint16_t *)own);
+        job->rows = bf16_rows;
+        /* Two rows share what is loaded of x. One row alone is read as one stream, which the processor foresees best. */
+        job->step = job->tokens <= 2 ? 1 : 2;
+        return;
+    }
+#endif
+#if HAVE_AVX512 || HAVE_AVX2
+    if (whole && (LANE == 16 || job->type != FLOAT16)) {
+        order_groups(x, job->type, job->tokens, K, own);
+        job->rows = f32_row;
+        return;
+    }
+#endif
+    widen_rows(x, job->type, job->tokens, K, own);
+    job->rows = any_row;
 }
 
 /* x [tokens, K], bias [N] or NULL -> y [tokens, N], all of the dtype `type`; 1 <= tokens <= 16. */
 EXPORT void qloralab_linear_few(const weight *w, int type, const void *x, int64_t tokens, const void *bias, void *y,
                                 int threads)
 {
-    int64_t K = w->columns, size = type == FLOAT32 ? 4 : 2, first = tokens <= PASS ? tokens : tokens / 2;
-    int whole = K % w->block_size == 0 && K % GROUP == 0;
-    (void)whole;
-    few_job jobs[PASSES] = {
-        {w, (dtype)type, x, bias, y, first, any_rows},
-        {w, (dtype)type, (const char *)x + first * K * size, bias, (char *)y + first * w->rows * size, tokens - first, any_rows},
-    };
+    int64_t K = w->columns, first = tokens <= PASS ? tokens : tokens / 2, size = size_of((dtype)type);
+    few_job jobs[PASSES] = {{.w = w, .type = (dtype)type, .x = x, .bias = bias, .y = y, .tokens = first}};
+    jobs[1] = jobs[0];
+    jobs[1].x = (const char *)x + first * K * size;
+    jobs[1].y = (char *)y + first * w->rows * size;
+    jobs[1].tokens = tokens - first;
     float *own = scratch((size_t)(tokens * padded(K)) * 4);
-    for (few_job *job = jobs; job < jobs + PASSES; own += job->tokens * padded(K), job++) {
-#if HAVE_AVX512 && defined(__AVX512BF16__)
-        if (whole && type == BFLOAT16) {
-            split_pairs(job->x, job->tokens, K, (uint16_t *)own);
-            job->rows = bf16_rows;
-        } else
-#endif
-#if HAVE_AVX512
-        if (whole) {
-#elif HAVE_AVX2
-        if (whole && type != FLOAT16) {
-#endif
-#if HAVE_AVX512 || HAVE_AVX2
-            order_groups(job->x, job->type, job->tokens, K, own);
-            job->rows = f32_rows;
-        } else
-#endif
-            widen_rows(job->x, job->type, job->tokens, K, own);
-        job->x = own;
-    }
+    prepare(&jobs[0], own);
+    prepare(&jobs[1], own + first * padded(K));
     if (w->rows * K * tokens < ALONE)
         threads = 1;
     for_each(ceil_div(w->rows, ROWS), threads, few_rows, jobs);

@@ -18,15 +18,6 @@ typedef float lane __attribute__((vector_size(16)));
 enum { LANE = 4 };
 #endif
 
-/* One number, which may be bfloat16 or float16, as float32. */
-static inline float number(const void *x, dtype type, int64_t at)
-{
-    if (type == FLOAT32)
-        return ((const float *)x)[at];
-    uint16_t bits = ((const uint16_t *)x)[at];
-    return type == BFLOAT16 ? from_bf16(bits) : from_fp16(bits);
-}
-
 static inline lane load_lane(const void *p)
 {
     lane v;
@@ -49,21 +40,13 @@ static inline lane multiply_add(lane a, lane b, lane sum)
 #endif
 }
 
-static inline lane all_lanes(float x)
-{
-#if HAVE_AVX512
-    return _mm512_set1_ps(x);
-#elif HAVE_AVX2
-    return _mm256_set1_ps(x);
-#else
-    return (lane){x, x, x, x};
-#endif
-}
+/* Subtracting 0 is for the type alone: it changes no number, not even -0.0. */
+static inline lane all_lanes(float x) { return x - (lane){0}; }
 
 #if HAVE_AVX512
 
 /* 16 vectors of 16 words, transposed: word c of vector r becomes word r of vector c. */
-static inline __attribute__((always_inline)) void transpose(__m512i v[16])
+INLINE void transpose(__m512i v[16])
 {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -93,7 +76,7 @@ static inline __attribute__((always_inline)) void transpose(__m512i v[16])
 #endif
 
 /* LANE vectors of LANE words, transposed. */
-static inline __attribute__((always_inline)) void transpose_lanes(lane v[LANE])
+INLINE void transpose_lanes(lane v[LANE])
 {
 #if HAVE_AVX512
     transpose((__m512i *)v);
@@ -166,26 +149,37 @@ static inline lane round_to(dtype type, lane x)
 {
     if (type == FLOAT32)
         return x;
-#if HAVE_AVX512 || HAVE_AVX2
-    if (type == FLOAT16)
+    if (type == FLOAT16) {
 #if HAVE_AVX512
         return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-#else
+#elif HAVE_AVX2
         return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-#endif
 #else
-    if (type == FLOAT16) {
-        float some[LANE];
-        memcpy(some, &x, sizeof some);
         for (int i = 0; i < LANE; i++)
-            some[i] = from_fp16(fp16_in_software(some[i]));
-        return load_lane(some);
-    }
+            x[i] = from_fp16(fp16_in_software(x[i]));
+        return x;
 #endif
+    }
     typedef uint32_t lane_words __attribute__((vector_size(sizeof(lane))));
     lane_words bits = (lane_words)x, nan = (lane_words)(x != x); /* the steps of to_bf16 */
     bits += 0x7fffu + ((bits >> 16) & 1u);
     return (lane)(((nan & 0x7fc00000u) | (~nan & bits)) & 0xffff0000u);
+}
+
+enum { STRETCH = 4096 };
+
+/* n <= STRETCH weights from a flat index on, rounded to the dtype, as float32. */
+INLINE void decode_numbers(const weight *w, dtype type, int64_t first, int64_t n, float *out)
+{
+    uint16_t low[STRETCH];
+    decode(w, first, n, type, type == FLOAT32 ? (void *)out : (void *)low, 0);
+    int64_t i = type == FLOAT32 ? n : 0;
+#if HAVE_AVX512 || HAVE_AVX2
+    for (; i + LANE <= n; i += LANE)
+        store_lane(out + i, load_numbers(low, type, i, LANE));
+#endif
+    for (; i < n; i++)
+        out[i] = number(low, type, i);
 }
 
 #endif

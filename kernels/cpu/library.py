@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from ..rule import Segments
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+threads = torch.get_num_threads
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum of weight.h
 FEW_TOKENS = 16  # the most that few_tokens.c takes
+_ARITHMETICS, _DIRECTIONS = ("f32", "bf16"), ("forward", "backward")
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -42,15 +44,20 @@ class Weight(ctypes.Structure):
     """A packed weight, as weight.h has it."""
 
     _fields_ = (
-        ("packed", _pointer),
-        ("scales", _pointer),
-        ("absmax2", _pointer),
-        ("offset", _pointer),
-        ("map", _pointer),
-        ("values", _pointer),
-        ("rows", _long),
-        ("columns", _long),
-        ("block_size", _long),
+        *((name, _pointer) for name in ("packed", "scales", "absmax2", "offset", "map", "values")),
+        *((name, _long) for name in ("rows", "columns", "block_size")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A layer and its operands, as tiles.h has them."""
+
+    _fields_ = (
+        *((name, _long) for name in ("tokens", "r")),
+        ("type", _int),
+        ("scale", _float),
+        *((name, _long) for name in ("threshold", "seed")),
+        *((name, _pointer) for name in ("x", "grad", "bias", "A", "B", "y", "h", "dx", "dA", "dB", "workspace")),
     )
 
 
@@ -66,7 +73,7 @@ class Chunk(ctypes.Structure):
     )
 
 
-_weight = ctypes.POINTER(Weight)
+_weight, _layer = map(ctypes.POINTER, (Weight, Layer))
 _SIGNATURES = {
     "set_pool": (_pointer,),
     "quantize": (_pointer, _int, _long, _long, *[_pointer] * 4, _int),
@@ -74,15 +81,9 @@ _SIGNATURES = {
     "dequantize": (_weight, _long, _long, _long, _long, _int, _pointer, _int),
     "dropout": (_pointer, _int, _long, _long, _long, _int, _float, _pointer, _int),
     "linear_few": (_weight, _int, _pointer, _long, _pointer, _pointer, _int),
+    **{f"adapted_{one}_{direction}": (_weight, _layer, _int) for one in _ARITHMETICS for direction in _DIRECTIONS},
+    **{f"adapted_{one}_workspace": (_long,) * 4 for one in _ARITHMETICS},
 }
-_PRODUCT_SIGNATURES = {
-    "forward": (
-        _weight, _int, _pointer, _long, _pointer, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 3, _int
-    ),
-    "backward": (
-        _weight, _int, *[_pointer] * 3, _long, _pointer, _pointer, _long, _float, _int, _long, *[_pointer] * 4, _int
-    ),
-}  # fmt: skip
 
 
 class Library:
@@ -103,15 +104,10 @@ class Library:
         self.has_bf16_product = bool(self._c.qloralab_has_bf16_product())
         self._updates: dict[str, Callable[[Segments, Any], None] | None] = {}
         for name, arguments in _SIGNATURES.items():
-            function = getattr(self._c, f"qloralab_{name}")
-            function.argtypes, function.restype = arguments, None
+            if "bf16" not in name or self.has_bf16_product:
+                function = getattr(self._c, f"qloralab_{name}")
+                function.argtypes, function.restype = arguments, _long if "workspace" in name else None
         self._c.qloralab_set_pool(self.pool.parallel if self.pool else None)
-        for arithmetic in ("f32", "bf16") if self.has_bf16_product else ("f32",):
-            for name, arguments in _PRODUCT_SIGNATURES.items():
-                function = getattr(self._c, f"qloralab_adapted_{arithmetic}_{name}")
-                function.argtypes, function.restype = arguments, None
-            workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
-            workspace.argtypes, workspace.restype = (_long,) * 4, _long
 
     def quantize(self, x: Tensor, values: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
         """x (contiguous) -> packed uint8 [(numel + 1) // 2, 1] and absmax float32 [blocks], with a codebook of 16."""
@@ -165,13 +161,7 @@ class Library:
         seed: int = 0,
     ) -> None:
         """x [tokens, K] -> y [tokens, N] and h [tokens, r], of its dtype; without A and B, the base product alone."""
-        r = 0 if A is None else len(A)
-        arithmetic = self._arithmetic(x)
-        work = self._workspace(arithmetic, weight, len(x), r)
-        getattr(self._c, f"qloralab_adapted_{arithmetic}_forward")(
-            weight, DTYPES[x.dtype], x.data_ptr(), len(x), _address(bias), _address(A), _address(B), r, scale,
-            threshold, seed, y.data_ptr(), _address(h), work.data_ptr(), threads(),
-        )  # fmt: skip
+        self._multiply("forward", weight, x, (scale, threshold, seed), x=x, bias=bias, y=y, A=A, B=B, h=h)
 
     def adapted_linear_backward(
         self,
@@ -189,13 +179,23 @@ class Library:
         seed: int = 0,
     ) -> None:
         """grad [tokens, N] -> dx [tokens, K] of its dtype, dA, dB; without A and B, dx = grad W alone."""
-        r = 0 if A is None else len(A)
-        arithmetic = self._arithmetic(grad)
-        work = self._workspace(arithmetic, weight, len(grad), r)
-        getattr(self._c, f"qloralab_adapted_{arithmetic}_backward")(
-            weight, DTYPES[grad.dtype], grad.data_ptr(), _address(x), _address(h), len(grad), _address(A), _address(B),
-            r, scale, threshold, seed, _address(dx), _address(dA), _address(dB), work.data_ptr(), threads(),
-        )  # fmt: skip
+        operands = {"grad": grad, "dx": dx, "x": x, "h": h, "A": A, "B": B, "dA": dA, "dB": dB}
+        self._multiply("backward", weight, grad, (scale, threshold, seed), **operands)
+
+    def _multiply(
+        self, direction: str, weight: Weight, rows: Tensor, of_h: tuple[float, int, int], **operands: Tensor | None
+    ) -> None:
+        """`rows` is the operand [tokens, …] that decides the dtype; `of_h` are its scale, threshold and seed."""
+        r = 0 if operands["A"] is None else len(operands["A"])
+        arithmetic = "bf16" if rows.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
+        operands["workspace"] = self._workspace(arithmetic, weight, len(rows), r)
+        addresses = {name: _address(tensor) for name, tensor in operands.items()}
+        layer = Layer(len(rows), r, DTYPES[rows.dtype], *of_h, **addresses)
+        getattr(self._c, f"qloralab_adapted_{arithmetic}_{direction}")(weight, layer, threads())
+
+    def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
+        workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
+        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
     def update(self, name: str) -> Callable[[Segments, Any], None] | None:
         """The update of ``update.h`` by a rule, in place, by the name of its kernel; None: there is no C for it."""
@@ -205,13 +205,6 @@ class Library:
                 function.argtypes, function.restype = (ctypes.POINTER(Chunk), _int), None
             self._updates[name] = None if function is None else functools.partial(_update, function)
         return self._updates[name]
-
-    def _arithmetic(self, x: Tensor) -> str:
-        return "bf16" if x.dtype == torch.bfloat16 and self.has_bf16_product else "f32"
-
-    def _workspace(self, arithmetic: str, weight: Weight, tokens: int, r: int) -> Tensor:
-        workspace = getattr(self._c, f"qloralab_adapted_{arithmetic}_workspace")
-        return torch.empty(workspace(weight.rows, weight.columns, tokens, r), dtype=torch.uint8, device="cpu")
 
 
 def weight_of(weight: Packed) -> Weight:
@@ -252,11 +245,6 @@ def _update(function: Any, segments: Segments, rates: Any) -> None:
     tables = () if scales is None else [table.data_ptr() for table in moment_tables()]
     starts = [one.buffer_info()[0] for one in arrays]
     function(Chunk(len(numels), *starts, (_float * 6)(*rates.constants), *tables), threads())
-
-
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()
 
 
 @functools.cache

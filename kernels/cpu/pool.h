@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline)) /* with constants for arguments, mostly */
 
 typedef void (*task)(void *job, int64_t index);
 

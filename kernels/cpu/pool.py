@@ -1,17 +1,15 @@
 """Threads: those that PyTorch already has.
 
 PyTorch runs its CPU operators on the threads of an OpenMP runtime. A library compiled with ``-fopenmp`` may bring a
-second runtime, with as many threads again. The two do not know of each other: while the threads of one still wait for
-work, those of the other want the same cores. On two cores that cost 8 ms per call, on shapes that take 0.3 ms.
-
-So the C code creates no thread. It calls the entry into a parallel region that torch's own code calls::
+second runtime, whose threads want the same cores while those of the first still wait for work. On two cores that cost
+8 ms per call, on shapes that take 0.3 ms. So the C code creates no thread. It calls the entry into a parallel region
+that torch's own code calls, the function behind ``#pragma omp parallel``::
 
     void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
-It is the function behind ``#pragma omp parallel`` in code that GCC compiled, so GCC's runtime (libgomp) has it, and
-LLVM's and Intel's (libomp, libiomp5) have it too. The runtime keeps one team per calling thread. Ask for
-``torch.get_num_threads()`` threads every time: for a smaller team libgomp ends the threads that are left over, and
-creates them again later.
+GCC's runtime (libgomp) has it, and LLVM's and Intel's (libomp, libiomp5) have it too. The runtime keeps one team per
+calling thread. Ask for ``torch.get_num_threads()`` threads every time: for a smaller team libgomp ends the threads that
+are left over, and creates them again later.
 
 Several runtimes may be loaded in one process. The one to use is found as the dynamic loader finds it for torch: the
 process's global symbols first (where a preloaded runtime is), then what ``libtorch_cpu`` was linked with.
@@ -32,17 +30,11 @@ RUNTIMES = ("libgomp", "libomp", "libiomp5")
 
 @dataclass(frozen=True)
 class Pool:
-    """The OpenMP runtime that torch uses in this process.
-
-    Attributes:
-        path: the file of the runtime.
-        parallel: address of ``void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned)``.
-        thread_number: address of ``int omp_get_thread_num(void)``, which counts the threads of a team from 0.
-    """
+    """The OpenMP runtime that torch uses in this process: its file, and the addresses of two functions."""
 
     path: Path
-    parallel: int
-    thread_number: int
+    parallel: int  # void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned)
+    thread_number: int  # int omp_get_thread_num(void), which counts the threads of a team from 0
 
 
 def find() -> Pool | None:

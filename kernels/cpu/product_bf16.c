@@ -1,7 +1,7 @@
 /* The products of a layer in bfloat16, where the processor has them. */
 #include "tiles_bf16.h"
 
-#if HAVE_AVX512 && defined(__AVX512BF16__)
+#if HAVE_AVX512_BF16
 
 #define NAME(what) qloralab_adapted_bf16_##what
 #include "product.h"

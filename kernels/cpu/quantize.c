@@ -7,15 +7,12 @@
 
 enum { CHUNK = 1 << 14, MAX_BLOCK = 4096, SCALES_PER_BLOCK = 256 };
 
-/* |x| as an integer: ordered as the magnitudes are, NaN above infinity. */
-static inline words magnitude(floats x) { return (words)x & 0x7fffffffu; }
-
 /* The largest magnitude of n floats, n a multiple of 16; NaN if there is one. */
 static float largest_of_floats(const float *x, int64_t n)
 {
     words top = {0};
     for (int64_t i = 0; i < n; i += 16) {
-        words m = magnitude(load_floats(x + i));
+        words m = (words)load_floats(x + i) & 0x7fffffffu; /* the bits are ordered as the magnitudes are, NaN above infinity */
         words larger = (words)(m > top);
         top = (larger & m) | (~larger & top);
     }
@@ -31,12 +28,8 @@ static float largest_of_floats(const float *x, int64_t n)
    of zeros is multiplied by 0. */
 static inline float reciprocal(float absmax, int *exact)
 {
-    if (absmax == 0.0f) {
-        *exact = 0;
-        return 0.0f;
-    }
-    float r = 1.0f / absmax;
-    *exact = absmax < FLT_MIN || r < FLT_MIN;
+    float r = absmax == 0.0f ? 0.0f : 1.0f / absmax;
+    *exact = absmax != 0.0f && (absmax < FLT_MIN || r < FLT_MIN);
     return r;
 }
 
@@ -53,8 +46,8 @@ typedef struct {
 #if HAVE_AVX2
 
 /* 15 thresholds as a tree of four levels. A node is known by how many of its level are on its left, as -1, -2, ..., since a
-   comparison that is true adds -1; the low bits of such a number are its place in a permutation, so number i is at place -i
-   of its level. Only the last level needs a permutation across the halves of a register. */
+   comparison that is true adds -1; the low bits of such a number index a permutation, so number i has index -i in its level.
+   Only the last level needs a permutation across the halves of a register. */
 typedef struct {
     __m256 level[4];
 } tree;
@@ -64,10 +57,10 @@ static tree make_tree(const float *thresholds, int step)
 {
     tree t;
     for (int level = 0; level < 4; level++) {
-        float places[8];
+        float nodes[8];
         for (int i = 0; i < 8; i++) /* a level of fewer than eight is repeated */
-            places[-i & 7] = thresholds[step * ((16 >> level) * (i & ((1 << level) - 1)) + (8 >> level)) - 1];
-        t.level[level] = _mm256_loadu_ps(places);
+            nodes[-i & 7] = thresholds[step * ((16 >> level) * (i & ((1 << level) - 1)) + (8 >> level)) - 1];
+        t.level[level] = _mm256_loadu_ps(nodes);
     }
     return t;
 }
@@ -107,11 +100,10 @@ static inline void load16(const char *x, dtype type, __m256 *even, __m256 *odd)
 
 /* The largest magnitude of n numbers, n a multiple of 32; NaN if there is one. Without the sign, the bits of numbers are
    ordered as the numbers are, NaN above infinity, in every type. */
-static inline __attribute__((always_inline)) float largest(const char *x, dtype type, int64_t n)
+INLINE float largest(const char *x, dtype type, int64_t n)
 {
     __m256i top[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    int64_t bytes = type == FLOAT32 ? 4 * n : 2 * n;
-    for (int64_t i = 0; i < bytes; i += 64)
+    for (int64_t i = 0; i < n * size_of(type); i += 64)
         for (int j = 0; j < 2; j++) {
             __m256i v = _mm256_loadu_si256((const __m256i *)(x + i + 32 * j));
             top[j] = type == FLOAT32 ? _mm256_max_epu32(top[j], _mm256_and_si256(v, _mm256_set1_epi32(0x7fffffff)))
@@ -131,37 +123,35 @@ static inline __attribute__((always_inline)) float largest(const char *x, dtype 
 }
 
 /* n numbers, a multiple of 32, divided or multiplied by a number -> n / 2 bytes. codes: of the 16 ranks. */
-static inline __attribute__((always_inline)) void encode(const char *x, dtype type, int64_t n, int exact, float by,
-                                                         const tree *t, __m256i codes, uint8_t *packed)
+INLINE void encode(const char *x, dtype type, int64_t n, int exact, float by,
+                   const tree *t, __m256i codes, uint8_t *packed)
 {
-    const __m256i places = _mm256_set1_epi16(1 << 8 | 16); /* 16 times the first of two, and the second */
+    const __m256i digits = _mm256_set1_epi16(1 << 8 | 16); /* 16 times the first of two, and the second */
     __m256 factor = _mm256_set1_ps(by);
-    int size = type == FLOAT32 ? 4 : 2;
     for (int64_t i = 0; i < n; i += 32) {
         __m256 q[4];
-        load16(x + i * size, type, q, q + 1);
-        load16(x + (i + 16) * size, type, q + 2, q + 3);
+        load16(x + i * size_of(type), type, q, q + 1);
+        load16(x + (i + 16) * size_of(type), type, q + 2, q + 3);
         __m256i r[4];
         for (int j = 0; j < 4; j++)
             r[j] = ranks8(exact ? _mm256_div_ps(q[j], factor) : _mm256_mul_ps(q[j], factor), t);
         /* Half h of these has numbers 8h to 8h + 7 of either 16. */
         __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(r[0], r[1]), _mm256_packs_epi32(r[2], r[3]));
-        __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(codes, _mm256_abs_epi8(bytes)), places);
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_shuffle_epi8(codes, _mm256_abs_epi8(bytes)), digits);
         __m128i out = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
         _mm_storeu_si128((__m128i *)(packed + i / 2), _mm_shuffle_epi32(out, 0xd8));
     }
 }
 
 /* In the blocks' own dtype, 32 numbers at a time. */
-static inline __attribute__((always_inline)) void quantize_blocks(const quantize_job *job, dtype type, int64_t first,
-                                                                  int64_t end)
+INLINE void quantize_blocks(dtype type, const quantize_job *job, int64_t first, int64_t end)
 {
     const tree t = make_tree(job->thresholds, 1);
     uint8_t of_ranks[16];
     for (int i = 0; i < 16; i++)
         of_ranks[i] = job->codes ? job->codes[i] & 15 : (uint8_t)i;
     const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)of_ranks));
-    int64_t bs = job->block_size, size = type == FLOAT32 ? 4 : 2;
+    int64_t bs = job->block_size, size = size_of(type);
     for (; first < end; first += bs) {
         int64_t n = min64(bs, end - first);
         const char *x = (const char *)job->x + first * size;
@@ -191,27 +181,16 @@ static void quantize_chunk(void *data, int64_t index)
 {
     const quantize_job *job = data;
     int64_t first = index * CHUNK, end = min64(job->numel, first + CHUNK);
-    if (job->type == FLOAT32)
-        quantize_blocks(job, FLOAT32, first, end);
-    else if (job->type == BFLOAT16)
-        quantize_blocks(job, BFLOAT16, first, end);
-    else
-        quantize_blocks(job, FLOAT16, first, end);
+    CALL_TYPED(quantize_blocks, job->type, job, first, end);
 }
 
 #else
 
 /* The n elements from `first` as float32, completed by zeros to `padded`. */
-static void load(const quantize_job *job, int64_t first, int64_t n, int64_t padded, float *out)
+INLINE void load(dtype type, const quantize_job *job, int64_t first, int64_t n, int64_t padded, float *out)
 {
-    if (job->type == FLOAT32)
-        memcpy(out, (const float *)job->x + first, (size_t)n * 4);
-    else if (job->type == BFLOAT16)
-        for (int64_t i = 0; i < n; i++)
-            out[i] = from_bf16(((const uint16_t *)job->x)[first + i]);
-    else
-        for (int64_t i = 0; i < n; i++)
-            out[i] = from_fp16(((const uint16_t *)job->x)[first + i]);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = number(job->x, type, first + i);
     for (int64_t i = n; i < padded; i++)
         out[i] = 0.0f;
 }
@@ -270,7 +249,7 @@ static void quantize_chunk(void *data, int64_t index)
     int64_t bs = job->block_size, end = min64(job->numel, (index + 1) * CHUNK);
     for (int64_t first = index * CHUNK; first < end; first += bs) {
         int64_t n = min64(bs, end - first);
-        load(job, first, n, bs, x);
+        CALL_TYPED(load, job->type, job, first, n, bs, x);
         float absmax = largest_of_floats(x, bs);
         int exact;
         float r = reciprocal(absmax, &exact);

@@ -26,25 +26,28 @@ typedef struct {
     dtype type;
 } matrix;
 
-static inline int64_t size_of(dtype type) { return type == FLOAT32 ? 4 : 2; }
+/* A layer and its operands; kernels/cpu/library.py has the same structure. All but A, B and their gradients are of the dtype
+   `type`. r = 0: there is no adapter. */
+typedef struct {
+    int64_t tokens, r;
+    int32_t type;
+    float scale;                 /* of h */
+    int64_t threshold, seed;     /* threshold 0: no dropout */
+    const void *x, *grad, *bias; /* [tokens, K], [tokens, N], [N] or NULL */
+    const float *A, *B;          /* [r, K], [N, r] */
+    void *y, *h, *dx;            /* [tokens, N], [tokens, r], [tokens, K] or NULL */
+    float *dA, *dB;              /* [r, K], [N, r] */
+    void *workspace;
+} layer;
 
 /* The words of a contraction over n numbers. */
-static inline int64_t steps_of(int64_t n) { return (n + STEP - 1) / STEP; }
+static inline int64_t steps_of(int64_t n) { return ceil_div(n, STEP); }
 
 /* L: tiles of rows as even as they can be, each [steps][its rows]. */
 typedef struct {
     uint32_t *data;
     int64_t rows, tiles, steps;
 } tiles;
-
-static tiles make_tiles(int64_t rows, int64_t steps)
-{
-    tiles t = {NULL, rows, ceil_div(rows, MR), steps};
-    return t;
-}
-
-/* Stores write a vector where a row of a tile has less: one vector more at the end. */
-static size_t tiles_bytes(tiles t) { return ((size_t)(t.rows * t.steps) * 4 + 127) / 64 * 64; }
 
 static inline int64_t first_row(const tiles *t, int64_t tile) { return t->rows * tile / t->tiles; }
 

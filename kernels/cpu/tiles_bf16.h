@@ -6,7 +6,7 @@
 
 #include "weight.h"
 
-#if HAVE_AVX512 && defined(__AVX512BF16__)
+#if HAVE_AVX512_BF16
 
 enum {
     MR = 12, NR = 32, STEP = 2,
@@ -19,25 +19,26 @@ enum {
 
 static inline __m512i load_bf16(const void *p, uint32_t mask) { return _mm512_maskz_loadu_epi16(mask, p); }
 
+static inline __m512i joined(halves a, halves b)
+{
+    return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+}
+
 /* 32 float32 -> 32 bfloat16 in order. */
 static inline __m512i load_as_bf16(const float *p, uint32_t mask)
 {
-    halves low = to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)mask, p));
-    halves high = to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)(mask >> 16), p + 16));
-    __m256i l, h;
-    memcpy(&l, &low, 32);
-    memcpy(&h, &high, 32);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
+    return joined(to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)mask, p)),
+                  to_bf16((floats)_mm512_maskz_loadu_ps((__mmask16)(mask >> 16), p + 16)));
 }
 
-/* Rows a and b of 32 bfloat16 -> 32 words (a, b), in two vectors. */
-static inline void interleave(__m512i a, __m512i b, __m512i *low, __m512i *high)
+/* Rows a and b of 32 bfloat16 -> 32 words (a, b). */
+static inline void store_interleaved(__m512i a, __m512i b, uint32_t *out)
 {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    *low = _mm512_permutex2var_epi16(a, first, b);
-    *high = _mm512_permutex2var_epi16(a, second, b);
+    _mm512_store_si512(out, _mm512_permutex2var_epi16(a, first, b));
+    _mm512_store_si512(out + 16, _mm512_permutex2var_epi16(a, second, b));
 }
 
 /* mr rows of x -> words [pair][mr]. With a dropout, zeros where it drops. */
@@ -63,8 +64,7 @@ static void pack_rows(const matrix *x, int64_t row, int mr, const dropout *drop,
 }
 
 /* C [mr, 32] += L R, or = L R. mr is a constant wherever this is inlined. */
-static inline __attribute__((always_inline)) void multiply_n(int mr, const uint32_t *l, const uint32_t *r, int64_t pairs,
-                                                             float *c, int add)
+INLINE void multiply_n(int mr, const uint32_t *l, const uint32_t *r, int64_t pairs, float *c, int add)
 {
     __m512 acc[MR][2];
 #pragma GCC unroll 12
@@ -86,26 +86,8 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const uint3
             _mm512_storeu_ps(c + m * NR + 16 * j, acc[m][j]);
 }
 
-static void multiply(int mr, const uint32_t *l, const uint32_t *r, int64_t pairs, float *c, int add)
-{
-#define CASE(n) \
-    case n: \
-        multiply_n(n, l, r, pairs, c, add); \
-        break;
-    switch (mr) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-    }
-#undef CASE
-}
-
-static inline void store_words(uint32_t *out, __m512i low, __m512i high)
-{
-    _mm512_store_si512(out, low);
-    _mm512_store_si512(out + 16, high);
-}
-
 /* 16 rows, each a vector of 32 numbers -> half a panel: 16 columns of `pairs` pairs. */
-static inline __attribute__((always_inline)) void store_transposed(__m512i rows[16], int pairs, uint32_t *out)
+INLINE void store_transposed(__m512i rows[16], int pairs, uint32_t *out)
 {
     transpose(rows);
 #pragma GCC unroll 16
@@ -173,7 +155,7 @@ static void weight_columns(const weight *w, dtype type, int64_t k, int64_t count
     uint16_t line[2][32] = {{0}};
     for (; n < end; n += 2, out += NR) {
         int64_t first = n * K + k, second = n + 1 < end ? first + K : first;
-        __m512i a, b, low, high;
+        __m512i a, b;
         if (aligned) {
             __m512i table = table_pair(w, values, first >> shift, second >> shift);
             a = look_up_pair(w->packed + first / 2, table, 0);
@@ -186,8 +168,7 @@ static void weight_columns(const weight *w, dtype type, int64_t k, int64_t count
         }
         if (n + 1 == end)
             b = _mm512_setzero_si512();
-        interleave(a, b, &low, &high);
-        store_words(out, low, high);
+        store_interleaved(a, b, out);
     }
 }
 
@@ -214,10 +195,9 @@ static void float_columns(const matrix *x, dtype type, int64_t k, int64_t n, int
     uint32_t inside = first_bits(x->columns - k);
     for (; n < end; n += 2, out += NR) {
         const float *from = (const float *)x->data + n * x->columns + k;
-        __m512i a = load_as_bf16(from, inside), low, high;
+        __m512i a = load_as_bf16(from, inside);
         __m512i b = n + 1 < end ? load_as_bf16(from + x->columns, inside) : _mm512_setzero_si512();
-        interleave(a, b, &low, &high);
-        store_words(out, low, high);
+        store_interleaved(a, b, out);
     }
 }
 
@@ -228,13 +208,12 @@ static void x_columns(const matrix *x, int64_t k, int64_t count, const dropout *
     uint32_t inside = first_bits(x->columns - k);
     const uint16_t *from = (const uint16_t *)x->data + k;
     for (int64_t m = 0; m < x->rows; m += 2, out += NR) {
-        __m512i row[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, low, high;
+        __m512i row[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         for (int i = 0; i < min64(2, x->rows - m); i++) {
             uint32_t mask = drop ? inside & kept(drop, m + i, k / 32) : inside;
             row[i] = load_bf16(from + (m + i) * x->columns, mask);
         }
-        interleave(row[0], row[1], &low, &high);
-        store_words(out, low, high);
+        store_interleaved(row[0], row[1], out);
     }
 }
 
@@ -243,13 +222,6 @@ static inline uint32_t word_of_column(const matrix *x, int64_t m, int64_t column
 {
     const uint16_t *from = (const uint16_t *)x->data + m * x->columns + column;
     return from[0] | (m + 1 < x->rows ? (uint32_t)from[x->columns] << 16 : 0);
-}
-
-/* Zeros where a bit of `keep` is not set. */
-static inline void clear_dropped(float *x, uint32_t keep)
-{
-    for (int i = 0; i < NR; i += 16)
-        _mm512_storeu_ps(x + i, _mm512_maskz_loadu_ps((__mmask16)(keep >> i), x + i));
 }
 
 /* The first n of 32 float32, rounded to bfloat16 or as they are -> out. */
@@ -262,11 +234,7 @@ static inline void store(void *out, dtype type, int64_t at, const float *x, int6
         _mm512_mask_storeu_ps(to + 16, (__mmask16)(inside >> 16), _mm512_loadu_ps(x + 16));
         return;
     }
-    halves l = to_bf16(load_floats(x)), h = to_bf16(load_floats(x + 16));
-    __m256i a, b;
-    memcpy(&a, &l, 32);
-    memcpy(&b, &h, 32);
-    _mm512_mask_storeu_epi16((uint16_t *)out + at, inside, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+    _mm512_mask_storeu_epi16((uint16_t *)out + at, inside, joined(to_bf16(load_floats(x)), to_bf16(load_floats(x + 16))));
 }
 
 #endif

@@ -31,9 +31,9 @@ enum { AHEAD = 16 }; /* rows whose codes are asked for */
 
 /* C [mr, NR] += L R, or = L R. The parts of a contraction are sums of their own: the error of a sum grows with its length.
    mr is a constant wherever this is inlined. */
-static inline __attribute__((always_inline)) void multiply_n(int mr, const float *l, const float *r, int64_t steps, float *c,
-                                                             int add)
+INLINE void multiply_n(int mr, const uint32_t *left, const uint32_t *right, int64_t steps, float *c, int add)
 {
+    const float *l = (const float *)left, *r = (const float *)right;
     lane acc[MR][VECTORS];
 #pragma GCC unroll 12
     for (int m = 0; m < mr; m++)
@@ -42,16 +42,16 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const float
             acc[m][j] = all_lanes(0.0f);
 #pragma GCC unroll 4
     for (int64_t p = 0; p < steps; p++) {
-        lane right[VECTORS];
+        lane row[VECTORS];
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++)
-            right[j] = load_lane(r + p * NR + LANE * j);
+            row[j] = load_lane(r + p * NR + LANE * j);
 #pragma GCC unroll 12
         for (int m = 0; m < mr; m++) {
-            lane left = all_lanes(l[p * mr + m]);
+            lane one = all_lanes(l[p * mr + m]);
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++)
-                acc[m][j] = multiply_add(left, right[j], acc[m][j]);
+                acc[m][j] = multiply_add(one, row[j], acc[m][j]);
         }
     }
 #pragma GCC unroll 12
@@ -63,24 +63,6 @@ static inline __attribute__((always_inline)) void multiply_n(int mr, const float
                 acc[m][j] += load_lane(at);
             store_lane(at, acc[m][j]);
         }
-}
-
-static void multiply(int mr, const uint32_t *l, const uint32_t *r, int64_t steps, float *c, int add)
-{
-#define CASE(n) \
-    case n: \
-        multiply_n(n, (const float *)l, (const float *)r, steps, c, add); \
-        break;
-    switch (mr) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if HAVE_AVX512 || HAVE_AVX2
-        CASE(5) CASE(6)
-#endif
-#if HAVE_AVX512
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-    }
-#undef CASE
 }
 
 /* mr rows of x -> words [column][mr]. With a dropout, zeros where it drops. */
@@ -165,13 +147,6 @@ static inline uint32_t word_of_column(const matrix *x, int64_t m, int64_t column
     return word;
 }
 
-/* Zeros where a bit of `keep` is not set. */
-static inline void clear_dropped(float *x, uint32_t keep)
-{
-    for (int j = 0; j < NR; j += LANE)
-        store_lane(x + j, where(keep >> j, load_lane(x + j)));
-}
-
 /* The first n of NR float32, rounded to the dtype -> out. */
 static inline void store(void *out, dtype type, int64_t at, const float *x, int64_t n)
 {
@@ -183,28 +158,14 @@ static inline void store(void *out, dtype type, int64_t at, const float *x, int6
             to[i] = x[i];
         return;
     }
-    uint16_t *to = (uint16_t *)out + at;
     if (n >= NR && NR % 16 == 0)
         for (int j = 0; j + 16 <= NR; j += 16) {
-            halves h = type == BFLOAT16 ? to_bf16(load_floats(x + j)) : to_fp16(load_floats(x + j));
-            memcpy(to + j, &h, sizeof h);
+            halves h = to_halves(load_floats(x + j), type);
+            memcpy((uint16_t *)out + at + j, &h, sizeof h);
         }
     else
         for (int i = 0; i < min64(NR, n); i++)
-            to[i] = type == BFLOAT16 ? bf16(x[i]) : fp16_in_software(x[i]);
-}
-
-/* The n weights from the flat index `first`, rounded to the dtype, as float32; n <= 32. */
-static void decode_numbers(const weight *w, dtype type, int64_t first, int64_t n, float *out)
-{
-    if (type == FLOAT32) {
-        decode(w, first, n, FLOAT32, out, 0);
-        return;
-    }
-    uint16_t low[32];
-    decode(w, first, n, type, low, 0);
-    for (int64_t i = 0; i < n; i++)
-        out[i] = number(low, type, i);
+            set_number(out, type, at + i, x[i]);
 }
 
 /* Any NR rows of the weight, up to 32 columns from k on. */
@@ -225,7 +186,7 @@ static void any_weight_rows(const weight *w, dtype type, int64_t n, int64_t k, i
 
 /* 16 rows of the weight from n on, 32 columns from k on, all there. The codes are transposed, 16 bytes of each row, before
    they are looked up: a byte is two columns. */
-static inline void weight_block(const weight *w, dtype type, byte_tables t, const lane scales[2], int64_t n, int64_t k,
+static inline void weight_block(const weight *w, dtype type, tables t, const lane scales[2], int64_t n, int64_t k,
                                 float *out)
 {
     static const int order[8] = {0, 1, 2, 3, 8, 9, 10, 11}; /* rows in half 0; those 4 further are in half 1 */
@@ -267,8 +228,7 @@ static inline void weight_block(const weight *w, dtype type, byte_tables t, cons
 
 /* The weight's rows n ..., columns [k, end) as the contraction: the panel of the forward product. k is a multiple of
    DIVISOR. */
-static inline __attribute__((always_inline)) void typed_weight_rows(const weight *w, dtype type, int64_t n, int64_t k,
-                                                                    int64_t end, float *out)
+INLINE void typed_weight_rows(dtype type, const weight *w, int64_t n, int64_t k, int64_t end, float *out)
 {
     int64_t K = w->columns;
     int whole = K % 32 == 0 && n + NR <= w->rows;
@@ -278,7 +238,7 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
 #elif HAVE_AVX2
     int shift = __builtin_ctzll((uint64_t)w->block_size);
     int64_t mask = w->block_size - 1;
-    byte_tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
+    tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
     lane scales[2] = {all_lanes(0.0f), all_lanes(0.0f)};
 #endif
     for (int64_t at = k; at < end; at += 32, out += 32 * NR) {
@@ -296,9 +256,7 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
                     int64_t first = flat + (group + i) * K + 16 * half;
                     if (half == 0)
                         table[group + i] = round_to(type, values * block_scale(w, first >> shift));
-                    __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(w->packed + first / 2)));
-                    __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-                    v[i] = _mm512_permutexvar_ps(index, table[group + i]);
+                    v[i] = look_up_floats(w->packed + first / 2, table[group + i]);
                 }
                 transpose_lanes(v);
                 for (int p = 0; p < 16; p++)
@@ -322,8 +280,8 @@ static inline __attribute__((always_inline)) void typed_weight_rows(const weight
 /* The weight's columns from k on, `count` panels of them, rows [n, end) as the contraction: panels of the gradient, which
    follow each other every `stride` numbers. A row has a cache line of codes for 128 columns: all panels take theirs while it
    is near. */
-static inline __attribute__((always_inline)) void typed_weight_columns(const weight *w, dtype type, int64_t k, int64_t count,
-                                                                       int64_t n, int64_t end, float *out, int64_t stride)
+INLINE void typed_weight_columns(dtype type, const weight *w, int64_t k, int64_t count, int64_t n, int64_t end,
+                                 float *out, int64_t stride)
 {
     int64_t K = w->columns;
 #if HAVE_AVX512
@@ -335,12 +293,9 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
         for (int64_t p = 0; p < whole; p++) {
             int64_t first = row * K + k + p * NR;
             lane table = round_to(type, values * block_scale(w, first >> shift));
-            for (int half = 0; half < 2; half++) {
-                __m128i codes = _mm_loadl_epi64((const __m128i *)(w->packed + first / 2 + 8 * half));
-                __m512i bytes = _mm512_cvtepu8_epi64(codes);
-                __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-                store_lane(out + p * stride + (row - n) * NR + 16 * half, _mm512_permutexvar_ps(index, table));
-            }
+            for (int half = 0; half < 2; half++)
+                store_lane(out + p * stride + (row - n) * NR + 16 * half,
+                           look_up_floats(w->packed + first / 2 + 8 * half, table));
         }
     }
     if (whole)
@@ -348,7 +303,7 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
 #elif HAVE_AVX2
     if (K % 32 == 0) { /* two rows at a time, 16 columns of each */
         int shift = __builtin_ctzll((uint64_t)w->block_size);
-        byte_tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
+        tables t = tables32(_mm256_loadu_ps(w->values), _mm256_loadu_ps(w->values + 8));
         for (; n + 2 <= end; n += 2, out += 2 * NR) {
             lane a = all_lanes(0.0f), b = a;
             for (int i = 0; i < 2; i++)
@@ -381,23 +336,15 @@ static inline __attribute__((always_inline)) void typed_weight_columns(const wei
         }
 }
 
-#define FOR_EACH_TYPE(function, ...) \
-    if (type == FLOAT32) \
-        function(w, FLOAT32, __VA_ARGS__); \
-    else if (type == BFLOAT16) \
-        function(w, BFLOAT16, __VA_ARGS__); \
-    else \
-        function(w, FLOAT16, __VA_ARGS__)
-
 static void weight_rows(const weight *w, dtype type, int64_t n, int64_t k, int64_t end, uint32_t *out)
 {
-    FOR_EACH_TYPE(typed_weight_rows, n, k, end, (float *)out);
+    CALL_TYPED(typed_weight_rows, type, w, n, k, end, (float *)out);
 }
 
 static void weight_columns(const weight *w, dtype type, int64_t k, int64_t count, int64_t n, int64_t end, uint32_t *out,
                            int64_t stride)
 {
-    FOR_EACH_TYPE(typed_weight_columns, k, count, n, end, (float *)out, stride);
+    CALL_TYPED(typed_weight_columns, type, w, k, count, n, end, (float *)out, stride);
 }
 
 #endif

@@ -13,27 +13,7 @@
 #ifndef QLORALAB_WEIGHT_H
 #define QLORALAB_WEIGHT_H
 
-#include "pool.h"
-
-#include <string.h>
-
-#if !defined(QLORALAB_PORTABLE) && defined(__x86_64__)
-#include <immintrin.h>
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define HAVE_AVX512 1
-#elif defined(__AVX2__) && defined(__F16C__)
-#define HAVE_AVX2 1
-#endif
-#elif !defined(QLORALAB_PORTABLE) && defined(__ARM_NEON) && defined(__aarch64__)
-#include <arm_neon.h>
-#define HAVE_NEON 1
-#endif
-
-typedef float floats __attribute__((vector_size(64)));      /* 16 float32 */
-typedef uint32_t words __attribute__((vector_size(64)));    /* 16 uint32 */
-typedef uint16_t halves __attribute__((vector_size(32)));   /* 16 uint16 */
-
-typedef enum { FLOAT32, BFLOAT16, FLOAT16 } dtype;
+#include "numbers.h"
 
 /* The arguments of nf4's operators; kernels/cpu/library.py has the same structure. */
 typedef struct {
@@ -72,144 +52,16 @@ static inline void block_scales(const weight *w, int64_t block, int64_t count, f
     }
 }
 
-static inline floats load_floats(const float *p)
-{
-    floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-#if HAVE_AVX2
-
-/* The steps of to_bf16; the result is the low half of each word. */
-static inline __m256i rounded_bf16(__m256 x)
-{
-    __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
-    __m256i up = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(bits, 16), one), _mm256_set1_epi32(0x7fff));
-    __m256i sum = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, up)),
-                                                       _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
-                                                       _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-    return _mm256_srli_epi32(sum, 16);
-}
-
-/* 16 float32, the first eight in a, as 16 bits. */
-static inline __m256i narrowed(__m256 a, __m256 b, dtype type)
-{
-    if (type == BFLOAT16) /* packing goes half by half */
-        return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b)), 0xd8);
-    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-}
-
-static inline halves narrowed16(floats x, dtype type)
-{
-    __m256 part[2];
-    halves out;
-    memcpy(part, &x, sizeof part);
-    __m256i h = narrowed(part[0], part[1], type);
-    memcpy(&out, &h, sizeof out);
-    return out;
-}
-
-#endif
-
-/* float32 -> bfloat16: to nearest, ties to even, every NaN to 0x7fc0. Integer steps: vcvtneps2bf16 flushes subnormals. */
-static inline halves to_bf16(floats x)
-{
-#if HAVE_AVX2
-    return narrowed16(x, BFLOAT16);
-#else
-    words bits = (words)x;
-    words nan = (words)(x != x);
-    bits = (nan & 0x7fc00000u) | (~nan & bits);
-    bits += 0x7fffu + ((bits >> 16) & 1u);
-    return __builtin_convertvector(bits >> 16, halves);
-#endif
-}
-
 /* The 16 weights of a block as bfloat16. */
 static inline halves bf16_table(floats values, float scale)
 {
-#if HAVE_AVX512 && defined(__AVX512BF16__)
+#if HAVE_AVX512_BF16
     /* One instruction rounds as to_bf16 does, but takes subnormal numbers for 0. Here there are none, nor is there -0.0:
        a value is 0 or at least 2**-24 (nf4/codebook.py). */
-    if (scale > 1e-30f && scale < 1e30f) {
-        halves out;
-        __m256bh rounded = _mm512_cvtneps_pbh((__m512)(values * scale));
-        memcpy(&out, &rounded, sizeof out);
-        return out;
-    }
+    if (scale > 1e-30f && scale < 1e30f)
+        return (halves)_mm512_cvtneps_pbh((__m512)(values * scale));
 #endif
     return to_bf16(values * scale + 0.0f);
-}
-
-static inline uint16_t bf16(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (x != x)
-        return 0x7fc0;
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-static inline float from_bf16(uint16_t x)
-{
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* float32 -> float16, to nearest, ties to even. Adding a power of two 2**(e + 13), with e the exponent of the result's
-   last place, lets the float32 adder round there. */
-static inline uint16_t fp16_in_software(float x)
-{
-    uint32_t bits, rounded;
-    memcpy(&bits, &x, 4);
-    uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u)
-        return (uint16_t)(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) /* rounds to 65536 or more */
-        return (uint16_t)(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) { /* below 2**-14: a multiple of 2**-24 */
-        float shifted;
-        memcpy(&shifted, &magnitude, 4);
-        shifted += 0.5f;
-        memcpy(&rounded, &shifted, 4);
-        return (uint16_t)(sign | (rounded - 0x3f000000u));
-    }
-    rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
-}
-
-static inline halves to_fp16(floats x)
-{
-#if HAVE_AVX2
-    return narrowed16(x, FLOAT16);
-#else
-    halves out;
-#if HAVE_AVX512
-    __m256i h = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    memcpy(&out, &h, 32);
-#else
-    for (int i = 0; i < 16; i++)
-        out[i] = fp16_in_software(x[i]);
-#endif
-    return out;
-#endif
-}
-
-static inline float from_fp16(uint16_t x)
-{
-    uint32_t bits = (uint32_t)(x & 0x7fff) << 13;
-    float value;
-    memcpy(&value, &bits, 4);
-    value *= 0x1p112f; /* moves the exponent from float16's bias to float32's; exact, subnormals included */
-    memcpy(&bits, &value, 4);
-    if ((x & 0x7c00) == 0x7c00)
-        bits |= 0x7f800000u;
-    bits |= (uint32_t)(x & 0x8000) << 16;
-    memcpy(&value, &bits, 4);
-    return value;
 }
 
 #if HAVE_AVX512
@@ -223,22 +75,31 @@ static inline void nibbles(const uint8_t *packed, __m512i *first, __m512i *secon
 }
 
 /* A table of 16-bit weights, twice, so that bit 4 of an index does not count. */
-static inline __m512i table16(halves t)
-{
-    __m256i half;
-    memcpy(&half, &t, 32);
-    return _mm512_broadcast_i64x4(half);
-}
+typedef __m512i tables;
 
-/* 16 bytes of codes -> 32 weights of 16 bits, in order. */
-static inline __m512i look_up16(const uint8_t *packed, __m512i table)
+static inline tables tables16(halves weights) { return _mm512_broadcast_i64x4((__m256i)weights); }
+
+/* 16 bytes of codes -> 32 weights of 16 bits. stream: past the caches, where `out` is aligned to a cache line. */
+INLINE void decode16(const uint8_t *packed, tables t, uint16_t *out, int stream)
 {
     __m512i first, second;
     nibbles(packed, &first, &second);
-    return _mm512_permutexvar_epi16(_mm512_or_si512(first, second), table);
+    __m512i v = _mm512_permutexvar_epi16(_mm512_or_si512(first, second), t);
+    if (stream)
+        _mm512_stream_si512((__m512i *)out, v);
+    else
+        _mm512_storeu_si512(out, v);
 }
 
-#if defined(__AVX512BF16__)
+/* 8 bytes of codes -> 16 float32. */
+static inline __m512 look_up_floats(const uint8_t *packed, __m512 table)
+{
+    __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)packed));
+    __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+    return _mm512_permutexvar_ps(index, table);
+}
+
+#if HAVE_AVX512_BF16
 
 /* The tables of two blocks in one register: a below, b above, told apart by bit 4 of the index. For products only:
    vcvtne2ps2bf16 makes subnormal weights 0, as the product instruction vdpbf16ps does itself. */
@@ -259,19 +120,18 @@ static inline __m512i look_up_pair(const uint8_t *packed, __m512i table, int is_
 }
 
 #endif
-#endif
-
-#if HAVE_AVX2
+#elif HAVE_AVX2
 
 /* The bytes of the 16 weights of a block: number b of the low ones is byte 0 of weight b, and so on. Two tables for types of
    16 bits, four for float32, each in both halves of a register. */
 typedef struct {
     __m256i byte[4];
-} byte_tables;
+} tables;
 
-static inline byte_tables tables16(__m256i weights)
+static inline tables tables16(halves table)
 {
-    byte_tables t = {0};
+    __m256i weights = (__m256i)table;
+    tables t = {0};
     __m256i low = _mm256_and_si256(weights, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(weights, 8);
     __m256i both = _mm256_packus_epi16(low, high); /* of half h: low bytes of weights 8h ..., then their high bytes */
     t.byte[0] = _mm256_permute4x64_epi64(both, 0x88);
@@ -279,7 +139,7 @@ static inline byte_tables tables16(__m256i weights)
     return t;
 }
 
-static inline byte_tables tables32(__m256 a, __m256 b)
+static inline tables tables32(__m256 a, __m256 b)
 {
     const __m256i by_byte = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -287,8 +147,8 @@ static inline byte_tables tables32(__m256 a, __m256 b)
     __m256i x = _mm256_shuffle_epi8(_mm256_castps_si256(a), by_byte);
     __m256i y = _mm256_shuffle_epi8(_mm256_castps_si256(b), by_byte);
     __m256i low = _mm256_unpacklo_epi32(x, y), high = _mm256_unpackhi_epi32(x, y);
-    return (byte_tables){{_mm256_permutevar8x32_epi32(low, even), _mm256_permutevar8x32_epi32(low, odd),
-                          _mm256_permutevar8x32_epi32(high, even), _mm256_permutevar8x32_epi32(high, odd)}};
+    return (tables){{_mm256_permutevar8x32_epi32(low, even), _mm256_permutevar8x32_epi32(low, odd),
+                     _mm256_permutevar8x32_epi32(high, even), _mm256_permutevar8x32_epi32(high, odd)}};
 }
 
 /* 16 bytes of codes -> 32 indices. Half 0 of the register has codes 0 to 7 and 16 to 23, half 1 the others: unpacking then
@@ -319,7 +179,7 @@ static inline void put(void *to, __m256i v, int stream)
         _mm256_storeu_si256(to, v);
 }
 
-static inline __attribute__((always_inline)) void decode16(const uint8_t *packed, byte_tables t, uint16_t *out, int stream)
+INLINE void decode16(const uint8_t *packed, tables t, uint16_t *out, int stream)
 {
     __m256i index = indices(packed, 0);
     __m256i l = _mm256_shuffle_epi8(t.byte[0], index), h = _mm256_shuffle_epi8(t.byte[1], index);
@@ -328,7 +188,7 @@ static inline __attribute__((always_inline)) void decode16(const uint8_t *packed
 }
 
 /* 32 indices, in the order that `indices` gives them by eight -> 32 float32 in order. */
-static inline __attribute__((always_inline)) void look_up32(__m256i index, byte_tables t, __m256 out[4])
+INLINE void look_up32(__m256i index, tables t, __m256 out[4])
 {
     __m256i b0 = _mm256_shuffle_epi8(t.byte[0], index), b1 = _mm256_shuffle_epi8(t.byte[1], index);
     __m256i b2 = _mm256_shuffle_epi8(t.byte[2], index), b3 = _mm256_shuffle_epi8(t.byte[3], index);
@@ -341,7 +201,7 @@ static inline __attribute__((always_inline)) void look_up32(__m256i index, byte_
     out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
 }
 
-static inline __attribute__((always_inline)) void decode32(const uint8_t *packed, byte_tables t, float *out, int stream)
+INLINE void decode32(const uint8_t *packed, tables t, float *out, int stream)
 {
     __m256 x[4];
     look_up32(indices(packed, 1), t, x);
@@ -355,24 +215,15 @@ static inline __attribute__((always_inline)) void decode32(const uint8_t *packed
 static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, uint16_t *out, int stream)
 {
     int64_t i = 0;
-#if HAVE_AVX512
-    __m512i t = table16(table);
-    if (stream && (uintptr_t)out % 64 == 0)
-        for (; i + 32 <= n; i += 32)
-            _mm512_stream_si512((__m512i *)(out + i), look_up16(packed + i / 2, t));
-    for (; i + 32 <= n; i += 32)
-        _mm512_storeu_si512(out + i, look_up16(packed + i / 2, t));
-#elif HAVE_AVX2
-    __m256i weights;
-    memcpy(&weights, &table, sizeof weights);
-    byte_tables t = tables16(weights);
+    (void)stream;
+#if HAVE_AVX512 || HAVE_AVX2
+    tables t = tables16(table);
     if (stream && (uintptr_t)out % 64 == 0)
         for (; i + 32 <= n; i += 32)
             decode16(packed + i / 2, t, out + i, 1);
     for (; i + 32 <= n; i += 32)
         decode16(packed + i / 2, t, out + i, 0);
 #elif HAVE_NEON
-    (void)stream;
     uint8_t low[16], high[16];
     for (int j = 0; j < 16; j++) {
         low[j] = (uint8_t)table[j];
@@ -388,8 +239,6 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
             vst1q_u8((uint8_t *)(out + i + 16 * j + 8), both.val[1]);
         }
     }
-#else
-    (void)stream;
 #endif
     for (; i < n; i++)
         out[i] = table[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4];
@@ -398,19 +247,14 @@ static inline void decode_run16(const uint8_t *packed, int64_t n, halves table, 
 static inline void decode_run32(const uint8_t *packed, int64_t n, floats table, float *out, int stream)
 {
     int64_t i = 0;
-#if !HAVE_AVX2
     (void)stream;
-#endif
 #if HAVE_AVX512
-    for (; i + 16 <= n; i += 16) {
-        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(packed + i / 2)));
-        __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-        _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, (__m512)table));
-    }
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(out + i, look_up_floats(packed + i / 2, (__m512)table));
 #elif HAVE_AVX2
     __m256 half[2];
     memcpy(half, &table, sizeof half);
-    byte_tables t = tables32(half[0], half[1]);
+    tables t = tables32(half[0], half[1]);
     if (stream && (uintptr_t)out % 64 == 0)
         for (; i + 32 <= n; i += 32)
             decode32(packed + i / 2, t, out + i, 1);

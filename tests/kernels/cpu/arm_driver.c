@@ -1,8 +1,8 @@
 /* Runs functions of a shared library for another process, see test_arm.py. Usage: arm_driver LIBRARY. Numbers are
-   words of 8 bytes, floats of 4.
+   words of 8 bytes, the float of 4.
 
        stdin   name [64]
-               how many buffers, how many pointers, words [24], floats [4]
+               how many buffers, how many pointers, words [16], a float
                size of each buffer
                for each pointer: in which buffer (-1: in words), at which byte, to which buffer
                the contents of each buffer
@@ -22,14 +22,14 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 
-enum { WORDS = 24, FLOATS = 4, PAGE = 1 << 16, MARK = 0xA5 };
+enum { WORDS = 16, PAGE = 1 << 16, MARK = 0xA5 };
 
 #define EIGHT int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t
-typedef int64_t (*function)(EIGHT, EIGHT, EIGHT, float, float, float, float);
+typedef int64_t (*function)(EIGHT, EIGHT, float);
 
 typedef struct {
     int64_t buffers, pointers, words[WORDS];
-    float floats[FLOATS];
+    float number;
 } header;
 
 typedef struct {
@@ -85,7 +85,7 @@ static void serve(void *library, const char *name)
     }
     const int64_t *w = h.words;
 #define PASS(i) w[i], w[i + 1], w[i + 2], w[i + 3], w[i + 4], w[i + 5], w[i + 6], w[i + 7]
-    int64_t result = f(PASS(0), PASS(8), PASS(16), h.floats[0], h.floats[1], h.floats[2], h.floats[3]);
+    int64_t result = f(PASS(0), PASS(8), h.number);
     fwrite(&result, sizeof result, 1, stdout);
     for (int64_t i = 0; i < h.buffers; i++) {
         buffer *b = &buffers[i];

@@ -1,9 +1,4 @@
-"""The compiled library for each instruction set, weights that make sums exact, and memory that tells who wrote past it.
-
-**Exact sums.** The rounding of a float32 sum depends on its order, so a test of a product usually allows for an error,
-and a small mistake hides in it. Here the codebook, the scales, x and the adapter are small whole numbers: every partial
-sum is a whole number below 2**24, exact in float32 in any order, on any path. What is left is the one rounding at the
-end, and results are compared bit for bit.
+"""The compiled library for each instruction set, and memory that tells who wrote past it.
 
 **AVX512 on a machine without it** is emulated: ``avx512/immintrin.h`` has its instructions in plain C, for AVX2.
 """
@@ -12,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +17,13 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.cpu.library import DTYPES, Library
-from qloralab.nf4.codebook import dynamic_map
 from qloralab.nf4.processor import cpu_features, distinct_isas, supported_isas
 
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
+sys.path.insert(0, str(Path(__file__).parent))  # where cases.py is, also for the tests of this folder
+import cases
+
 Allocate = Callable[..., Tensor]
 
-WHOLE = torch.tensor([-8.0, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8])  # no two codes mean the same
-ZERO, ONE = 127, 255  # where the dynamic map has 0 and 1
 MARGIN = 4096  # bytes
 
 EMULATION = Path(__file__).with_name("avx512")
@@ -76,8 +71,7 @@ def is_left_out(test: pytest.Function) -> bool:
         return True
     if given["library"] == "emulated-avx512":
         return "beyond_its_ends" in name  # the other one runs the same functions, and its own
-    of_bfloat16 = given.get("dtype") == torch.bfloat16 or "bfloat16" in name
-    return not of_bfloat16 and "beyond_its_ends" not in name
+    return given.get("dtype") != torch.bfloat16 and "beyond_its_ends" not in name
 
 
 @pytest.fixture(scope="session", params=libraries())
@@ -104,25 +98,17 @@ def product(request: pytest.FixtureRequest) -> tuple[Library, torch.dtype]:
 
 
 @pytest.fixture
-def whole_weight() -> Callable[..., Operands]:
-    """Makes a weight of whole numbers from -16 to 16: (shape, block_size=64, double_quant=True) -> its operands.
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
-    Its scales are 1, 2 or -1, by block.
-    """
 
-    def make(shape: Sequence[int], block_size: int = 64, double_quant: bool = True) -> Operands:
-        numel = math.prod(shape)
-        blocks = -(-numel // block_size)
-        packed = torch.randint(256, ((numel + 1) // 2, 1), dtype=torch.uint8)
-        if not double_quant:
-            scales = torch.tensor([1.0, 2.0, -1.0])[torch.randint(3, (blocks,))]
-            return packed, scales, None, None, WHOLE, torch.Size(shape), block_size
-        assert dynamic_map()[[ZERO, ONE]].tolist() == [0, 1]
-        codes = torch.tensor([ZERO, ONE], dtype=torch.uint8)[torch.randint(2, (blocks,))]
-        absmax2 = torch.tensor([1.0, -2.0])[torch.randint(2, (-(-blocks // 256),))]
-        return packed, codes, absmax2, torch.tensor(1.0), WHOLE, torch.Size(shape), block_size
-
-    return make
+@pytest.fixture
+def whole_weight() -> Callable[..., cases.Packed]:
+    """Makes a weight of whole numbers: (shape, block_size=64, double_quant=True) -> its operands."""
+    return cases.whole_weight
 
 
 @pytest.fixture

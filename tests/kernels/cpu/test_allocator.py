@@ -16,29 +16,16 @@ pytestmark = [
     pytest.mark.skipif(allocator.platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's"),
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    if "-fsanitize" in os.environ.get("QLORALAB_CFLAGS", ""):
-        pytest.skip("a sanitizer has a malloc of its own, which keeps what is freed")
-    try:
-        allocator._load()
-    except BuildError as error:
-        pytest.skip(str(error).splitlines()[0])
-
-
-def run(program: str, install: bool = True) -> str:
-    """What a program prints, PyTorch's memory being ours."""
-    start = "import gc, threading, torch\n"
-    start += "from qloralab.kernels.cpu import allocator\nallocator.install()\n" if install else ""
-    done = subprocess.run([sys.executable, "-c", start + program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-# Tensors of one size between others that stay, every second freed, as many made again. The first is freed once, so that
-# malloc takes what is smaller from its heap and not from the system.
-REUSE = """
+START = """
+import gc, threading, torch
+from qloralab.kernels.cpu import allocator
+old = [torch.full((n,), 3.0) for n in (1, 1000, 1_000_000)]
+allocator.install()
+"""
+PROGRAMS = {
+    # Tensors of one size between others that stay, every second freed, as many made again. The first is freed once, so
+    # that malloc takes what is smaller from its heap and not from the system.
+    "a hole takes the next tensor of its size": """
 torch.empty(30 << 20, dtype=torch.uint8)
 size = 1_000_003
 tensors = [torch.empty(size, dtype=torch.uint8) for _ in range(20)]
@@ -48,16 +35,9 @@ for i in range(0, 20, 2):
     tensors[i] = None
     small += [bytes(n) for n in range(513, 600)]  # what takes the pieces that were cut off
 again = [torch.empty(size, dtype=torch.uint8) for _ in holes]
-print(len(holes & {t.data_ptr() for t in again}))
-"""
-
-
-def test_a_hole_takes_the_next_tensor_of_its_size():
-    assert int(run(REUSE)) >= 9  # the small ones may have opened one
-
-
-def test_alignment_sizes_and_contents():
-    run("""
+assert len(holes & {t.data_ptr() for t in again}) >= 9  # the small ones may have opened one
+""",
+    "alignment, sizes and contents": """
 for size in [0, 1, 7, 63, 64, 65, 4095, 1 << 20, (1 << 20) + 1, 40 << 20]:
     t = torch.empty(size, dtype=torch.uint8)
     assert t.data_ptr() % 64 == 0 and (t.data_ptr() != 0) == (size > 0), size
@@ -69,15 +49,8 @@ x.resize_(1000)
 assert x[:5].tolist() == [0, 1, 2, 3, 4]
 x.share_memory_()
 assert x[:5].tolist() == [0, 1, 2, 3, 4]
-""")
-
-
-def test_tensors_from_before_and_from_other_threads():
-    run(
-        """
-old = [torch.full((n,), 3.0) for n in (1, 1000, 1_000_000)]
-from qloralab.kernels.cpu import allocator
-allocator.install()
+""",
+    "tensors from before and from other threads": """
 allocator.install()
 made = []
 def make():
@@ -89,31 +62,34 @@ assert all(bool((t == 4).all()) for t in made) and all(bool((t == 3).all()) for 
 del old, made
 gc.collect()
 """,
-        install=False,
-    )
-
-
-def test_too_much_is_an_error_that_names_the_size():
-    out = run("""
+    "too much is an error that names the size": """
 for size in (1 << 60, (1 << 63) - 1):
     try:
         torch.empty(size, dtype=torch.uint8)
+        raise AssertionError(size)
     except RuntimeError as error:
-        print(str(error).splitlines()[0])
-""")
-    assert f"you tried to allocate {1 << 60} bytes" in out
-    assert f"you tried to allocate {(1 << 63) - 1} bytes" in out
-
-
-def test_the_profiler_sees_it():
-    out = run("""
+        assert f"you tried to allocate {size} bytes" in str(error), error
+""",
+    "the profiler sees it": """
 with torch.profiler.profile(profile_memory=True) as profile:
     x = torch.ones(1000)
     del x
-events = [e for e in profile.events() if e.name == "[memory]" or e.self_cpu_memory_usage]
-print(sorted({e.self_cpu_memory_usage for e in events}))
-""")
-    assert "4000" in out
+assert 4000 in {event.self_cpu_memory_usage for event in profile.events()}
+""",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_memory(program):
+    if "-fsanitize" in os.environ.get("QLORALAB_CFLAGS", ""):
+        pytest.skip("a sanitizer has a malloc of its own, which keeps what is freed")
+    try:
+        allocator._load()
+    except BuildError as error:
+        pytest.skip(str(error).splitlines()[0])
+    command = [sys.executable, "-c", START + PROGRAMS[program]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_cpp_compiler(tmp_path, monkeypatch):

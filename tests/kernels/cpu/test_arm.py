@@ -1,4 +1,4 @@
-"""The C compiled for 64-bit Arm, under QEMU: the tests of ``test_library.py`` again, with the bits of the reference.
+"""The C compiled for 64-bit Arm, under QEMU: the tests of the C functions again, with the bits of the reference.
 
 Python stays on this machine. ``arm_driver.c`` runs on the emulated one and knows none of the functions: a call sends it
 the arguments and the memory that they point to, and brings back what that memory holds afterwards. A ``Library`` over
@@ -56,15 +56,15 @@ class Request:
 
     def __init__(self) -> None:
         self.words: list[int] = []
-        self.floats: list[float] = []
+        self.number = 0.0
         self.buffers: list[bytes] = []
-        self.pointers: list[tuple[int, int, int]] = []
-        self.places: dict[int, int] = {}  # address here: number of its buffer
+        self.pointers: list[tuple[int, int, int]] = []  # in which buffer (-1: in words), at which byte, to which buffer
+        self.numbers: dict[int, int] = {}  # address here: number of its buffer
 
     def add(self, kind: Any, value: Any) -> None:
         """One argument, by its ctypes type."""
         if kind is ctypes.c_float:
-            self.floats.append(value)
+            self.number = value
             return
         if hasattr(kind, "contents"):  # a pointer to a structure
             self.pointers.append((-1, 8 * len(self.words), self.structure(value)))
@@ -72,17 +72,19 @@ class Request:
             self.pointers.append((-1, 8 * len(self.words), self.buffer(value)))
         self.words.append(value if isinstance(value, int) else 0)
 
+    def new(self, contents: bytes) -> int:
+        self.buffers.append(contents)
+        return len(self.buffers) - 1
+
     def buffer(self, address: int) -> int:
         """The memory at an address."""
-        if address not in self.places:
-            self.places[address] = len(self.buffers)
-            self.buffers.append(ctypes.string_at(address, sizes[address]))
-        return self.places[address]
+        if address not in self.numbers:
+            self.numbers[address] = self.new(ctypes.string_at(address, sizes[address]))
+        return self.numbers[address]
 
     def structure(self, value: ctypes.Structure) -> int:
         """A structure, and all that it points to."""
-        here = len(self.buffers)
-        self.buffers.append(bytes(value))
+        here = self.new(bytes(value))
         for name, kind, *_ in value._fields_:
             if kind is ctypes.c_void_p and (address := getattr(value, name)):
                 is_list = isinstance(value, Segments) and name in LISTS
@@ -91,10 +93,8 @@ class Request:
         return here
 
     def list_of_pointers(self, address: int) -> int:
-        """An array of pointers."""
         contents = ctypes.string_at(address, sizes[address])
-        here = len(self.buffers)
-        self.buffers.append(contents)
+        here = self.new(contents)
         for at, (one,) in enumerate(struct.iter_unpack("<q", contents)):
             if one:
                 self.pointers.append((here, 8 * at, self.buffer(one)))
@@ -102,10 +102,9 @@ class Request:
 
     def message(self, name: str) -> bytes:
         """All of it."""
-        words, floats = [*self.words, *[0] * 24][:24], [*self.floats, *[0.0] * 4][:4]
+        counts, words = (len(self.buffers), len(self.pointers)), [*self.words, *[0] * 16][:16]
         numbers = [*map(len, self.buffers), *(number for pointer in self.pointers for number in pointer)]
-        counts = len(self.buffers), len(self.pointers)
-        head = struct.pack("<64s26q4f", name.encode(), *counts, *words, *floats)
+        head = struct.pack("<64s18qf4x", name.encode(), *counts, *words, self.number)
         return head + struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(self.buffers)
 
 
@@ -166,7 +165,7 @@ class Function:
         for kind, value in zip(self.argtypes, args, strict=True):
             request.add(kind, value)
         result, contents = self.machine.call(self.name, request)
-        for address, number in request.places.items():
+        for address, number in request.numbers.items():
             if contents[number] != request.buffers[number]:
                 ctypes.memmove(address, contents[number], len(contents[number]))
         return None if self.restype is None else self.restype(result).value
@@ -240,20 +239,22 @@ NOT_HERE = (
     "test_nothing_is_touched_beyond_its_ends",
 )
 LONG = ("few_tokens", "product")
+FILES = ("dequantize", "quantize", "dropout", "few_tokens", "product", "library")
 
 
 def shared_tests() -> Iterator[tuple[str, Callable[..., None]]]:
-    """The tests of ``test_library.py`` that take a library, by name."""
-    spec = importlib.util.spec_from_file_location("library_tests", Path(__file__).with_name("test_library.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    tests = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tests)
-    for name, test in vars(tests).items():
-        if name.startswith("test_") and {"library", "product"} & inspect.signature(test).parameters.keys():
-            is_wanted = ALL or not any(word in name for word in LONG)
-            if is_wanted and name not in NOT_HERE:
-                yield name, test
+    """The tests of these files that take a library, by name."""
+    for file in FILES:
+        spec = importlib.util.spec_from_file_location(f"arm_{file}", Path(__file__).with_name(f"test_{file}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        tests = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(tests)
+        for name, test in vars(tests).items():
+            if name.startswith("test_") and {"library", "product"} & inspect.signature(test).parameters.keys():
+                is_wanted = ALL or not any(word in name for word in LONG)
+                if is_wanted and name not in NOT_HERE:
+                    yield name, test
 
 
 if not MISSING:
