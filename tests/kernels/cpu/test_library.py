@@ -30,7 +30,7 @@ from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate, threshold
 from qloralab.nf4 import blockwise, ops
 from qloralab.nf4.codebook import dynamic_map, fp4, fp4_e3m0, int4, normal_float, thresholds
-from qloralab.nf4.packed import BLOCK_SIZES
+from qloralab.nf4.packed import BLOCK_SIZES, Packed
 
 pytestmark = pytest.mark.compiler
 
@@ -86,7 +86,7 @@ def any_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = 
 
 
 def dequantized(library: Library, operands: Operands, dtype: torch.dtype, empty=torch.empty) -> Tensor:
-    weight = weight_of(*operands)
+    weight = weight_of(Packed(*operands))
     out = empty(weight.rows, weight.columns, dtype=dtype)
     library.dequantize(weight, range(weight.rows), range(weight.columns), out)
     return out.view(tuple(operands[5]))
@@ -128,7 +128,7 @@ def test_dequantize_a_part(library, dtype, double_quant, shape, empty):
     for rows in [range(N), range(1), range(N - 1, N), range(2, N - 1), range(3, 3)]:
         for columns in [range(K), range(1), range(K - 1, K), range(1, K), range(31, K - 1), range(32, 64), range(7, 7)]:
             out = empty(len(rows), len(columns), dtype=dtype)
-            library.dequantize(weight_of(*operands), rows, columns, out)
+            library.dequantize(weight_of(Packed(*operands)), rows, columns, out)
             expected = whole[rows.start : rows.stop, columns.start : columns.stop].contiguous()
             assert same_bits(out, expected), (rows, columns)
 
@@ -139,7 +139,7 @@ def test_each_byte_is_two_codes_the_first_in_the_high_nibble(library, dtype):
     for first in (0, 1):  # codes at even places, and at odd ones
         operands = packed, torch.ones(512 // 32), None, None, torch.arange(16.0), torch.Size((1, 512)), 32
         out = torch.empty(1, 512 - first, dtype=dtype)
-        library.dequantize(weight_of(*operands), range(1), range(first, 512), out)
+        library.dequantize(weight_of(Packed(*operands)), range(1), range(first, 512), out)
         expected = [code for byte in range(256) for code in (byte >> 4, byte & 15)][first:]
         assert out.tolist() == [expected]
 
@@ -419,7 +419,7 @@ def test_few_tokens(library, shape, dtype, whole_weight, empty):
             x = whole(tokens, K).to(dtype)
             bias = whole(N, most=200).to(dtype) if tokens % 4 < 2 else None
             y = empty(tokens, N, dtype=dtype)
-            library.linear_few(weight_of(*operands), x, bias, y)
+            library.linear_few(weight_of(Packed(*operands)), x, bias, y)
             exact = x.double() @ W.T + (0 if bias is None else bias.double())
             assert torch.equal(y, rounded(exact, dtype)), (tokens, block_size)
 
@@ -441,7 +441,7 @@ class Layer:
 
     def run(self, library: Library, empty=torch.empty, needs_input: bool = True) -> dict[str, Tensor]:
         """y, h, dA, dB, and dx if it is wanted."""
-        weight, (N, K), r, tokens = weight_of(*self.operands), self.operands[5], len(self.A), len(self.x)
+        weight, (N, K), r, tokens = weight_of(Packed(*self.operands)), self.operands[5], len(self.A), len(self.x)
         low = {"dtype": self.dtype}
         y, h, dx = empty(tokens, N, **low), empty(tokens, r, **low), empty(tokens, K, **low)
         dA, dB = empty(r, K), empty(N, r)
@@ -550,7 +550,7 @@ def test_few_tokens_on_any_numbers(library, shape, dtype):
         for tokens in (1, 3, 8):
             x, bias = torch.randn(tokens, K).to(dtype), torch.randn(N).to(dtype)
             y = torch.empty(tokens, N, dtype=dtype)
-            library.linear_few(weight_of(*operands), x, bias, y)
+            library.linear_few(weight_of(Packed(*operands)), x, bias, y)
             exact, magnitude = x.double() @ W.T + bias, x.double().abs() @ W.abs().T
             assert_near("y", y, exact, magnitude, dtype)
 
@@ -597,7 +597,7 @@ def everything(library: Library) -> list[Tensor]:
     dropped, few = torch.empty_like(x), [torch.empty(5, 260, dtype=dtype) for dtype in DTYPES]
     library.dropout(x, 7, 30_000, 2.0, dropped)
     for y in few:
-        library.linear_few(weight_of(*operands), torch.randn(5, 1088).to(y.dtype), None, y)
+        library.linear_few(weight_of(Packed(*operands)), torch.randn(5, 1088).to(y.dtype), None, y)
     wide, narrow = segments([50_000, 200_000, 7]), segments([50_000, 20_000, 7], torch.bfloat16, bits=8)
     library.adamw(*wide, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
     library.adamw_8bit(*narrow, [3, 4, 5], ADAMW)  # pyright: ignore[reportCallIssue]
@@ -731,7 +731,7 @@ def between_fences(library: Library, shape: tuple[int, int], block_size: int, do
         absmax2, offset = put(absmax2), put(offset)
     values = put(values)
     operands = put(packed), put(scales), absmax2, offset, values, size, block_size
-    weight, (N, K) = weight_of(*operands), shape
+    weight, (N, K) = weight_of(Packed(*operands)), shape
     for dtype in DTYPES:
         print("dequantize, quantize, dropout", dtype, case, flush=True)
         library.dequantize(weight, range(N), range(K), new(N, K, dtype=dtype))
