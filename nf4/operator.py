@@ -79,7 +79,9 @@ class Operator(CustomOpDef):
         keep_flat = self._flat(keep, first=2)
         self.register_autograd(all_gradients, setup_context=lambda ctx, inputs, output: keep_flat(ctx, output, *inputs))
 
-    def on(self, device: str, around: Callable[[_Function], _Function] | None = None) -> Callable:
+    def on(
+        self, device: str, around: Callable[[_Function], _Function] | None = None
+    ) -> Callable[[_Function], _Function]:
         """Register an implementation for a device, and make it a function of the arguments of the schema.
 
         This goes past ``register_kernel``, which looks at every call whether a result is an argument: that takes as
