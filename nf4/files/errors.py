@@ -10,7 +10,7 @@ class FormatError(ValueError):
         file: path of the file, or None when the data did not come from one.
         tensor: name of the tensor, or None.
         field: the field of the header, the JSON payload or the configuration, or None.
-        message: what is wrong, without the place; ``str`` of the error has both.
+        message: what is wrong; ``str`` of the error says where, too.
     """
 
     def __init__(self, message: str, *, file: object = None, tensor: str | None = None, field: str | None = None):

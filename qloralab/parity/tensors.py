@@ -82,13 +82,13 @@ DISTRIBUTIONS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "normal": lambda n, g: torch.randn(n, generator=g),
     "uniform": lambda n, g: torch.rand(n, generator=g) * 2 - 1,
     "Laplace": _laplace,
-    # Cauchy's, cut at 1000.
+    # The numbers are Cauchy's, cut at 1000.
     "heavy tails": lambda n, g: torch.tan((torch.rand(n, generator=g) - 0.5) * 3.14159).clamp_(-1000, 1000),
-    # One in 200 is not zero: many blocks of 32 to 256 are nothing but zeros.
+    # One in 200 is not zero: many blocks of 32 to 256 hold nothing but zeros.
     "sparse": lambda n, g: torch.randn(n, generator=g) * (torch.rand(n, generator=g) < 0.005),
-    # Multiples of 1/64: few different quotients, each many times.
+    # The multiples of 1/64 have few different quotients, and each many times.
     "grid": lambda n, g: torch.randint(-64, 65, (n,), generator=g) / 64,
-    # Normal numbers whose magnitude changes by up to 2**24 from one 32 to the next.
+    # The magnitude of normal numbers changes by up to 2**24 from one 32 to the next.
     "scales": _scales,
 }
 

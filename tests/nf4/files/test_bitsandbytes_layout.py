@@ -50,15 +50,6 @@ def assert_same_bytes(written: dict[str, Tensor], tensors: dict[str, Tensor]) ->
         assert as_bytes[0] == as_bytes[1], name
 
 
-@dtypes
-@double_quants
-@codebooks
-@shapes
-def test_their_tensors_come_back_byte_for_byte(dtype, double_quant, shape, block_size, codebook):
-    tensors = with_prefix(*theirs(dtype, double_quant, shape, block_size, codebook), prefix="h.0.w")
-    assert_same_bytes(QuantizedTensor.from_bitsandbytes(tensors, "h.0.w").to_bitsandbytes("h.0.w"), tensors)
-
-
 @storages
 @codebooks
 def test_codes_are_stored_as_any_dtype(storage, codebook):
@@ -181,12 +172,14 @@ def test_bitsandbytes_opens_ours(dtype, double_quant, shape, block_size, codeboo
 @double_quants
 @codebooks
 @shapes
-def test_we_open_bitsandbytes(dtype, double_quant, shape, block_size, codebook):
+def test_we_open_bitsandbytes_and_write_its_bytes(dtype, double_quant, shape, block_size, codebook):
     packed, state = theirs(dtype, double_quant, shape, block_size, codebook)
-    q = QuantizedTensor.from_bitsandbytes(with_prefix(packed, state, "h.0.w"), "h.0.w")
+    tensors = with_prefix(packed, state, "h.0.w")
+    q = QuantizedTensor.from_bitsandbytes(tensors, "h.0.w")
     assert (q.shape, q.dtype, q.block_size, q.double_quant) == (shape, dtype, block_size, double_quant)
     assert q.codebook == codebook
     assert torch.equal(q.dequantize(), bnb.dequantize_4bit(packed, state))
+    assert_same_bytes(q.to_bitsandbytes("h.0.w"), tensors)
 
 
 @double_quants
