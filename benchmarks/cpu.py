@@ -140,12 +140,13 @@ def measure(
         for operation, M in points:
             able = [provider for provider in providers if provider.does(operation, M)]
             dtypes = {one.name: one.dtype if M else torch.bfloat16 for one in able}
-            cases = {dtype: Case(operation, weight, M, dtype, DROPOUT) for dtype in dtypes.values()}
-            heat = partial(torch.ones, heap, dtype=torch.uint8)
-            outcomes = compare(lambda one, of=cases, by=dtypes: of[by[one.name]], able, host, heat, seconds=seconds)
+            made = {dtype: Case(operation, weight, M, dtype, DROPOUT) for dtype in dtypes.values()}
+            cases = {name: made[dtype] for name, dtype in dtypes.items()}
+            touch = partial(torch.ones, heap, dtype=torch.uint8)
+            outcomes = compare(cases, able, host, touch, seconds=seconds)
             for one in able:
                 if outcome := outcomes.get(one.name):
-                    case = cases[dtypes[one.name]]
+                    case = cases[one.name]
                     record = {
                         "operation": operation,
                         "shape": list(shape),

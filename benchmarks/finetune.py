@@ -46,12 +46,13 @@ from qloralab.train.trainer import LENGTH_MULTIPLE, schedule
 
 from .clock import quantiles
 from .record import lower_mkl, parse, provenance, record_file, record_files
+from .turns import in_turns, turn
 from .view import grid, show, yes
 
 LIBRARIES = ("qloralab", "bitsandbytes+peft")
 R, ALPHA, DROPOUT, LR, CLIP = 16, 32, 0.05, 5e-4, 0.3
 BATCH, MAX_LENGTH, HELD_OUT, SEED = 4, 256, 64, 0
-TURN, WAITING = 4, "waiting"  # steps; and what a process says that waits for its turn
+TURN = 4  # steps
 # By class: tokens a second over the peer's, at least; memory over the peer's, at most.
 GOALS = {"avx512-bf16": (2.0, 1 / 3), "avx2": (1.8, 0.45)}
 WIDTH = 100  # of the table, where the terminal says less or is none
@@ -100,8 +101,8 @@ def peft_job(directory: Path, dtype: torch.dtype) -> tuple[Any, Loss]:
 JOBS = {"qloralab": qloralab_job, "bitsandbytes+peft": peft_job}
 
 
-def run(library: str, directory: Path, steps: int, dtype: torch.dtype, turn: Callable[[], None]) -> dict[str, Any]:
-    """Train with one library and measure it, in this process; ``turn`` waits while the other library has its turn."""
+def run(library: str, directory: Path, steps: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Train with one library and measure it, in this process, in turns with the other."""
     tokenizer = load_tokenizer(default_model())
     encoded = encode_all(stdlib_examples(), tokenizer, MAX_LENGTH, "skip")
     train, held_out = split(encoded, HELD_OUT, SEED)
@@ -201,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.worker:
         library, directory = args.worker
         dtype = compute_dtype("cpu").dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        _turn()
-        print(json.dumps(run(library, Path(directory), args.steps, dtype, _turn)))
+        turn()
+        print(json.dumps(run(library, Path(directory), args.steps, dtype)))
         return
     if not args.view:
         try:
@@ -225,47 +226,6 @@ def measure(steps: int, dtype: str) -> list[dict[str, Any]]:
         subprocess.run([sys.executable, "-c", _CONVERT, directory], check=True)
         command = [sys.executable, "-m", "benchmarks.finetune", "--steps", str(steps), "--dtype", dtype]
         return in_turns({library: [*command, "--worker", library, directory] for library in LIBRARIES})
-
-
-def in_turns(commands: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """The records of processes that wait for a line on stdin at each ``_turn``, and end with a record on stdout.
-
-    Raises:
-        SystemExit: one of them failed.
-    """
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
-    said = dict.fromkeys(children, WAITING)
-    try:
-        for name, child in children.items():
-            _hear(name, child)  # it is loaded, and waits
-        while WAITING in said.values():
-            for name, child in children.items():
-                if said[name] == WAITING:
-                    print(f"{name} …", file=sys.stderr, flush=True)
-                    child.stdin.write("\n")
-                    child.stdin.flush()
-                    said[name] = _hear(name, child)
-        return [json.loads(record) for record in said.values()]
-    finally:
-        for child in children.values():
-            child.kill()
-            child.communicate()
-
-
-def _hear(name: str, child: subprocess.Popen[str]) -> str:
-    """What a process says next: that it waits, or its record."""
-    for line in child.stdout or ():
-        if line.startswith((WAITING, "{")):
-            return line.strip()
-    raise SystemExit(f"{name} ended with code {child.wait()}, without a record")
-
-
-def _turn() -> None:
-    """Let the other process work, asleep; without the one that hands out turns there is nothing left to do."""
-    print(WAITING, flush=True)
-    if not sys.stdin.readline():
-        raise SystemExit("nobody waits for this record")
 
 
 _CONVERT = """

@@ -175,7 +175,8 @@ def measure(
                 outcomes: Mapping[str, Outcome] = {one.name: Outcome("skipped", why) for one in able}
                 case = None
             else:
-                outcomes = compare(lambda _, case=case: case, able, device.prepare, seconds=seconds, most=MOST)
+                cases = dict.fromkeys((one.name for one in able), case)
+                outcomes = compare(cases, able, device.prepare, seconds=seconds, most=MOST)
             head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
             records = [
                 {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}

@@ -127,7 +127,7 @@ class Outcome:
 
 
 def compare(
-    case_of: Callable[[Provider], Case],
+    cases: Mapping[str, Case],
     providers: Sequence[Provider],
     prepare: Callable[[Sequence[Run], bool], Timer],
     before: Callable[[], object] = lambda: None,
@@ -136,7 +136,7 @@ def compare(
     """Check each provider, and time in turns those that are right.
 
     Args:
-        case_of: the case that a provider is given.
+        cases: by provider, the case that it is given.
         providers: to compare.
         prepare: makes a timer of runs, and of whether a graph may be tried: ``clock.host`` or ``clock.cuda``.
         before: called between the checks and the clock.
@@ -145,7 +145,7 @@ def compare(
     Returns:
         by name, what became of each provider that takes the case.
     """
-    found = {provider.name: _gate(case_of(provider), provider, prepare) for provider in providers}
+    found = {provider.name: _gate(cases[provider.name], provider, prepare) for provider in providers}
     outcomes = {name: outcome for name, outcome in found.items() if outcome}
     timers = {name: outcome.timer for name, outcome in outcomes.items() if outcome.timer}
     before()
