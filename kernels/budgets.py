@@ -12,39 +12,14 @@ instructions, or nearly so; that is necessary for the speed of the memory, and d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from .gpu.case import PACKED, Budget
 from .offline import Compiled
 from .sass import Counts
 
 TARGET = "sm_90"
-PACKED = 0.5  # bytes per weight: 4 bits
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The limits of one case. Spilled registers and local memory are forbidden in all of them.
-
-    Attributes:
-        instructions: per weight, in the main loop, at most.
-        registers: per thread, at most. A multiprocessor has 65,536: at 128, it holds 512 threads.
-        loaded: bytes per weight that loads of `width` bits or more bring, at least: the weights, and with them what
-            they are multiplied with. Fewer, and the loads are narrower than meant, or the weights are miscounted.
-        width: bits per thread.
-        staged: bytes per weight that pass from registers to shared memory, at most. A dequantized weight has 2.
-        needs: opcodes that the loop holds.
-        forbids: opcodes that it does not.
-    """
-
-    instructions: float
-    registers: int = 255
-    loaded: float = PACKED
-    width: int = 128
-    staged: float = math.inf
-    needs: tuple[str, ...] = ()
-    forbids: tuple[str, ...] = ()
 
 
 def _product(instructions: float, tokens: int, registers: int = 255, width: int = 128) -> Budget:

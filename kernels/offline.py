@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .gpu.case import Case
+
 # Modules with CASES, below kernels/gpu.
 KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input", "adapter", "canonical", "adamw", "adamw_8bit")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
@@ -41,31 +43,6 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 class OfflineError(RuntimeError):
     """A kernel cannot be compiled here, or triton or one of its tools is missing."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to compile a kernel.
-
-    Attributes:
-        name: of the case, unique among all files: what budgets and ``qloralab sass`` call it.
-        kernel: the function under ``@triton.jit``.
-        signature: triton's type of each parameter that is no constexpr: ``"*bf16"``, ``"*u8"``, ``"i32"``, ``"fp32"``.
-        constexprs: the value of each that is.
-        weights: that one program handles in one iteration of its main loop; in all, where there is no loop.
-        num_warps: of 32 threads, in a program.
-        num_stages: of the software pipeline.
-        divisible: parameters that are divisible by 16, pointers by bytes. None: every pointer and every integer.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    weights: int
-    num_warps: int = 4
-    num_stages: int = 3
-    divisible: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

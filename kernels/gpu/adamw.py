@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adamw import Rates
-from ..offline import Case
 from .adamw_segments import WIDTH, Launch, launches
+from .case import Case
 from .rounding import round_to, to_float32
 
 TILE = 1024  # elements of a program

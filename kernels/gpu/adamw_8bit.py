@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..adamw import Rates
 from ..adamw_8bit import BLOCK_SIZE, moment_tables
-from ..offline import Case
 from .adamw import SCALARS, arguments, find_segment, pointer, product, update
 from .adamw_segments import launches
+from .case import Case
 from .quantize import _is_extreme, _largest
 from .rounding import round_to, to_float32
 

@@ -40,9 +40,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..offline import Case
 from .adapter_mask import coins, limit, quad_terms, row_terms, row_words, threshold
 from .adapter_operands import expect, expect_seed, operand, rank_tiles
+from .case import Case
 from .linear import add_splits, split
 from .lookup import INTERPRETED, bound
 from .rounding import round_to

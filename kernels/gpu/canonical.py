@@ -82,9 +82,9 @@ from torch import Tensor
 
 from qloralab.nf4.product import reshaped
 
-from ..offline import Case
 from .adapter import masked_low_rank
 from .adapter_operands import LowRank, MaskedLowRank
+from .case import Case
 from .dequantize import SCALES_PER_BLOCK, map_on, product, second_level
 from .linear import add_splits, split
 from .lookup import INTERPRETED, bound

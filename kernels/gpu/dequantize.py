@@ -52,7 +52,7 @@ from torch import Tensor
 from qloralab.nf4.codebook import dynamic_map
 from qloralab.nf4.double_quant import BLOCK_SIZE
 
-from ..offline import Case
+from .case import Case
 from .rounding import round_to
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2

@@ -52,8 +52,8 @@ from torch import Tensor
 
 from qloralab.nf4.product import reshaped
 
-from ..offline import Case
 from .adapter_operands import LowRank, operand, rank_tiles
+from .case import Case
 from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode, rounded
 from .packing import TILE, TiledWeight
 from .rounding import round_to

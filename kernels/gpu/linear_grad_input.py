@@ -33,9 +33,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..offline import Case
 from .adapter_mask import halves, limit, quad_terms, row_terms, row_words, threshold
 from .adapter_operands import MaskedLowRank, operand, rank_tiles
+from .case import Case
 from .linear import TOKEN_TILES, add_splits, check, empty_output, finished, split, token_tile
 from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode_transposed
 from .packing import TILE, TiledWeight

@@ -55,7 +55,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qloralab.nf4.codebook import decision_table, dynamic_map
 from qloralab.nf4.double_quant import BLOCK_SIZE as SCALES_PER_BLOCK
 
-from ..offline import Case
+from .case import Case
 from .rounding import to_float32
 
 TILE = 8192  # weights of a program: whole blocks of any size

@@ -1,0 +1,64 @@
+"""What a kernel's file says about its compiled code: the ways to compile it, and what each of them may cost.
+
+A process either compiles or interprets: with ``TRITON_INTERPRET=1``, ``@triton.jit`` makes interpreted functions, and a
+case then names one of those. This file does not import Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PACKED = 0.5  # bytes per weight: 4 bits
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits of one case on sm_90. Spilled registers and local memory are forbidden in all of them.
+
+    Attributes:
+        instructions: per weight, in the main loop, at most.
+        registers: per thread, at most. A multiprocessor has 65,536: at 128, it holds 512 threads.
+        loaded: bytes per weight that loads of `width` bits or more bring, at least: the weights, and with them what
+            they are multiplied with. Fewer, and the loads are narrower than meant, or the weights are miscounted.
+        width: bits per thread.
+        staged: bytes per weight that pass from registers to shared memory, at most. A dequantized weight has 2.
+        needs: opcodes that the loop holds.
+        forbids: opcodes that it does not.
+    """
+
+    instructions: float
+    registers: int = 255
+    loaded: float = PACKED
+    width: int = 128
+    staged: float = math.inf
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compile a kernel.
+
+    Attributes:
+        name: of the case, unique among all files: what ``qloralab sass`` calls it.
+        kernel: the function under ``@triton.jit``.
+        signature: triton's type of each parameter that is no constexpr: ``"*bf16"``, ``"*u8"``, ``"i32"``, ``"fp32"``.
+        constexprs: the value of each that is.
+        weights: that one program handles in one iteration of its main loop; in all, where there is no loop.
+        num_warps: of 32 threads, in a program.
+        num_stages: of the software pipeline.
+        divisible: parameters that are divisible by 16, pointers by bytes. None: every pointer and every integer.
+        budget: what it may cost on sm_90; None: a test would miss it.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    weights: int
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] | None = None
+    budget: Budget | None = None
