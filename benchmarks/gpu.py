@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
-    python -m benchmarks.gpu --save     and let the measured decisions count on this machine (kernels/gpu/choice.py)
+    python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
 of this run, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
@@ -60,9 +60,22 @@ SECONDS = 0.12  # of samples, a provider and point
 BUDGET = 450.0  # seconds in all
 ROOM = 0.9  # of the free memory
 PACKAGES = ("torch", "triton", "bitsandbytes", "unsloth", "transformers", "peft")
-OPERATORS = {"linear": "linear", "input gradient": "linear_grad_input"}
-PROVIDER_KERNELS = {"ours, fused": "fused", "ours, canonical": "canonical", "ours": "two-pass"}
+DIRECTIONS = ("linear", "input gradient")
+PROVIDER_KERNELS = {"ours, fused": "fused", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most.
+
+    Attributes:
+        copy_gb_per_s: bytes read plus bytes written by a large copy, 10**9 a second.
+        gemm_tflop_per_s: a large bfloat16 product, 10**12 floating-point operations a second.
+    """
+
+    copy_gb_per_s: float
+    gemm_tflop_per_s: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ def check(
 
 def ceilings(
     device: Device, nbytes: int = 2**30, shape: tuple[int, int, int] = (8192, 8192, 8192), seconds: float = 0.5
-) -> choice.Limits:
+) -> Limits:
     """Measure the rates of a copy and of a bfloat16 product; the best sample counts, it is a bound.
 
     Args:
@@ -177,13 +190,13 @@ def ceilings(
         "gemm": device.clock.prepare([lambda: F.linear(x, weight)], graph=True),
     }
     times = interleave(timers, seconds)
-    return choice.Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
+    return Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
 
 
 def measure(
     device: Device,
     common: Mapping[str, Any],
-    limits: choice.Limits | None,
+    limits: Limits | None,
     deadline: Deadline,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     points: Sequence[tuple[str, int | None]] = POINTS,
@@ -292,7 +305,7 @@ def _prepare(problem: Problem, provider: Provider, missing: str | None, device: 
 def _record(
     head: Mapping[str, Any],
     provider: Provider,
-    limits: choice.Limits | None,
+    limits: Limits | None,
     problem: Problem | None,
     status: str,
     why: str | None,
@@ -321,17 +334,27 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """What ``choice.save`` takes: where two-pass and another way to multiply were timed, their medians."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def fused_up_to(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], int]:
+    """A row of ``choice.FUSED_UP_TO``: by [N, K] the most tokens up to which the fused products took less time than the
+    two-pass ones, the sum of both directions; 0 where they never did. Weights not timed both ways are left out.
+    """
+    times: dict[tuple[int, int], dict[int, list[tuple[str, float]]]] = {}
     for point in by_point(records):
-        times = {PROVIDER_KERNELS[n]: r["ms"]["p50"] for n, r in point.items() if n in PROVIDER_KERNELS and r["ms"]}
-        some = next(iter(point.values()))
-        if len(times) > 1 and "two-pass" in times and some["operation"] in OPERATORS:
-            N, K = some["shape"]
-            key = choice.weight_key(OPERATORS[some["operation"]], N, K)
-            found.setdefault(key, {})[str(some["M"])] = times
-    return found
+        for name, kernel in PROVIDER_KERNELS.items():
+            record = point.get(name)
+            if record and record["ms"] and record["operation"] in DIRECTIONS:
+                by_tokens = times.setdefault(tuple(record["shape"]), {})
+                by_tokens.setdefault(record["M"], []).append((kernel, record["ms"]["p50"]))
+    rows = {}
+    for shape, by_tokens in times.items():
+        for M, found in sorted(by_tokens.items()):
+            if len(found) == 4:  # both kernels, both directions
+                fused, two_pass = (sum(ms for one, ms in found if one == kernel) for kernel in choice.KERNELS)
+                rows.setdefault(shape, 0)
+                if fused >= two_pass:
+                    break
+                rows[shape] = M
+    return rows
 
 
 def record_file(folder: Path, name: str) -> Path:
@@ -391,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
-    parser.add_argument("--save", action="store_true", help="let the measured decisions count on this machine")
+    parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
     args = parse(parser, arguments)
     if args.view:
         view(args.view)
@@ -402,12 +425,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = cuda_device()
     path = record_file(args.out, device.name)
     shapes = [(N, K) for N, K in args.shape or SHAPES]
-    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever a record says
+    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever was measured
         records = run(device, path, Deadline(time.monotonic() + args.budget), measure={"shapes": shapes})
     view(path)
     if args.save:
-        measured = decisions(records)
-        print(f"{choice.save(device.name, measured)}: {len(measured)} weights" if measured else "nothing to save")
+        rows = fused_up_to(records)
+        print(f'    "{choice.architecture(device.device)}": {rows},' if rows else "nothing to save")
 
 
 if __name__ == "__main__":

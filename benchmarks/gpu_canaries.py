@@ -125,11 +125,6 @@ def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[i
         yield Canary(f"linear {shape[0]}x{shape[1]}", functools.partial(_linear, shape=shape))
         yield Canary(f"input gradient {shape[0]}x{shape[1]}", functools.partial(_linear_grad_input, shape=shape))
     yield Canary("two threads on two streams", _two_streams)
-    for shape, M in itertools.product(shapes, (1, 33, 64)):
-        what = f"{shape[0]}x{shape[1]} M={M}"
-        yield Canary(f"canonical linear {what}", functools.partial(_canonical_linear, shape=shape, M=M))
-        run = functools.partial(_canonical_linear_grad_input, shape=shape, M=M)
-        yield Canary(f"canonical input gradient {what}", run)
     for shape, M in itertools.product(tiled, (1, 16, 33, 300)):
         what = f"{shape[0]}x{shape[1]} M={M}"
         yield Canary(f"fused linear {what}", functools.partial(_fused_linear, shape=shape, M=M))
@@ -223,23 +218,6 @@ def _linear_grad_input(guard: Guard, shape: tuple[int, int], M: int = 33) -> Non
         operators.linear_grad_input(grad, *operands),
         grad.double() @ _definition(operands, torch.bfloat16).double(),
     )
-
-
-def _canonical_linear(guard: Guard, shape: tuple[int, int], M: int) -> None:
-    from qloralab.kernels.gpu import canonical
-
-    operands = _packed(guard, shape)
-    x, bias = _random(guard, (M, shape[1]), torch.bfloat16, 1), _random(guard, (shape[0],), torch.bfloat16, 2)
-    expected = F.linear(x.double(), _definition(operands, torch.bfloat16).double(), bias.double())
-    _near(canonical.linear(x, operands, bias), expected)
-
-
-def _canonical_linear_grad_input(guard: Guard, shape: tuple[int, int], M: int) -> None:
-    from qloralab.kernels.gpu import canonical
-
-    operands = _packed(guard, shape)
-    grad = _random(guard, (M, shape[0]), torch.bfloat16, 1)
-    _near(canonical.linear_grad_input(grad, operands), grad.double() @ _definition(operands, torch.bfloat16).double())
 
 
 def _fused_linear(guard: Guard, shape: tuple[int, int], M: int) -> None:

@@ -3,7 +3,6 @@
 ===============  ====================================================================================================
 ours             nf4's operators as they are registered for CUDA, held to the two-pass product
 ours, fused      the fused kernels, from tiles made before
-ours, canonical  the kernels without tiles, for few tokens
 bf16             the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
 bitsandbytes     ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
                  the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
@@ -149,15 +148,6 @@ def _both_ways(problem: Problem) -> Callable[..., tuple[torch.Tensor, ...]]:
     return run
 
 
-def _canonical(problem: Problem) -> list[Run]:
-    from qloralab.kernels.gpu import canonical
-
-    x = problem.input
-    packed = problem.weight.copies("packed", problem.weight.quantized.clone, problem.copies)
-    product = canonical.linear if problem.operation == "linear" else canonical.linear_grad_input
-    return [partial(product, x, part.operands()) for part in packed]
-
-
 def _quantized(weight: torch.Tensor, values: torch.Tensor) -> ql.QuantizedTensor:
     """``ql.quantize`` without its look at the scales for NaN, which waits for the device; its peer looks at nothing."""
     packed, absmax = torch.ops.qloralab.quantize_blockwise(weight, values, BLOCK_SIZE)
@@ -278,7 +268,6 @@ PROVIDERS = [
     Provider(
         "ours, fused", _fused, operations=("linear", "input gradient", *OPERATIONS[-2:]), tolerance=FUSED, triton=True
     ),
-    Provider("ours, canonical", _canonical, operations=("linear", "input gradient"), triton=True, tokens=choice.FEW),
     Provider("bf16", _bf16, operations=("dequantize", "linear", "input gradient", *OPERATIONS[-2:]), dense=True),
     Provider(
         "bitsandbytes", _bitsandbytes, _bitsandbytes_weight, tolerance=PEER, table=0.002, package="bitsandbytes"

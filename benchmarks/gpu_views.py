@@ -10,7 +10,7 @@ from rich.table import Table
 
 Record = Mapping[str, Any]
 
-COLUMNS = ("ours", "ours, fused", "ours, canonical", "bf16", "bitsandbytes", "unsloth")  # then every other provider
+COLUMNS = ("ours", "ours, fused", "bf16", "bitsandbytes", "unsloth")  # then every other provider
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ kernel and what it occupies are known before a GPU runs it:
     @triton.jit kernel  ->  PTX  ->  cubin  ->  SASS (nvdisasm), registers, stack, shared memory (cuobjdump)
 
 A `Case` names one way in which a kernel is launched: types and constants are part of the compiled code. Each file of
-kernels ends with its ``CASES``, and with ``CASES_SM_90`` for what is of use on one target alone; ``KERNEL_FILES`` lists
-the files. The launcher of triton marks pointers and integers that are divisible by 16, and the compiler makes wider
-loads of that; a case says the same through ``divisible``.
+kernels ends with its ``CASES``; ``KERNEL_FILES`` lists the files. The launcher of triton marks pointers and integers
+that are divisible by 16, and the compiler makes wider loads of that; a case says the same through ``divisible``.
 
 A process either compiles or interprets: with ``TRITON_INTERPRET=1``, ``@triton.jit`` makes interpreted functions, which
 cannot be compiled. `compile_cases` therefore works in processes of its own, in which the variable is not set, as many
@@ -32,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .gpu.case import Case
+from .gpu.case import FILES, Budget, Case
 
 # Modules with CASES, below kernels/gpu.
-KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input", "adapter", "canonical", "adamw", "adamw_8bit")
+KERNEL_FILES = tuple(dict.fromkeys(FILES.values()))
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -58,6 +57,7 @@ class Compiled:
         spilled: bytes of stack and local memory per thread: 0, unless the registers do not suffice.
         shared: bytes of shared memory per program.
         sass: the machine code, as text; empty where it was not asked for.
+        budget: the case's.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Compiled:
     spilled: int
     shared: int
     sass: str
+    budget: Budget | None = None
 
 
 def triton_version() -> str:
@@ -160,18 +161,19 @@ def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) ->
         spilled=stack + local,
         shared=compiled.metadata.shared,  # cuobjdump sees only what is static
         sass=sass,
+        budget=case.budget,
     )
 
 
 def cases_of(module: str, target: str) -> Sequence[Case]:
-    """The cases of a module, which is imported by its full name: ``CASES``, and ``CASES_SM_90`` for sm_90 alone.
+    """Of the ``CASES`` of a module, which is imported by its full name, those for a target.
 
     Raises:
         OfflineError: it cannot be imported, or has no ``CASES``.
     """
     try:
         found = importlib.import_module(module)
-        return [*found.CASES, *getattr(found, f"CASES_{target.upper()}", ())]
+        return [case for case in found.CASES if case.only in (None, target)]
     except (ImportError, AttributeError) as error:
         raise OfflineError(f"{module}: {error}") from error
 

@@ -295,7 +295,7 @@ def _row(compiled: Compiled, counts: Counts) -> Row:
     limits, reasons, verdict = None, [], NONE
     is_theirs = compiled.name.startswith(THEIRS)
     if not is_theirs:
-        limits = budget(compiled.name, compiled.triton) if compiled.target == TARGET else None
+        limits = budget(compiled) if compiled.target == TARGET else None
         reasons = exceeded(limits, compiled, counts) if limits else unsound(compiled, counts)
         verdict = EXCEEDED if reasons else KEPT if limits else SOUND
     return Row(

@@ -1,12 +1,13 @@
 """The check of the AdamW kernels on a device, at first use: a small update by the kernel and by its definition.
 
-Importing this module enters both into ``self_check.py``, which says what the check is for, and what ``QLORALAB_GPU``
-chooses. It does not import Triton. The definition is `adamw_rounded_`, bit for bit.
+``self_check.py`` says what the check is for, and what ``QLORALAB_GPU`` chooses. This file does not import Triton. The
+definition is `adamw_rounded_`, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from . import self_check
 SIZES = (3000, 1, 255, 4096)  # of the segments of the check: short blocks and short tiles, and aligned whole ones
 RATES = Rates(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 STEPS = (1, 2)  # the second one from moments that are not 0
+
+Compared = tuple[list[Tensor], list[Tensor]]  # what the kernel has written, and the definition
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., Any] | None:
@@ -34,16 +37,18 @@ def _chunk(device: torch.device, moments: torch.dtype) -> list[list[Tensor]]:
     return [[part.clone() for part in one.split(SIZES)] for one in (p.bfloat16(), g.bfloat16(), *zeros)]
 
 
-def _check_adamw(launch: Callable[..., Any], device: torch.device) -> bool:
+def check_adamw(launch: Callable[..., Any], device: torch.device) -> Compared:
+    """With float32 moments."""
     found, expected = (_chunk(device, torch.float32) for _ in range(2))
     for step in STEPS:
         launch(*found, [step] * len(SIZES), RATES)
         for p, g, m, v in zip(*expected, strict=True):
             adamw_rounded_(p, g, m, v, step, RATES)
-    return _same(found, expected)
+    return [*chain(*found)], [*chain(*expected)]
 
 
-def _check_adamw_8bit(launch: Callable[..., Any], device: torch.device) -> bool:
+def check_adamw_8bit(launch: Callable[..., Any], device: torch.device) -> Compared:
+    """With 8-bit moments."""
     found, expected = (_chunk(device, torch.uint8) for _ in range(2))
     for some in (found, expected):
         some += [
@@ -53,14 +58,4 @@ def _check_adamw_8bit(launch: Callable[..., Any], device: torch.device) -> bool:
     for step in STEPS:
         launch(*found, [step] * len(SIZES), RATES)
         definition(*expected, [step] * len(SIZES), RATES)
-    return _same(found, expected)
-
-
-def _same(found: list[list[Tensor]], expected: list[list[Tensor]]) -> bool:
-    """Whether no bit differs."""
-    pairs = zip((t for one in found for t in one), (t for one in expected for t in one), strict=True)
-    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
-
-
-self_check.MODULES |= {"adamw": "adamw", "adamw_8bit": "adamw_8bit"}
-self_check.CHECKS |= {"adamw": _check_adamw, "adamw_8bit": _check_adamw_8bit}
+    return [*chain(*found)], [*chain(*expected)]

@@ -7,7 +7,7 @@ tensor arrives.
 quantize_blockwise              ``quantize.py``, one pass
 quantize_scales                 ``quantize.py``
 dequantize                      ``dequantize.py``, both levels of scales in one launch
-linear, linear_grad_input       ``two_pass.py``: the kernel above, then cuBLAS
+linear, linear_grad_input       ``two_pass.py``: the kernel above, then cuBLAS; or fused, see below
 adapted_linear and its backward ``adapter.py``, and the products above with the adapter's term inside
 dropout                         the reference, on any device
 ==============================  ====================================================================================
@@ -17,9 +17,8 @@ They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfl
 
 Each kernel serves on a device only after it has passed a check there (``self_check.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``tile_cache.py``, and ``canonical.py`` for weights that cannot be tiled) stand behind
-``choice.py``. No product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the
-record of it is there. Without one, which is how the library comes, all products are two-pass.
+**The fused products** (``tile_cache.py``) serve where ``choice.py`` has measured that they take less time, and after a
+check on the device. All other products are two-pass.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from .adapter_operands import LowRank, MaskedLowRank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE = 64  # of ``packing.py``, which imports Triton
 # What each operator needs from ``first_use``; the products are built on dequantize.
 KERNELS = {
     "quantize_blockwise": ("quantize_blockwise",),
@@ -133,7 +131,7 @@ def linear(
     block_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """``two_pass.py``, or one of the fused kernels."""
+    """``two_pass.py``, or fused."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     if not _multiplies(x, operands, 1) or not _are_served("linear", x.device):
         return reference.linear(x, *operands, bias)
@@ -152,7 +150,7 @@ def linear_grad_input(
     shape: Sequence[int],
     block_size: int,
 ) -> Tensor:
-    """``two_pass.py``, or one of the fused kernels."""
+    """``two_pass.py``, or fused."""
     operands = packed, scales, absmax2, offset, values, shape, block_size
     if not _multiplies(grad, operands, 0) or not _are_served("linear_grad_input", grad.device):
         return reference.linear_grad_input(grad, *operands)
@@ -237,34 +235,18 @@ def adapted_linear_backward(
 
 
 def _linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor:
-    """x W' + bias, plus h B' of an adapter, in the way that was measured to be the faster."""
-    from . import two_pass
+    """x W' + bias, plus h B' of an adapter."""
+    from . import tile_cache, two_pass
 
-    way, y = _way("linear", x, operands), None
-    if way == "fused":
-        from . import tile_cache
-
-        y = tile_cache.linear(x, operands, bias, adapter)
-    elif way == "canonical":
-        from . import canonical
-
-        y = canonical.linear(x, operands, bias, adapter=adapter)
+    y = tile_cache.linear(x, operands, bias, adapter)
     return two_pass.linear(x, operands, bias, adapter) if y is None else y
 
 
 def _linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor:
-    """grad W, plus keep∘(G A) of an adapter, likewise."""
-    from . import two_pass
+    """grad W, plus keep∘(G A) of an adapter."""
+    from . import tile_cache, two_pass
 
-    way, dx = _way("linear_grad_input", grad, operands), None
-    if way == "fused":
-        from . import tile_cache
-
-        dx = tile_cache.linear_grad_input(grad, operands, adapter)
-    elif way == "canonical":
-        from . import canonical
-
-        dx = canonical.linear_grad_input(grad, operands, adapter=adapter)
+    dx = tile_cache.linear_grad_input(grad, operands, adapter)
     return two_pass.linear_grad_input(grad, operands, adapter) if dx is None else dx
 
 
@@ -297,7 +279,7 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
         else:
             implementation = "two-pass"
             why = f"Triton's {', '.join(kernels)}, then cuBLAS; "
-            why += f"fused where a record says that it takes less time ({choice.FILE})"
+            why += choice.summary(choice.architecture(device))
         rows.append({"operator": name, "device": "cuda", "implementation": implementation, "why": why})
     return rows
 
@@ -365,17 +347,6 @@ def _is_adapter(A: Tensor, B: Tensor, seed: Tensor, x: Tensor, shape: Sequence[i
 def _rows(x: Tensor) -> Tensor:
     """[..., K] -> [tokens, K]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _way(operation: str, x: Tensor, operands: Operands) -> str:
-    """One of ``choice.KERNELS``; whether a codebook can be ordered for the fused one, ``tile_cache.py`` knows."""
-    (N, K), block_size = operands[5], operands[6]
-    if x.dtype == torch.float32:  # never measured, and bound by arithmetic
-        return "two-pass"
-    tiled = x.dtype == torch.bfloat16 and K % TILE == 0 and block_size % TILE == 0
-    tokens = math.prod(x.shape[:-1])
-    instead = "fused" if tiled else "canonical"
-    return choice.decide(operation, N, K, tokens, choice.device_name(x.device), instead).kernel
 
 
 def _is_block_size(block_size: int) -> bool:

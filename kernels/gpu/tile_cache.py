@@ -5,15 +5,14 @@ The operators take a weight in the canonical layout; ``linear.py`` and ``linear_
 4.13 of the canonical layout, which files, merging and the two-pass product still need. They are made again when
 ``packed`` was written to.
 
-A product that ``choice.py`` wants fused is fused where x is bfloat16 and the weight can be tiled: K and the block size
-are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order.
-
-The fused kernels round the weight elsewhere than the definition does (``linear.py``), both in the same place. So a
-product is fused in both directions or in none (``choice.py``).
+A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
+device (``self_check.py``), and the weight can be tiled: K and the block size are multiples of 64, and the codebook has
+16 values that ``lookup.py`` can order. All of that holds for both directions of a layer or for none.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import packing
+from . import choice, packing, self_check
 from .adapter_operands import LowRank, MaskedLowRank
 from .linear import linear as _linear
 from .linear_grad_input import linear_grad_input as _linear_grad_input
@@ -69,19 +68,16 @@ def tiles(operands: Operands) -> packing.TiledWeight | None:
         return found[1]
 
 
-def release() -> int:
-    """Drop all tiles; of how many weights there were any."""
-    with _lock:
-        count = sum(weight is not None for _, weight in _tiles.values())
-        _tiles.clear()
-        return count
-
-
 def _weight(x: Tensor, operands: Operands) -> packing.TiledWeight | None:
-    if x.dtype != torch.bfloat16:
+    (N, K), packed, M = operands[5], operands[0], math.prod(x.shape[:-1])
+    if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.architecture(x.device)).kernel != "fused":
         return None
-    if x.is_cuda and torch.cuda.is_current_stream_capturing() and operands[0] not in _tiles:
-        return None  # converting waits for the device
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and packed not in _tiles:
+        return None  # converting and checking wait for the device
+    for name in ("linear", "linear_grad_input"):
+        if why := self_check.reason(name, x.device):
+            self_check.warn_once(name, why, "Its products are two-pass: dequantized, then multiplied by cuBLAS.")
+            return None
     return tiles(operands)
 
 

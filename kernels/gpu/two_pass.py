@@ -20,7 +20,7 @@ The start is rounded to the dtype of x, as the definition rounds each of its two
 
 **The workspace** is one buffer for each device and dtype, as large as the largest weight that was multiplied. The next
 product writes over it: a model pays for one dequantized weight, whatever the number and shapes of its layers, at an
-address that stays, and nothing fragments the allocator's memory between layers. ``release`` gives the buffers back.
+address that stays, and nothing fragments the allocator's memory between layers.
 
 **Streams.** The buffer is held by one product at a time.
 
@@ -96,17 +96,6 @@ def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank |
     return reshaped(dx, (*grad.shape[:-1], dx.shape[1]))
 
 
-def release() -> int:
-    """Give the workspaces back to PyTorch's allocator; the next product makes a new one.
-
-    Returns:
-        how many bytes they held.
-    """
-    with _lock:
-        workspaces = list(_workspaces.values())
-    return sum(workspace.release() for workspace in workspaces)
-
-
 class Workspace:
     """One buffer that products take in turns.
 
@@ -121,12 +110,6 @@ class Workspace:
         self._buffer: Tensor | None = None
         self._last: torch.cuda.Stream | None = None  # the stream that used the buffer last
 
-    @property
-    def nbytes(self) -> int:
-        """What the buffer takes now."""
-        buffer = self._buffer
-        return 0 if buffer is None else buffer.nbytes
-
     @contextmanager
     def borrow(self, numel: int) -> Iterator[Tensor]:
         """The buffer's first ``numel`` elements, flat; inside the body it is the caller's, on the current stream."""
@@ -136,12 +119,6 @@ class Workspace:
                 self._buffer = torch.empty(numel, dtype=self.dtype, device=self.device)
             self._order(self._buffer)
             yield self._buffer[:numel]
-
-    def release(self) -> int:
-        """Drop the buffer; how many bytes it held."""
-        with self._lock:
-            freed, self._buffer, self._last = self.nbytes, None, None
-            return freed
 
     def _order(self, buffer: Tensor) -> None:
         """Let the current stream wait for the last one."""
