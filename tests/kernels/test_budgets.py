@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qloralab.kernels import budgets
-from qloralab.kernels.budgets import BUDGETS, NEWER, PACKED, TARGET, Budget, budget, exceeded
+from qloralab.kernels.budgets import TARGET, budget, exceeded
+from qloralab.kernels.gpu.case import PACKED, Budget
 from qloralab.kernels.offline import KERNEL_FILES, TARGETS, Compiled, compile_cases
 from qloralab.kernels.sass import Counts, Instruction, count
 
@@ -21,26 +22,13 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 OTHERS = [target for target in TARGETS if target != TARGET]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, Compiled]:
-    """Every case for `TARGET`, by name."""
-    return {one.name: one for one in compile_cases([TARGET])}
-
-
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUDGETS)
-def test_a_kernel_keeps_its_budget(compiled, name):
-    one = compiled[name]
-    limits = budget(name, one.triton)
-    assert limits is not None
-    assert exceeded(limits, one, count(one.sass, one.weights_per_thread)) == []
-
-
-@needs_triton
-@pytest.mark.slow
-def test_every_kernel_has_a_budget(compiled):
-    assert set(compiled) == set(BUDGETS)
+def test_every_kernel_has_a_budget_and_keeps_it():
+    for one in compile_cases([TARGET]):
+        limits = budget(one)
+        assert limits is not None, one.name
+        assert exceeded(limits, one, count(one.sass, one.weights_per_thread)) == [], one.name
 
 
 @needs_triton
@@ -48,7 +36,6 @@ def test_every_kernel_has_a_budget(compiled):
 def test_every_kernel_compiles_for_the_other_targets():
     found = compile_cases(OTHERS, disassemble=False)  # what uses local memory has a stack, which is seen without
     names = {target: {one.name for one in found if one.target == target} for target in OTHERS}
-    assert all(some <= set(BUDGETS) for some in names.values())
     assert all(any(name.startswith(file) for name in some) for some in names.values() for file in KERNEL_FILES)
     assert [(one.name, one.target, one.spilled) for one in found if one.spilled] == []
 
@@ -96,12 +83,6 @@ def test_every_file_with_cases_is_listed():
     assert {path.stem for path in folder.glob("*.py") if "\nCASES" in path.read_text()} == set(KERNEL_FILES)
 
 
-def test_every_line_for_a_newer_triton_changes_a_budget():
-    for (name, since), line in NEWER.items():
-        assert since > (3, 6)
-        assert replace(BUDGETS[name], **line) != BUDGETS[name]
-
-
 LIMITS = Budget(3, registers=64, loaded=PACKED, width=128, staged=0.5, needs=("HGMMA",), forbids=("SHFL",))
 OPCODES = ["LDG.E.128", "PRMT", "HGMMA.64x16x16.F32.BF16", "BRA"]
 
@@ -146,14 +127,15 @@ def test_each_limit_is_held(limits, one, reason):
 
 
 def test_the_line_of_the_triton_in_use_counts(monkeypatch):
-    monkeypatch.setattr(budgets, "BUDGETS", {"one": Budget(8, registers=100), "two": Budget(5)})
-    monkeypatch.setattr(
-        budgets,
-        "NEWER",
-        {("one", (3, 10)): {"instructions": 7}, ("one", (3, 7)): {"registers": 99}, ("two", (3, 7)): {"loaded": 1}},
-    )
-    assert budget("one", "3.6.0") == Budget(8, registers=100)
-    assert budget("one", "3.7.1") == budget("one", "3.9.0+git") == Budget(8, registers=99)
-    assert budget("one", "3.10.0") == budget("one", "4.0.0") == Budget(7, registers=100)
-    assert budget("two", "3.7.0") == Budget(5, loaded=1)
-    assert budget("three", "3.6.0") is None
+    newer = {("one", (3, 10)): {"instructions": 7}, ("one", (3, 7)): {"registers": 99}, ("two", (3, 7)): {"loaded": 1}}
+    monkeypatch.setattr(budgets, "NEWER", newer)
+
+    def of(name: str, triton: str, limits: Budget | None) -> Budget | None:
+        return budget(kernel(name=name, triton=triton, budget=limits)[0])
+
+    one, two = Budget(8, registers=100), Budget(5)
+    assert of("one", "3.6.0", one) == one
+    assert of("one", "3.7.1", one) == of("one", "3.9.0+git", one) == Budget(8, registers=99)
+    assert of("one", "3.10.0", one) == of("one", "4.0.0", one) == Budget(7, registers=100)
+    assert of("two", "3.7.0", two) == Budget(5, loaded=1)
+    assert of("one", "3.7.0", None) is None
