@@ -13,7 +13,7 @@ reference  plain PyTorch; nothing is compiled
 ``QLORALAB_ISA`` (native, avx512, avx2, portable; read then too) is the instruction set that the C is compiled for: the
 machine's own, or a lower one, to test and to measure what slower machines run. ``compute_dtype`` follows it.
 
-An automatic choice may fall back, and ``report.py`` shows what was chosen. An explicit one that cannot be honoured raises.
+An automatic choice may fall back, and ``report.py`` shows which. An explicit one that cannot be honoured raises.
 Importing compiles nothing. A process compiles at most once for an instruction set: what failed is not tried again.
 """
 

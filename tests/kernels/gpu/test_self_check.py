@@ -12,7 +12,6 @@ from qloralab.kernels.gpu import self_check
 from qloralab.kernels.gpu.case import FILES
 from qloralab.kernels.gpu.self_check import NotServedError, kernel, mode, reason
 
-
 PACKAGE = "qloralab.kernels.gpu"
 
 
