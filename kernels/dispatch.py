@@ -53,8 +53,7 @@ def mode() -> str:
         ValueError: QLORALAB_CPU is something else.
     """
     global _mode
-    if _mode is None:
-        _mode = asked_mode()
+    _mode = _mode or asked_mode()
     return _mode
 
 
@@ -70,8 +69,7 @@ def isa() -> str:
         ValueError: QLORALAB_ISA cannot be honoured, see ``nf4/processor.py``.
     """
     global _isa
-    if _isa is None:
-        _isa = processor.isa()
+    _isa = _isa or processor.isa()
     return _isa
 
 

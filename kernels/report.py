@@ -37,8 +37,7 @@ def implementations(device: str = "cpu") -> list[dict[str, str]]:
         device: "cpu" or "cuda"; the current one of the GPUs.
 
     Raises:
-        ValueError: another device, QLORALAB_CPU (QLORALAB_GPU) is none of its three words, or QLORALAB_ISA cannot be
-            honoured.
+        ValueError: another device, or what ``check_environment`` refuses.
     """
     declared = [name for name, value in vars(ops).items() if isinstance(value, CustomOpDef)]
     if device == "cuda":
@@ -66,5 +65,5 @@ def implementations(device: str = "cpu") -> list[dict[str, str]]:
 
 def _has_cpu_kernel(name: str) -> bool:
     """Whether something was registered for the CPU beside the reference, which serves any device."""
-    key = f"qloralab::{name}"
-    return name in dispatch.CHUNK_UPDATES or torch._C._dispatch_has_kernel_for_dispatch_key(key, "CPU")
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    return name in dispatch.CHUNK_UPDATES or registered(f"qloralab::{name}", "CPU")

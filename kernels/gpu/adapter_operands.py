@@ -46,15 +46,10 @@ _SECOND = tl.constexpr(0x94D049BB133111EB)
 
 @dataclass(frozen=True)
 class LowRank:
-    """h B', what an adapter adds to y.
+    """h B', what an adapter adds to y."""
 
-    Attributes:
-        h: the dtype of x, [tokens, r].
-        B: float32 [N, r].
-    """
-
-    h: Tensor
-    B: Tensor
+    h: Tensor  # the dtype of x, [tokens, r]
+    B: Tensor  # float32 [N, r]
 
     def check(self, x: Tensor, tokens: int, N: int) -> None:
         """Raises ValueError unless it fits beside x W', x of so many tokens and W of so many rows."""
@@ -65,19 +60,12 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MaskedLowRank:
-    """keep∘(G A), what an adapter adds to dx.
+    """keep∘(G A), what an adapter adds to dx."""
 
-    Attributes:
-        G: the dtype of x, [tokens, r].
-        A: float32 [r, K].
-        seed: int64 [] or [1]; of no effect when p is 0.
-        p: dropout probability, in [0, 1).
-    """
-
-    G: Tensor
-    A: Tensor
-    seed: Tensor
-    p: float
+    G: Tensor  # the dtype of x, [tokens, r]
+    A: Tensor  # float32 [r, K]
+    seed: Tensor  # int64 [] or [1]; of no effect when p is 0
+    p: float  # dropout probability, in [0, 1)
 
     def check(self, grad: Tensor, tokens: int, K: int) -> None:
         """Raises ValueError unless it fits beside dy W, dy of so many tokens and W of so many columns."""
@@ -119,11 +107,7 @@ def _rank(name: str, tensor: Tensor) -> int:
 
 
 def threshold(p: float) -> int:
-    """Of 65536, what is dropped: the argument ``threshold`` of the kernels; 0 where nothing is.
-
-    Args:
-        p: in [0, 1).
-    """
+    """Of 65536, what p in [0, 1) drops: the argument ``threshold`` of the kernels; 0 where nothing is."""
     return round(rate(p) * 65536)
 
 

@@ -61,18 +61,6 @@ SCALES_PER_BLOCK = tl.constexpr(double_quant.BLOCK_SIZE)  # of the second level
 
 
 @triton.jit
-def product(value, scale):
-    """A weight: value times scale, float32, and never -0.0."""
-    return tl.fma(value, scale, 0.0) + 0.0
-
-
-@triton.jit
-def second_level(code, shared, offset, scale_map):
-    """A scale: the number of its 8-bit code times what the block shares, plus the offset, each rounded to float32."""
-    return tl.fma(tl.load(scale_map + code.to(tl.int32)), shared, 0.0) + tl.load(offset)
-
-
-@triton.jit
 def _dequantize(
     packed, scales, absmax2, offset, scale_map, values, out, numel, nbytes,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
@@ -96,9 +84,9 @@ def _dequantize(
     scale = tl.load(scales + tile * BLOCKS + block, mask=is_block, other=0)
     if DOUBLE_QUANT:
         shared = tl.load(absmax2 + tile * BLOCKS // SCALES_PER_BLOCK)
-        scale = second_level(scale, shared, offset, scale_map)
+        scale = tl.fma(tl.load(scale_map + scale.to(tl.int32)), shared, 0.0) + tl.load(offset)  # each is rounded
 
-    weight = product(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None])
+    weight = tl.fma(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None], 0.0) + 0.0  # never -0.0
     i = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(out + tile * TILE + i, round_to(weight, out.dtype.element_ty), mask=i < left)
 

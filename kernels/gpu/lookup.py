@@ -52,20 +52,12 @@ _FACTORS = 1 << 13  # candidates in [1, 2)
 
 @dataclass(frozen=True)
 class Table:
-    """A codebook as the kernels look it up.
+    """A codebook as the kernels look it up."""
 
-    Attributes:
-        factor: what the codebook is multiplied by; the scales are divided by it.
-        values: 16 bfloat16 numbers as floats, by the kernels' code.
-        order: the codebook's own code, by the kernels' code.
-        words: the arguments t0 to t7 of ``decode``, int32: A and B of the high bytes, A and B of the low bytes, two
-            words each.
-    """
-
-    factor: float
-    values: tuple[float, ...]
-    order: tuple[int, ...]
-    words: tuple[int, ...]
+    factor: float  # what the codebook is multiplied by; the scales are divided by it
+    values: tuple[float, ...]  # 16 bfloat16 numbers, by the kernels' code
+    order: tuple[int, ...]  # the codebook's own code, by the kernels' code
+    words: tuple[int, ...]  # t0 to t7 of ``decode``, int32: A and B of the high bytes, then of the low, two words each
 
 
 def table(values: Tensor) -> Table:

@@ -62,21 +62,13 @@ _SLAB = 1 << 24  # weights converted at a time
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """A packed weight in the order above.
+    """A packed weight in the order above."""
 
-    Attributes:
-        words: int32 [ceil(N / 64), K / 64, 512].
-        scales: float32 [ceil(N / 64), K / 64, 64].
-        scales_bf16: the same, rounded.
-        table: what the codes in words mean.
-        shape: (N, K).
-    """
-
-    words: Tensor
-    scales: Tensor
-    scales_bf16: Tensor
-    table: Table
-    shape: tuple[int, int]
+    words: Tensor  # int32 [ceil(N / 64), K / 64, 512]
+    scales: Tensor  # float32 [ceil(N / 64), K / 64, 64]
+    scales_bf16: Tensor  # the same, rounded
+    table: Table  # what the codes in words mean
+    shape: tuple[int, int]  # (N, K)
 
 
 def why_not(values: Tensor, shape: Sequence[int], block_size: int) -> str | None:

@@ -32,26 +32,13 @@ _tiles = WeakTensorKeyDictionary()  # packed -> (its version, TiledWeight, or No
 
 
 def linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
-    """x W' + bias, plus h B' of an adapter; or None where the product is two-pass.
-
-    Args:
-        x: [..., K].
-        operands: W, as the operators of ``nf4/ops.py`` take it.
-        bias: the dtype of x, [N], or None.
-        adapter: added before the result is rounded, or None.
-    """
+    """``linear.linear`` of x [..., K] and W as the operators of ``nf4/ops.py`` take it; or None: it is two-pass."""
     weight = _weight(x, operands)
     return None if weight is None else _linear(x, weight, bias, adapter=adapter)
 
 
 def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor | None:
-    """grad W, plus keep∘(G A) of an adapter; or None where the product is two-pass.
-
-    Args:
-        grad: [..., N].
-        operands: W, as for ``linear``.
-        adapter: added before the result is rounded, or None.
-    """
+    """``linear_grad_input.linear_grad_input`` of grad [..., N], likewise."""
     weight = _weight(grad, operands)
     return None if weight is None else _linear_grad_input(grad, weight, adapter=adapter)
 
