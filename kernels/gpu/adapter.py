@@ -7,7 +7,7 @@
 ``linear.py`` and ``linear_grad_input.py`` add h B' and keep∘(G A) to a fused product, ``two_pass.py`` lets cuBLAS add
 the product to them. What is left, dB = dy' h and G = factor * dy B, is cuBLAS'.
 
-**The mask** is made where x is: in registers, from the seed and the place (``adapter_mask.py``). No dropped-out copy of
+**The mask** is made where x is: in registers, from seed and index (``adapter_operands.py``). No dropped-out copy of
 x is written, and no mask. The seed is read by the kernel, so nothing waits for the device.
 
 **Bytes and instructions**, an element of x, in bfloat16, for a rank of 16. It is read or written once: 2 bytes, in

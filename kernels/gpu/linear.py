@@ -26,8 +26,7 @@ bfloat16 follows. NF4 itself is 9e-2 away from the weight that was quantized.
 With few tokens the scale could multiply the sum of 64 products instead, at tokens / 64 instructions, with weights that
 are off by 1.0e-3. But the backward product has no such sum: its gradient would be that of another weight.
 
-**Few programs.** Where the weight has too few rows to fill the GPU, K is split: each program writes its float32 sums to
-a workspace, and a second kernel adds them in a fixed order, so that equal inputs give equal bits.
+**Few programs.** Where the weight has too few rows to fill the GPU, K is split (``split.py``).
 
 **An adapter** adds h B', and its term is where the sums start: before the loop, one or more products of 128 rows of B,
 rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes 100 to 400 instructions of a thread, once, no
@@ -155,7 +154,7 @@ def linear(
         x: bfloat16 [..., K], on the weight's device.
         weight: W [N, K].
         bias: bfloat16 [N] or None.
-        splits: into how many ranges K is cut; None: `split` decides.
+        splits: into how many ranges K is cut; None: ``split.steps_of`` decides.
         adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:

@@ -17,7 +17,8 @@ the forward kernel.
 square, relative). These are the bits that the forward kernel multiplies.
 
 **An adapter** adds keep∘(G A), again where the sums start, since the mask is on this term alone. The mask is made in
-registers (``adapter_mask.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes 180.
+registers (``adapter_operands.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes
+180.
 
 A sum over many rows and few columns is split as in the forward kernel, and added in a fixed order. Where N is no
 multiple of 64, dY is first copied and padded with zeros.
@@ -153,7 +154,7 @@ def linear_grad_input(
     Args:
         grad: bfloat16 [..., N], on the weight's device.
         weight: W [N, K].
-        splits: into how many ranges N is cut; None: `split` decides.
+        splits: into how many ranges N is cut; None: ``split.steps_of`` decides.
         adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:

@@ -77,16 +77,7 @@ def linear(x: Tensor, operands: Operands, bias: Tensor | None = None, adapter: L
 
 
 def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor:
-    """grad W, plus keep∘(G A) of an adapter.
-
-    Args:
-        grad: float32, bfloat16 or float16 [..., N].
-        operands: W, as for ``linear``.
-        adapter: what dx starts as, or None.
-
-    Returns:
-        the dtype of grad, [..., K].
-    """
+    """grad W, plus keep∘(G A) of an adapter, which dx starts as: the dtype of grad [..., N], [..., K]."""
     if adapter is None:
         with _dequantized(operands, grad) as W:
             return grad @ W
@@ -97,12 +88,7 @@ def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank |
 
 
 class Workspace:
-    """One buffer that products take in turns.
-
-    Args:
-        device: where it lies.
-        dtype: of the dequantized weights.
-    """
+    """One buffer, on a device and of a dtype, that products take in turns."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -133,17 +119,7 @@ class Workspace:
         self._last = stream
 
 
-_lock = threading.Lock()
 _workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
-
-
-def workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
-    """The one of this device and dtype."""
-    found = _workspaces.get((device, dtype))
-    if found is None:
-        with _lock:
-            found = _workspaces.setdefault((device, dtype), Workspace(device, dtype))
-    return found
 
 
 @contextmanager
@@ -153,7 +129,9 @@ def _dequantized(operands: Operands, like: Tensor) -> Iterator[Tensor]:
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         yield dequantize(*operands, like.dtype)
         return
-    with workspace(like.device, like.dtype).borrow(math.prod(shape)) as buffer:
+    key = like.device, like.dtype
+    workspace = _workspaces.get(key) or _workspaces.setdefault(key, Workspace(*key))  # atomic: threads get the same one
+    with workspace.borrow(math.prod(shape)) as buffer:
         yield dequantize(*operands, like.dtype, out=buffer.view(tuple(shape)))
 
 
