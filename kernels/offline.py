@@ -6,8 +6,9 @@ kernel and what it occupies are known before a GPU runs it:
     @triton.jit kernel  ->  PTX  ->  cubin  ->  SASS (nvdisasm), registers, stack, shared memory (cuobjdump)
 
 A `Case` names one way in which a kernel is launched: types and constants are part of the compiled code. Each file of
-kernels ends with its ``CASES``; ``KERNEL_FILES`` lists the files. The launcher of triton marks pointers and integers
-that are divisible by 16, and the compiler makes wider loads of that; a case says the same through ``divisible``.
+kernels ends with its ``CASES``, and with ``CASES_SM_90`` for what is of use on one target alone; ``KERNEL_FILES`` lists
+the files. The launcher of triton marks pointers and integers that are divisible by 16, and the compiler makes wider
+loads of that; a case says the same through ``divisible``.
 
 A process either compiles or interprets: with ``TRITON_INTERPRET=1``, ``@triton.jit`` makes interpreted functions, which
 cannot be compiled. `compile_cases` therefore works in processes of its own, in which the variable is not set, as many
@@ -166,14 +167,14 @@ def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) ->
 
 
 def cases_of(module: str, target: str) -> Sequence[Case]:
-    """Of the ``CASES`` of a module, which is imported by its full name, those for a target.
+    """The cases of a module, which is imported by its full name: ``CASES``, and ``CASES_SM_90`` for sm_90 alone.
 
     Raises:
         OfflineError: it cannot be imported, or has no ``CASES``.
     """
     try:
         found = importlib.import_module(module)
-        return [case for case in found.CASES if case.only in (None, target)]
+        return [*found.CASES, *getattr(found, f"CASES_{target.upper()}", ())]
     except (ImportError, AttributeError) as error:
         raise OfflineError(f"{module}: {error}") from error
 

@@ -1,8 +1,8 @@
 """The kernels by name, and what the file of a kernel says about its compiled code.
 
-A file of kernels ends with ``CASES``, the ways to compile them with what each may cost (`Case`, `Budget`), and with
-``CHECKS``, what ``self_check.py`` runs on a device before a kernel serves there (``docs/add-a-kernel.md``). This file
-imports neither Triton nor torch.
+A file of kernels ends with ``CASES`` (``CASES_SM_90``: for one target alone), the ways to compile them with what each
+may cost (`Case`, `Budget`), and with ``CHECKS``, what ``self_check.py`` runs on a device before a kernel serves there
+(``docs/add-a-kernel.md``). This file imports neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class Case:
         num_stages: of the software pipeline.
         divisible: parameters that are divisible by 16, pointers by bytes. None: every pointer and every integer.
         budget: what it may cost on sm_90; None: a test would miss it.
-        only: the one target that it is for, such as ``"sm_90"``; None: every target.
     """
 
     name: str
@@ -78,4 +77,3 @@ class Case:
     num_stages: int = 3
     divisible: tuple[str, ...] | None = None
     budget: Budget | None = None
-    only: str | None = None

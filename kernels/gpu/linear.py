@@ -247,7 +247,7 @@ def product_budget(instructions: float, tokens: int, registers: int = 255, width
     return Budget(instructions, registers, loaded, width, staged=0.1, needs=("HGMMA",), forbids=("SHFL",))
 
 
-def _case(tokens: int, instructions: float, registers: int = 255, rank: int = 0, only: str | None = None) -> Case:
+def _case(tokens: int, instructions: float, registers: int = 255, rank: int = 0) -> Case:
     adapter = {"h": "*bf16", "B": "*fp32"}
     pointers = {**dict.fromkeys(("x", "bias", "out"), "*bf16"), "words": "*i32", "scales": "*fp32"}
     rank_tile, ranks = rank_tiles(rank)
@@ -263,7 +263,6 @@ def _case(tokens: int, instructions: float, registers: int = 255, rank: int = 0,
         num_stages=stages(tokens),
         divisible=(*pointers, "N", "K", *((*adapter, "r") if rank else ())),
         budget=product_budget(instructions, tokens, registers),
-        only=only,
     )
 
 
@@ -273,8 +272,6 @@ CASES = (
     _case(32, 5, 128),
     _case(64, 5.5, 168),
     _case(16, 4.8, 128, rank=64),  # with an adapter the loop is the same, and what is before it must not spill
-    # Without WGMMA, 128 tokens spill registers.
-    _case(128, 6, only="sm_90"),
-    _case(128, 6, rank=64, only="sm_90"),
-    _case(128, 6, rank=128, only="sm_90"),
 )
+# Without WGMMA, 128 tokens spill registers.
+CASES_SM_90 = (_case(128, 6), _case(128, 6, rank=64), _case(128, 6, rank=128))

@@ -30,7 +30,7 @@ CASES = (
     Case("double unaligned", double, TYPES | {"n": "i32"}, {"BLOCK": 1024}, 1024, divisible=()),
     Case("double of 2 warps", double, TYPES | {"n": "i32"}, {"BLOCK": 1024}, 1024, num_warps=2),
 )
-CASES += (Case("double on sm_80", double, TYPES | {"n": "i32"}, {"BLOCK": 512}, 512, only="sm_80"),)
+CASES_SM_80 = (Case("double on sm_80", double, TYPES | {"n": "i32"}, {"BLOCK": 512}, 512),)
 """
 SPILLING = """
 import triton

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def launched(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def measured(device, monkeypatch) -> Callable[[int], None]:
+def measured(device, monkeypatch) -> Iterator[Callable[[int], None]]:
     """``measured(tokens)``: on this device, weights of SHAPE are fused up to so many."""
 
     def up_to(tokens: int) -> None:
@@ -44,7 +45,7 @@ def measured(device, monkeypatch) -> Callable[[int], None]:
         monkeypatch.setattr(choice, "FUSED_UP_TO", table)
         choice._measured.cache_clear()
 
-    yield up_to  # pyright: ignore[reportReturnType]
+    yield up_to
     choice._measured.cache_clear()
 
 
@@ -118,7 +119,7 @@ def test_no_result_is_a_view(way, device, launched):
     assert set(launched) == ({"two-pass"} if way == "two-pass" else {"linear", "linear_grad_input"})
 
 
-def signs_do_not_pair(operands):
+def signs_do_not_pair(operands: Any) -> Any:
     values = operands[4].abs() + 0.1
     values[0] = -1
     return *operands[:4], values, *operands[5:]
@@ -139,7 +140,7 @@ TWO_PASS = {
 def test_everything_else_is_two_pass(up_to, dtype, options, change, device, launched, measured):
     if up_to is not None:
         measured(up_to)
-    operands = change(weight(device, **options).operands())
+    operands: Any = change(weight(device, **options).operands())
     x, grad, _ = inputs(device, dtype)
     W = reference.dequantize(*operands, dtype)
     for _ in range(2):  # the second time it is known
