@@ -209,7 +209,7 @@ class Case:
 
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
-        """The right answer, float64; of an adapted layer y and the gradients of x, A and B. See ``nf4/adapter.py``."""
+        """The right answer, float64; of an adapted layer y and the gradients of x, A and B. See ``lora/ops.py``."""
         if not self.adapted:
             return self.frozen
         y, dx = self.frozen

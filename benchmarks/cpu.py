@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from qloralab.kernels import dispatch
+from qloralab.kernels.report import implementations
 from qloralab.nf4.processor import processor_class
 
 from .case import Case, Weight
@@ -134,7 +134,7 @@ def measure(
         refused, ``skipped`` why it was not asked for one.
     """
     common = {"benchmark": "cpu", **fields, "roofline": vars(limits), **provenance()}
-    served = {row["operator"]: row["implementation"] for row in dispatch.report()}
+    served = {row["operator"]: row["implementation"] for row in implementations()}
     for shape in shapes:
         weight = Weight(shape)
         for operation, M in points:

@@ -26,6 +26,7 @@ import torch
 
 from qloralab.checkpoint.models import default_model, load_model, load_tokenizer, quantize_loaded_
 from qloralab.kernels import dispatch
+from qloralab.kernels.report import implementations
 from qloralab.nf4.processor import compute_dtype, processor_class
 
 from .case import WrongResultError, within
@@ -81,7 +82,7 @@ def measure(models: Mapping[str, Any], prompt: torch.Tensor, new_tokens: int = N
     Raises:
         WrongResultError: see ``check``; nothing is timed then.
     """
-    served = {row["operator"]: row["implementation"] for row in dispatch.report()}
+    served = {row["operator"]: row["implementation"] for row in implementations()}
     checked = {"ours": {"error": check(models["ours"], prompt), "implementation": served["linear"]}}
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     answer = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **options}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
-    python -m benchmarks.gpu --save     and let the measured decisions count on this machine (kernels/gpu/choice.py)
+    python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
@@ -60,9 +60,22 @@ MOST = 60  # samples
 COPIES = 32  # of a weight, at most
 BUDGET = 450.0  # seconds in all
 ROOM = 0.9  # of the free memory
-OPERATORS = {"linear": "linear", "input gradient": "linear_grad_input"}
-PROVIDER_KERNELS = {"ours, fused": "fused", "ours, canonical": "canonical", "ours": "two-pass"}
+DIRECTIONS = ("linear", "input gradient")
+PROVIDER_KERNELS = {"ours, fused": "fused", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most.
+
+    Attributes:
+        copy_gb_per_s: bytes read plus bytes written by a large copy, 10**9 a second.
+        gemm_tflop_per_s: a large bfloat16 product, 10**12 floating-point operations a second.
+    """
+
+    copy_gb_per_s: float
+    gemm_tflop_per_s: float
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ def cuda_device() -> Device:
 
 def ceilings(
     device: Device, nbytes: int = 2**30, shape: tuple[int, int, int] = (8192, 8192, 8192), seconds: float = 0.5
-) -> choice.Limits:
+) -> Limits:
     """Measure the rates of a copy of so many bytes and of a bfloat16 product (M, N, K); the best sample counts, it is a
     bound."""
     M, N, K = shape
@@ -125,13 +138,13 @@ def ceilings(
         "gemm": device.prepare([lambda: F.linear(x, weight)], True),
     }
     times = interleave(timers, seconds, fewest=5, most=MOST)
-    return choice.Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
+    return Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
 
 
 def measure(
     device: Device,
     common: Mapping[str, Any],
-    limits: choice.Limits | None,
+    limits: Limits | None,
     deadline: float,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     points: Sequence[tuple[str, int | None]] = POINTS,
@@ -188,7 +201,7 @@ def measure(
             yield with_ratios(records)
 
 
-def _record(outcome: Outcome, one: Provider, limits: choice.Limits | None, case: Case | None) -> dict[str, Any]:
+def _record(outcome: Outcome, one: Provider, limits: Limits | None, case: Case | None) -> dict[str, Any]:
     bound, timer = None, outcome.timer
     if case and limits:
         nbytes, flops = case.work(one.dense)
@@ -208,16 +221,27 @@ def _record(outcome: Outcome, one: Provider, limits: choice.Limits | None, case:
     }
 
 
-def decisions(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """What ``choice.save`` takes: where two-pass and another way to multiply were timed, their medians."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def fused_up_to(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], int]:
+    """A row of ``choice.FUSED_UP_TO``: by [N, K] the most tokens up to which the fused products took less time than the
+    two-pass ones, the sum of both directions; 0 where they never did. Weights not timed both ways are left out.
+    """
+    times: dict[tuple[int, int], dict[int, list[tuple[str, float]]]] = {}
     for point in by_point(records):
-        times = {PROVIDER_KERNELS[n]: p50(r) for n, r in point.items() if n in PROVIDER_KERNELS and r["ms"]}
-        some = next(iter(point.values()))
-        if len(times) > 1 and "two-pass" in times and some["operation"] in OPERATORS:
-            key = choice.weight_key(OPERATORS[some["operation"]], *some["shape"])
-            found.setdefault(key, {})[str(some["M"])] = times
-    return found
+        for name, kernel in PROVIDER_KERNELS.items():
+            record = point.get(name)
+            if record and record["ms"] and record["operation"] in DIRECTIONS:
+                by_tokens = times.setdefault(tuple(record["shape"]), {})
+                by_tokens.setdefault(record["M"], []).append((kernel, record["ms"]["p50"]))
+    rows = {}
+    for shape, by_tokens in times.items():
+        for M, found in sorted(by_tokens.items()):
+            if len(found) == 4:  # both kernels, both directions
+                fused, two_pass = (sum(ms for one, ms in found if one == kernel) for kernel in choice.KERNELS)
+                rows.setdefault(shape, 0)
+                if fused >= two_pass:
+                    break
+                rows[shape] = M
+    return rows
 
 
 def run(
@@ -263,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
-    parser.add_argument("--save", action="store_true", help="let the measured decisions count on this machine")
+    parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
     args = parse(parser, arguments)
     if args.view:
         show(tables(json.loads(args.view.read_text())), WIDTH)
@@ -275,12 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = gpu_record_file(args.out, device.name)
     providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
     options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "providers": providers}
-    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever a record says
+    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever was measured
         records = run(device, path, time.monotonic() + args.budget, measure=options)
     show(tables(records), WIDTH)
     if args.save:
-        measured = decisions(records)
-        print(f"{choice.save(device.name, measured)}: {len(measured)} weights" if measured else "nothing to save")
+        rows = fused_up_to(records)
+        print(f'    "{choice.architecture(device.device)}": {rows},' if rows else "nothing to save")
 
 
 if __name__ == "__main__":

@@ -128,10 +128,9 @@ def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[i
         name = f"{'input gradient' if backward else 'linear'} {shape[0]}x{shape[1]}"
         yield Canary(name, partial(_product, way="", backward=backward, shape=shape, M=33))
     yield Canary("two threads on two streams", _two_streams)
-    for way, some, rows in (("canonical", shapes, (1, 33, 64)), ("fused", tiled, (1, 16, 33, 300))):
-        for shape, M, backward in itertools.product(some, rows, (False, True)):
-            name = f"{way} {'input gradient' if backward else 'linear'} {shape[0]}x{shape[1]} M={M}"
-            yield Canary(name, partial(_product, way=way, backward=backward, shape=shape, M=M))
+    for shape, M, backward in itertools.product(tiled, (1, 16, 33, 300), (False, True)):
+        name = f"fused {'input gradient' if backward else 'linear'} {shape[0]}x{shape[1]} M={M}"
+        yield Canary(name, partial(_product, way="fused", backward=backward, shape=shape, M=M))
     for shape, way, M, p in itertools.product(tiled, choice.KERNELS, (1, 33, 300), (0.0, 0.1)):
         what = f"{shape[0]}x{shape[1]} M={M} {way}" + (", dropout" if p else "")
         yield Canary(f"adapted layer {what}", partial(_adapted, shape=shape, M=M, way=way, p=p))
@@ -175,7 +174,7 @@ def _dequantize(
 
 def _product(guard: Guard, way: str, backward: bool, shape: tuple[int, int], M: int) -> None:
     """y = x W' + bias, or its gradient by x, by one of the ways to multiply; "": as it is registered."""
-    from qloralab.kernels.gpu import canonical, linear, linear_grad_input, operators, packing
+    from qloralab.kernels.gpu import linear, linear_grad_input, operators, packing
 
     case = Case("input gradient" if backward else "linear", Weight(shape, guard.device), M)
     operands = guard.operands(case.weight.quantized)
@@ -186,8 +185,6 @@ def _product(guard: Guard, way: str, backward: bool, shape: tuple[int, int], M: 
         parts = {name: guard.copy(getattr(tiles, name)) for name in ("words", "scales", "scales_bf16")}
         tiles = dataclasses.replace(tiles, **parts)
         y = linear_grad_input.linear_grad_input(x, tiles) if backward else linear.linear(x, tiles, bias)
-    elif way == "canonical":
-        y = canonical.linear_grad_input(x, operands) if backward else canonical.linear(x, operands, bias)
     else:
         y = operators.linear_grad_input(x, *operands) if backward else operators.linear(x, *operands, bias)
     within(y, expected if backward else expected + bias.double(), FUSED if way == "fused" else ONCE)

@@ -3,7 +3,6 @@
 ===============  ====================================================================================================
 ours             nf4's operators as they are registered for CUDA, held to the two-pass product
 ours, fused      the fused kernels, from tiles made before
-ours, canonical  the kernels without tiles, for few tokens
 bf16             the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
 bitsandbytes     ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
                  the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
@@ -82,14 +81,6 @@ def _fused(case: Case) -> list[Run]:
     if case.operation == "linear":
         return [partial(linear.linear, case.x, part) for part in tiled]
     return [partial(linear_grad_input.linear_grad_input, case.gradient, part) for part in tiled]
-
-
-def _canonical(case: Case) -> list[Run]:
-    from qloralab.kernels.gpu import canonical
-
-    if case.operation == "linear":
-        return [partial(canonical.linear, case.x, part.operands()) for part in case.packed]
-    return [partial(canonical.linear_grad_input, case.gradient, part.operands()) for part in case.packed]
 
 
 def _bf16(case: Case) -> list[Run]:
@@ -184,7 +175,6 @@ _PRODUCTS, _LAYERS = ("linear", "input gradient"), OPERATIONS[-2:]
 PROVIDERS = [
     Provider("ours", _ours, **OPTIONS),
     Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), needs_gpu=True, **{**OPTIONS, "tolerance": FUSED}),
-    Provider("ours, canonical", _canonical, _PRODUCTS, needs_gpu=True, tokens=choice.FEW, **OPTIONS),
     Provider("bf16", _bf16, ("dequantize", *_PRODUCTS, *_LAYERS), dense=True, **OPTIONS),
     Provider("bitsandbytes", _bitsandbytes, finish=_bitsandbytes_weight, package="bitsandbytes", **PEERS),
     Provider("unsloth", _unsloth, ("dequantize", *_PRODUCTS), package="unsloth", graph=False, **PEERS),

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .view import Goal, Record, grid, p50, point_cells, points, yes
 
-COLUMNS = ("ours", "ours, fused", "ours, canonical", "bf16", "bitsandbytes", "unsloth")  # then every other provider
+COLUMNS = ("ours", "ours, fused", "bf16", "bitsandbytes", "unsloth")  # then every other provider
 GOALS = [
     Goal("dequantize", None, "bitsandbytes", 1.5),
     Goal("quantize", None, "bitsandbytes", 3.5),

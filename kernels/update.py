@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import dispatch
+from .gpu import self_check
+from .gpu.case import FILES
 from .moment_codes import BLOCK_SIZE
 from .rule import DTYPES, Rule, Segments
 
@@ -52,9 +54,7 @@ def kernel(rule: Rule, has_codes: bool, device: torch.device) -> Callable[[Segme
         library = dispatch.native()
         return None if library is None else library.update(name)
     if device.type == "cuda":
-        from .gpu import update_check
-
-        return update_check.kernel(name, device)
+        return self_check.kernel(name, device) if name in FILES else None
     return None
 
 

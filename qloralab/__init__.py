@@ -74,7 +74,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _import_module(f"{__name__}.kernels.cpu.operators")  # from here on, C serves nf4's operators
     _import_module(f"{__name__}.kernels.gpu.operators")  # and Triton those on CUDA tensors
-    _import_module(f"{__name__}.kernels.dispatch").check_environment()
+    _import_module(f"{__name__}.kernels.report").check_environment()
     value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value

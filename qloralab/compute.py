@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from qloralab.kernels import dispatch
+from qloralab.kernels import dispatch, report
 from qloralab.kernels.cpu import allocator
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.nf4 import processor
@@ -75,10 +75,10 @@ def check_environment() -> None:
     """Refuse what environment variables ask for and cannot have, before anything is read.
 
     Raises:
-        UserError: see ``dispatch.check_environment``.
+        UserError: see ``report.check_environment``.
     """
     try:
-        dispatch.check_environment()
+        report.check_environment()
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -32,10 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qloralab.kernels.gpu.case import Budget, Case
+from qloralab.kernels.gpu.case import FILES, Budget, Case
 
-# Modules of kernels/gpu with CASES, in the order of the table.
-KERNEL_FILES = ("dequantize", "quantize", "linear", "linear_grad_input", "adapter", "canonical", "adamw", "adamw_8bit")
+KERNEL_FILES = tuple(dict.fromkeys(FILES.values()))  # modules of kernels/gpu with CASES, in the order of the table
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
 
 

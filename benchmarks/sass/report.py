@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .budgets import TARGET, budget, exceeded, unsound
+from .budgets import TARGET, exceeded, unsound
 from .compile import (
     TARGETS,
     Compiled,
@@ -244,7 +244,7 @@ def _row(compiled: Compiled, counts: Counts) -> dict[str, Any]:
     limits, reasons, verdict = None, [], NONE
     is_theirs = compiled.name.startswith(THEIRS)
     if not is_theirs:
-        limits = budget(compiled) if compiled.target == TARGET else None
+        limits = compiled.budget if compiled.target == TARGET else None
         reasons = exceeded(limits, compiled, counts) if limits else unsound(compiled, counts)
         verdict = EXCEEDED if reasons else KEPT if limits else SOUND
     return {

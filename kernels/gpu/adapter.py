@@ -7,7 +7,7 @@
 ``linear.py`` and ``linear_grad_input.py`` add h B' and keep∘(G A) to a fused product, ``two_pass.py`` lets cuBLAS add
 the product to them. What is left, dB = dy' h and G = factor * dy B, is cuBLAS'.
 
-**The mask** is made where x is: in registers, from the seed and the place (``adapter_mask.py``). No dropped-out copy of
+**The mask** is made where x is: in registers, from seed and index (``adapter_operands.py``). No dropped-out copy of
 x is written, and no mask. The seed is read by the kernel, so nothing waits for the device.
 
 **Bytes and instructions**, an element of x, in bfloat16, for a rank of 16. It is read or written once: 2 bytes, in
@@ -33,6 +33,7 @@ h and dx are rounded once. float32 operands are multiplied in float32, not in TF
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,17 +41,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adapter_mask import coins, limit, quad_terms, row_terms, row_words, threshold
-from .adapter_operands import expect, expect_seed, operand, rank_tiles
-from .case import Case
-from .linear import add_splits, split
-from .lookup import INTERPRETED, bound
-from .rounding import round_to
+from qloralab.lora.dropout import keep_mask
+
+from . import self_check
+from .adapter_operands import (
+    coins,
+    expect,
+    expect_seed,
+    limit,
+    quad_terms,
+    rank_tiles,
+    row_terms,
+    row_words,
+    threshold,
+)
+from .case import Budget, Case
+from .interpreter import bound, operand, round_to
+from .split import in_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 128  # columns of the rank, of a program
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _NOT_SPECIALIZED = ["M", "steps", "threshold"]
 
 
@@ -63,22 +74,9 @@ def _kept(x, terms, quads, threshold):
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _project(
-    x,
-    A,
-    seed,
-    out,
-    M,
-    K,
-    r,
-    steps,
-    words,
-    threshold,
-    factor,
-    DROPOUT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, A, seed, out, M, K, r, steps, words, threshold, factor,
+    DROPOUT: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[m, j] = factor * sum_k keep[m, k] x[m, k] A[j, k]; out[split, m, j] where K is split."""
     m = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     j = tl.program_id(1).to(tl.int64) * RANK + tl.arange(0, RANK)
@@ -101,21 +99,9 @@ def _project(
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _grad_A(
-    G,
-    x,
-    seed,
-    out,
-    M,
-    K,
-    r,
-    steps,
-    words,
-    threshold,
-    DROPOUT: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RANK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    G, x, seed, out, M, K, r, steps, words, threshold,
+    DROPOUT: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[j, k] = sum_m G[m, j] keep[m, k] x[m, k]; out[split, j, k] where the tokens are split.
 
     The product is turned round, (x∘keep)' G: its left operand has 64 rows or more.
@@ -142,20 +128,9 @@ def _grad_A(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _masked_low_rank(
-    G,
-    A,
-    seed,
-    out,
-    M,
-    K,
-    r,
-    words,
-    threshold,
-    TOKENS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    G, A, seed, out, M, K, r, words, threshold,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out[m, k] = keep[m, k] sum_j G[m, j] A[j, k]."""
     m = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -179,7 +154,7 @@ def project(x: Tensor, A: Tensor, seed: Tensor, p: float, factor: float, splits:
         seed: int64 [] or [1]; of no effect when p is 0.
         p: dropout probability, in [0, 1).
         factor: on the sums; ``scaling / (1 - rate(p))`` makes h of it.
-        splits: into how many ranges K is cut; None: ``linear.split`` decides.
+        splits: into how many ranges K is cut; None: ``split.steps_of`` decides.
 
     Returns:
         h: the dtype of x, [tokens, r].
@@ -195,34 +170,17 @@ def project(x: Tensor, A: Tensor, seed: Tensor, p: float, factor: float, splits:
         return h.zero_()
     x, A = x.contiguous(), A.contiguous()
     tokens, rank = _project_tokens(M, x.dtype), _rank(r)
-    columns = 64 if rank < WIDEST else 32
-    grid = -(-M // tokens), -(-r // rank)
-    tiles = -(-K // columns)
-    steps = split(grid[0] * grid[1], tiles, splits)
-    depth = -(-tiles // steps)
-    parts = h if depth == 1 else x.new_empty((depth, M, r), dtype=torch.float32)
+    columns, dropped = 64 if rank < WIDEST else 32, threshold(p)
     kernel: Any = _project
-    kernel[(*grid, depth)](
-        x,
-        A,
-        seed,
-        parts,
-        M,
-        K,
-        r,
-        steps,
-        row_words(K),
-        threshold(p),
-        factor,
-        DROPOUT=threshold(p) > 0,
-        TOKENS=tokens,
-        RANK=rank,
-        COLUMNS=columns,
-        num_warps=8 if tokens == 128 else 4,
-        num_stages=_stages(x.dtype),
-    )
-    if depth > 1:
-        add_splits(parts, None, h)
+
+    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        kernel[grid](
+            x, A, seed, to, M, K, r, steps, row_words(K), dropped, factor,
+            DROPOUT=dropped > 0, TOKENS=tokens, RANK=rank, COLUMNS=columns,
+            num_warps=8 if tokens == 128 else 4, num_stages=_stages(x.dtype),
+        )  # fmt: skip
+
+    in_parts(launch, h, (-(-M // tokens), -(-r // rank)), -(-K // columns), splits)
     return h
 
 
@@ -233,7 +191,7 @@ def grad_A(G: Tensor, x: Tensor, seed: Tensor, p: float, splits: int | None = No
         G: the dtype of x, [tokens, r].
         x: float32, bfloat16 or float16 [tokens, K].
         seed, p: as in ``project``.
-        splits: into how many ranges the tokens are cut; None: ``linear.split`` decides.
+        splits: into how many ranges the tokens are cut; None: ``split.steps_of`` decides.
 
     Returns:
         dA: float32 [r, K].
@@ -248,34 +206,18 @@ def grad_A(G: Tensor, x: Tensor, seed: Tensor, p: float, splits: int | None = No
     if not (M and K and r):
         return dA.zero_()
     G, x = G.contiguous(), x.contiguous()
-    columns, rank = 128, _rank(r)
+    columns, rank, dropped = 128, _rank(r), threshold(p)
     tokens = 64 if rank < WIDEST and x.dtype != torch.float32 else 32
-    grid = -(-K // columns), -(-r // rank)
-    tiles = -(-M // tokens)
-    steps = split(grid[0] * grid[1], tiles, splits)
-    depth = -(-tiles // steps)
-    parts = dA if depth == 1 else x.new_empty((depth, r, K), dtype=torch.float32)
     kernel: Any = _grad_A
-    kernel[(*grid, depth)](
-        G,
-        x,
-        seed,
-        parts,
-        M,
-        K,
-        r,
-        steps,
-        row_words(K),
-        threshold(p),
-        DROPOUT=threshold(p) > 0,
-        TOKENS=tokens,
-        RANK=rank,
-        COLUMNS=columns,
-        num_warps=8,
-        num_stages=_stages(x.dtype),
-    )
-    if depth > 1:
-        add_splits(parts, None, dA)
+
+    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        kernel[grid](
+            G, x, seed, to, M, K, r, steps, row_words(K), dropped,
+            DROPOUT=dropped > 0, TOKENS=tokens, RANK=rank, COLUMNS=columns,
+            num_warps=8, num_stages=_stages(x.dtype),
+        )  # fmt: skip
+
+    in_parts(launch, dA, (-(-K // columns), -(-r // rank)), -(-M // tokens), splits)
     return dA
 
 
@@ -304,21 +246,9 @@ def masked_low_rank(G: Tensor, A: Tensor, seed: Tensor, p: float) -> Tensor:
     rank, ranks = rank_tiles(r)
     kernel: Any = _masked_low_rank
     kernel[(-(-M // tokens), -(-K // columns))](
-        G,
-        A,
-        seed,
-        out,
-        M,
-        K,
-        r,
-        row_words(K),
-        threshold(p),
-        TOKENS=tokens,
-        RANK=rank,
-        RANKS=ranks,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+        G, A, seed, out, M, K, r, row_words(K), threshold(p),
+        TOKENS=tokens, RANK=rank, RANKS=ranks, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -346,34 +276,73 @@ def _stages(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float32 else 3
 
 
-def _case(name: str, kernel: Any, pointers: dict[str, str], num_warps: int, **constexprs: Any) -> Case:
+_P, _SEED = 0.3, 0x0123456789ABCDEF  # of the checks
+
+
+def _given(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x without what its mask drops, A, G, the seed and the mask."""
+    (M, K), r = self_check.SHAPE, 3
+    x, A, G = (self_check.whole(*size, device) for size in ((M, K), (r, K), (M, r)))
+    seed = torch.tensor(_SEED, device=device)
+    return x, A, G, seed, keep_mask(seed, M, K, _P)
+
+
+def _check_project(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    x, A, _, seed, keep = _given(device)
+    h = launch(x.bfloat16(), A, seed, _P, 0.5)
+    return (h,), (self_check.product(torch.where(keep, x, 0), A.T).mul(0.5).bfloat16(),)
+
+
+def _check_grad_A(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    x, _, G, seed, keep = _given(device)
+    dA = launch(G.bfloat16(), x.bfloat16(), seed, _P)
+    return (dA,), (self_check.product(G.T, torch.where(keep, x, 0)),)
+
+
+def _check_masked_low_rank(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    _, A, G, seed, keep = _given(device)
+    return (launch(G.bfloat16(), A, seed, _P),), (torch.where(keep, self_check.product(G, A), 0).bfloat16(),)
+
+
+CHECKS = {"project": _check_project, "grad_A": _check_grad_A, "masked_low_rank": _check_masked_low_rank}
+
+
+def _case(name: str, kernel: Any, pointers: dict[str, str], num_warps: int, budget: Budget, **constexprs: Any) -> Case:
     scalars = {name: "fp32" if name == "factor" else "i32" for name in kernel.arg_names}
+    types = {**scalars, "seed": "*i64", **pointers}
     return Case(
         name=f"adapter {name}",
         kernel=kernel,
-        signature={
-            name: kind for name, kind in {**scalars, "seed": "*i64", **pointers}.items() if name not in constexprs
-        },
+        signature={name: kind for name, kind in types.items() if name not in constexprs},
         constexprs=constexprs,
         weights=constexprs["TOKENS"] * constexprs["COLUMNS"],  # elements of x
         num_warps=num_warps,
         divisible=(*pointers, "K", "r", "words"),
+        budget=budget,
     )
+
+
+# An element of x here is 2 bytes: 20 instructions can be issued while they arrive or leave. 5 hash the mask.
+def _budget(instructions: float, registers: int = 128, loaded: float = 2, **more: Any) -> Budget:
+    return Budget(instructions, registers, loaded, **{"needs": ("HGMMA",), **more})
 
 
 _TO_H = {"x": "*bf16", "A": "*fp32", "out": "*fp32"}
 _TO_A = {"G": "*bf16", "x": "*bf16", "out": "*fp32"}
 _TO_X = {"G": "*bf16", "A": "*fp32", "out": "*bf16"}
-_LARGE = {"TOKENS": 128, "RANK": 16, "COLUMNS": 64}
+_LARGE = {"TOKENS": 128, "RANK": 16, "COLUMNS": 64, "DROPOUT": True}
 _WIDE = {"TOKENS": 64, "RANK": 16, "COLUMNS": 128}
+_GRAD = {**_WIDE, "DROPOUT": True}
+_DRY = {"DROPOUT": False}
 
 CASES = (
-    _case("project", _project, _TO_H, 8, **_LARGE, DROPOUT=True),
-    _case("project without dropout", _project, _TO_H, 8, **_LARGE, DROPOUT=False),
-    _case("project, rank 64", _project, _TO_H, 8, **{**_LARGE, "RANK": 64}, DROPOUT=True),
-    _case("project, 16 tokens", _project, _TO_H, 4, **{**_LARGE, "TOKENS": 16}, DROPOUT=True),
-    _case("grad_A", _grad_A, _TO_A, 8, **_WIDE, DROPOUT=True),
-    _case("grad_A without dropout", _grad_A, _TO_A, 8, **_WIDE, DROPOUT=False),
-    _case("grad_A, rank 64", _grad_A, _TO_A, 8, **{**_WIDE, "RANK": 64}, DROPOUT=True),
-    _case("masked_low_rank", _masked_low_rank, _TO_X, 4, **_WIDE, RANKS=1),
+    _case("project", _project, _TO_H, 8, _budget(14), **_LARGE),
+    _case("project without dropout", _project, _TO_H, 8, _budget(4, 64, staged=0.5), **_LARGE | _DRY),
+    _case("project, rank 64", _project, _TO_H, 8, _budget(15, 168), **_LARGE | {"RANK": 64}),
+    # A, in float32, is as large as x.
+    _case("project, 16 tokens", _project, _TO_H, 4, _budget(24, needs=("HMMA",)), **_LARGE | {"TOKENS": 16}),
+    _case("grad_A", _grad_A, _TO_A, 8, _budget(17), **_GRAD),
+    _case("grad_A without dropout", _grad_A, _TO_A, 8, _budget(5, 64, staged=0.1), **_GRAD | _DRY),
+    _case("grad_A, rank 64", _grad_A, _TO_A, 8, _budget(17), **_GRAD | {"RANK": 64}),
+    _case("masked_low_rank", _masked_low_rank, _TO_X, 4, _budget(21, loaded=0), **_WIDE, RANKS=1),  # counted whole
 )

@@ -1,7 +1,8 @@
-"""What a kernel's file says about its compiled code: the ways to compile it, and what each of them may cost.
+"""The kernels by name, and what the file of a kernel says about its compiled code.
 
-A process either compiles or interprets: with ``TRITON_INTERPRET=1``, ``@triton.jit`` makes interpreted functions, and a
-case then names one of those. This file does not import Triton.
+A file of kernels ends with ``CASES`` (``CASES_SM_90``: for one target alone), the ways to compile them with what each
+may cost (`Case`, `Budget`), and with ``CHECKS``, what ``self_check.py`` runs on a device before a kernel serves there
+(``docs/add-a-kernel.md``). This file imports neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+
+# Every kernel that is checked: its launcher's name, and the file that has it.
+FILES = {
+    "quantize_blockwise": "quantize",
+    "quantize_scales": "quantize",
+    "dequantize": "dequantize",
+    "linear": "linear",
+    "linear_grad_input": "linear_grad_input",
+    "project": "adapter",
+    "grad_A": "adapter",
+    "masked_low_rank": "adapter",
+    "adamw": "adamw",
+    "adamw_8bit": "adamw_8bit",
+}
 
 PACKED = 0.5  # bytes per weight: 4 bits
 

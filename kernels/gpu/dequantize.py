@@ -49,43 +49,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qloralab.nf4 import packed
-from qloralab.nf4.codebook import dynamic_map
+from qloralab.nf4 import blockwise, double_quant, packed
+from qloralab.nf4.codebook import codebook_values, dynamic_map
 
-from .case import Case
-from .rounding import round_to
+from . import self_check
+from .case import Budget, Case
+from .interpreter import round_to
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
 SCALES_PER_BLOCK = tl.constexpr(packed.SCALES_PER_BLOCK)  # of the second level
 
 
 @triton.jit
-def product(value, scale):
-    """A weight: value times scale, float32, and never -0.0."""
-    return tl.fma(value, scale, 0.0) + 0.0
-
-
-@triton.jit
-def second_level(code, shared, offset, scale_map):
-    """A scale: the number of its 8-bit code times what the block shares, plus the offset, each rounded to float32."""
-    return tl.fma(tl.load(scale_map + code.to(tl.int32)), shared, 0.0) + tl.load(offset)
-
-
-@triton.jit
 def _dequantize(
-    packed,
-    scales,
-    absmax2,
-    offset,
-    scale_map,
-    values,
-    out,
-    numel,
-    nbytes,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    DOUBLE_QUANT: tl.constexpr,
-):
+    packed, scales, absmax2, offset, scale_map, values, out, numel, nbytes,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
+):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_SIZE
     tile = tl.program_id(0).to(tl.int64)
     # All that is as large as the weight is in 64 bits, and the same for the whole program; within a tile 32 bits do.
@@ -105,9 +84,9 @@ def _dequantize(
     scale = tl.load(scales + tile * BLOCKS + block, mask=is_block, other=0)
     if DOUBLE_QUANT:
         shared = tl.load(absmax2 + tile * BLOCKS // SCALES_PER_BLOCK)
-        scale = second_level(scale, shared, offset, scale_map)
+        scale = tl.fma(tl.load(scale_map + scale.to(tl.int32)), shared, 0.0) + tl.load(offset)  # each is rounded
 
-    weight = product(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None])
+    weight = tl.fma(tl.reshape(value, (BLOCKS, BLOCK_SIZE)), scale[:, None], 0.0) + 0.0  # never -0.0
     i = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(out + tile * TILE + i, round_to(weight, out.dtype.element_ty), mask=i < left)
 
@@ -149,19 +128,10 @@ def dequantize(
         out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     double_quant = absmax2 is not None
     if numel:
-        constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "TILE": TILE, "DOUBLE_QUANT": double_quant}
-        _dequantize[(-(-numel // TILE),)](
-            packed,
-            scales,
-            absmax2,
-            offset,
-            map_on(packed.device) if double_quant else None,
-            values,
-            out,
-            numel,
-            packed.numel(),
-            **constants,
-        )
+        scale_map = map_on(packed.device) if double_quant else None
+        given = packed, scales, absmax2, offset, scale_map, values, out, numel, packed.numel()
+        kernel: Any = _dequantize
+        kernel[(-(-numel // TILE),)](*given, BLOCK_SIZE=block_size, TILE=TILE, DOUBLE_QUANT=double_quant)
     return out
 
 
@@ -171,16 +141,31 @@ def map_on(device: torch.device) -> Tensor:
     return dynamic_map().to(device)
 
 
-def _case(name: str, dtype: str, double_quant: bool) -> Case:
+def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    weight, values = self_check.weight(device), codebook_values("nf4").to(device)
+    packed, absmax = blockwise.quantize_blockwise(weight, values, self_check.BLOCK_SIZE)
+    second = double_quant.quantize_scales(absmax)
+    decoded = double_quant.dequantize_scales(*second)
+    expected = blockwise.dequantize_blockwise(packed, decoded, values, self_check.BLOCK_SIZE, weight.numel())
+    result = launch(packed, *second, values, weight.shape, self_check.BLOCK_SIZE, torch.bfloat16)
+    return (result,), (expected.bfloat16().view(weight.shape),)
+
+
+CHECKS = {"dequantize": _check}
+
+
+def _case(name: str, dtype: str, double_quant: bool, budget: Budget) -> Case:
     second = dict.fromkeys(("absmax2", "offset", "scale_map"))
     signature = {"packed": "*u8", "values": "*fp32", "out": f"*{dtype}", "numel": "i32", "nbytes": "i32"}
     signature |= {"scales": "*u8", **dict.fromkeys(second, "*fp32")} if double_quant else {"scales": "*fp32"}
     constexprs = {"BLOCK_SIZE": 64, "TILE": TILE, "DOUBLE_QUANT": double_quant} | ({} if double_quant else second)
-    return Case(name, _dequantize, signature, constexprs, weights=TILE)
+    return Case(name, _dequantize, signature, constexprs, weights=TILE, budget=budget)
 
 
-CASES: tuple[Case, ...] = (
-    _case("dequantize", "bf16", double_quant=True),
-    _case("dequantize one level", "bf16", double_quant=False),
-    _case("dequantize to float32", "fp32", double_quant=True),
+# 25 instructions could be issued while 2.5625 bytes arrive and leave. 8 leaves two thirds of that to waiting.
+CASES = (
+    _case("dequantize", "bf16", True, Budget(8, registers=128, forbids=("SHFL",))),
+    # Its FADD turns -0.0 into +0.0: without a second level there is no other.
+    _case("dequantize one level", "bf16", False, Budget(8, 128, needs=("FFMA", "FADD"), forbids=("SHFL",))),
+    _case("dequantize to float32", "fp32", True, Budget(9, registers=128, forbids=("SHFL",))),  # writes twice the bytes
 )

@@ -26,8 +26,7 @@ bfloat16 follows. NF4 itself is 9e-2 away from the weight that was quantized.
 With few tokens the scale could multiply the sum of 64 products instead, at tokens / 64 instructions, with weights that
 are off by 1.0e-3. But the backward product has no such sum: its gradient would be that of another weight.
 
-**Few programs.** Where the weight has too few rows to fill the GPU, K is split: each program writes its float32 sums to
-a workspace, and a second kernel adds them in a fixed order, so that equal inputs give equal bits.
+**Few programs.** Where the weight has too few rows to fill the GPU, K is split (``split.py``).
 
 **An adapter** adds h B', and its term is where the sums start: before the loop, one or more products of 128 rows of B,
 rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes 100 to 400 instructions of a thread, once, no
@@ -43,6 +42,7 @@ between threads or through shared memory, and at 128 tokens it spills registers:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,53 +50,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qloralab.nf4 import ops
 from qloralab.nf4.product import reshaped
 
-from .adapter_operands import LowRank, operand, rank_tiles
-from .case import Case
-from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode, rounded
-from .packing import TILE, TiledWeight
-from .rounding import round_to
+from . import self_check
+from .adapter_operands import LowRank, rank_tiles
+from .case import PACKED, Budget, Case
+from .interpreter import INTERPRETED, bound, operand, round_to, to_float32
+from .lookup import TABLE_ARGUMENTS, decode, table
+from .packing import TILE, TiledWeight, tile
+from .split import in_parts
 
 ROWS = 128  # of a program
-# What K is split for: two programs for each multiprocessor of an H100; six, of which five fit at a time, where they are
-# small and each waits for its words. Measured on one: the sixth evens out what the last ones leave idle.
-PROGRAMS, PROGRAMS_OF_FEW_TOKENS = 264, 792
-FEWEST_STEPS, FEWEST_STEPS_OF_FEW_TOKENS = 8, 4  # of a program, when K is split
-FEW_TOKENS = 32
 TOKEN_TILES = (16, 32, 64, 128)
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_NOT_SPECIALIZED = ["M", "steps", *TABLE_ARGUMENTS]
 
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=["M", "steps", *TABLE_ARGUMENTS])
 def _linear(
-    x,
-    words,
-    scales,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    steps,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
-    t6,
-    t7,
-    h,
-    B,
-    r,
-    TOKENS: tl.constexpr,
-    BIAS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-):
+    x, words, scales, bias, out, M, N, K, steps,
+    t0, t1, t2, t3, t4, t5, t6, t7,
+    h, B, r,
+    TOKENS: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     """out[m, n] = sum_j B[n, j] h[m, j] + sum_k x[m, k] W'[n, k] + bias[n]; out[split, m, n] where K is split.
 
     Names of dimensions as in ``packing.py``; "tile" is which of the two tiles of rows. Words are loaded in the order
@@ -109,9 +84,9 @@ def _linear(
     top = tl.program_id(0) * 2
     # Two tiles of rows, or one and the same twice, at the bottom: what is read again is not stored.
     second = tl.minimum(top + 1, (N + 63) // 64 - 1) - top
-    tile = top.to(tl.int64) * tiles + first
-    words += tile * 512
-    scales += tile * 64
+    upper = top.to(tl.int64) * tiles + first
+    words += upper * 512
+    scales += upper * 64
     x += (tl.program_id(1) * TOKENS).to(tl.int64) * K + first * 64
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     x_at = tl.arange(0, TOKENS)[None, :] * K + tl.arange(0, 64)[:, None]
@@ -126,14 +101,14 @@ def _linear(
     for _ in range(bound(first), bound(last)):
         w = tl.load(words + words_at)
         xs = tl.load(x + x_at, mask=m[None, :] < M, other=0.0)
-        if _INTERPRETED:
-            xs = xs.to(tl.float32)
+        if INTERPRETED:
+            xs = to_float32(xs)
         d = decode(tl.reshape(w, (2, 2, 2, 2, 4, 4, 2, 2)), t0, t1, t2, t3, t4, t5, t6, t7)
         # k32 tile n32 n16 u c k16 kp p i q -> p tile n32 i n16 u, k32 k16 q c kp
         d = tl.reshape(tl.permute(d, (8, 1, 2, 9, 3, 4, 0, 6, 10, 5, 7)), (128, 64))
         s = tl.load(scales + scales_at)
-        if _INTERPRETED:
-            d = rounded(d * rounded(s)[:, None])
+        if INTERPRETED:
+            d = operand(d * operand(s, tl.bfloat16)[:, None], tl.bfloat16)
         else:
             d = d * s.to(tl.bfloat16)[:, None]
         total = tl.dot(d, xs, total)
@@ -145,9 +120,9 @@ def _linear(
     n = tl.program_id(0) * 128 + tl.arange(0, 128)
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    place = tl.program_id(2).to(tl.int64) * M + m
-    at = out + place[None, :] * N + n[:, None]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    row = tl.program_id(2).to(tl.int64) * M + m
+    at = out + row[None, :] * N + n[:, None]
+    tl.store(at, round_to(total, out.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
 
 
 @triton.jit
@@ -166,22 +141,6 @@ def _low_rank(total, h, B, M, N, r, m, RANK: tl.constexpr, RANKS: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _add_splits(parts, bias, out, size, N, splits, BIAS: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ... + bias[i % N]: DEPTH parts at a time, so that their loads overlap."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, DEPTH)
-    at = parts + part.to(tl.int64)[:, None] * size + i[None, :]
-    inside = i < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, bound(splits), DEPTH):
-        total += tl.sum(tl.load(at, mask=inside[None, :] & (first + part < splits)[:, None], other=0.0), axis=0)
-        at += size * DEPTH
-    if BIAS:
-        total += tl.load(bias + i % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + i, round_to(total, out.dtype.element_ty), mask=inside)
-
-
 def linear(
     x: Tensor,
     weight: TiledWeight,
@@ -195,7 +154,7 @@ def linear(
         x: bfloat16 [..., K], on the weight's device.
         weight: W [N, K].
         bias: bfloat16 [N] or None.
-        splits: into how many ranges K is cut; None: `split` decides.
+        splits: into how many ranges K is cut; None: ``split.steps_of`` decides.
         adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:
@@ -215,65 +174,26 @@ def linear(
     M = len(flat)
     if adapter is not None:
         adapter.check(flat, M, N)
-    out = empty_output(M, N, flat)
+    out = flat.new_empty((M, N))
     if M == 0 or N == 0 or K == 0:
-        return finished(out.zero_() if bias is None else out.copy_(bias.expand(M, N)), x, N)
-    r = 0 if adapter is None else adapter.B.shape[1]
+        return reshaped(out.zero_() if bias is None else out.copy_(bias.expand(M, N)), (*x.shape[:-1], N))
+    h, B = (None, None) if adapter is None else (adapter.h.contiguous(), adapter.B.contiguous())
+    r = 0 if B is None else B.shape[1]
     rank, ranks = rank_tiles(r)
     tokens = token_tile(M, x.device)
-    down, token_tiles = -(-N // ROWS), -(-M // tokens)
-    steps = split(down * token_tiles, K // TILE, splits, tokens)
-    depth = -(-(K // TILE) // steps)
-    parts = out if depth == 1 else flat.new_empty((depth, M, N), dtype=torch.float32)
     kernel: Any = _linear
-    kernel[(down, token_tiles, depth)](
-        flat,
-        weight.words,
-        weight.scales,
-        flat if bias is None else bias,
-        parts,
-        M,
-        N,
-        K,
-        steps,
-        *weight.table.words,
-        None if adapter is None else adapter.h.contiguous(),
-        None if adapter is None else adapter.B.contiguous(),
-        r,
-        TOKENS=tokens,
-        BIAS=bias is not None and depth == 1,
-        RANK=rank,
-        RANKS=ranks,
-        num_warps=4,
-        num_stages=stages(tokens),
-    )
-    if depth > 1:
-        add_splits(parts, bias, out)
-    return finished(out, x, N)
 
+    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        kernel[grid](
+            flat, weight.words, weight.scales, flat if bias is None else bias, to, M, N, K, steps,
+            *weight.table.words,
+            h, B, r,
+            TOKENS=tokens, BIAS=bias is not None and to is out, RANK=rank, RANKS=ranks,
+            num_warps=4, num_stages=stages(tokens),
+        )  # fmt: skip
 
-def add_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = the sum of parts along the first dimension, plus bias.
-
-    Args:
-        parts: float32 [splits, M, N].
-        bias: bfloat16 [N] or None.
-        out: float32, bfloat16 or float16 [M, N].
-    """
-    size, block, splits = out.numel(), 256, len(parts)
-    kernel: Any = _add_splits
-    kernel[(-(-size // block),)](
-        parts,
-        out if bias is None else bias,
-        out,
-        size,
-        out.shape[1],
-        splits,
-        BIAS=bias is not None,
-        DEPTH=8 if splits > 4 else 4 if splits > 2 else 2,
-        BLOCK=block,
-        num_warps=2,
-    )
+    in_parts(launch, out, (-(-N // ROWS), -(-M // tokens)), K // TILE, splits, tokens, bias)
+    return reshaped(out, (*x.shape[:-1], N))
 
 
 def token_tile(M: int, device: torch.device) -> int:
@@ -288,26 +208,6 @@ def stages(tokens: int) -> int:
     return 4 if tokens == 64 else 3
 
 
-def split(programs: int, tiles: int, splits: int | None = None, tokens: int = TOKEN_TILES[-1]) -> int:
-    """How many of the tiles along the sum a program takes.
-
-    Args:
-        programs: that there are without a split.
-        tiles: along the sum.
-        splits: wished for; None: as many as bring the programs to `PROGRAMS`, with `FEWEST_STEPS` each, or to those of
-            few tokens.
-        tokens: of a program.
-
-    Returns:
-        1 to tiles. Parts of this length cover the tiles, and none is empty.
-    """
-    if splits is None:
-        few = tokens <= FEW_TOKENS
-        most, fewest = (PROGRAMS_OF_FEW_TOKENS, FEWEST_STEPS_OF_FEW_TOKENS) if few else (PROGRAMS, FEWEST_STEPS)
-        splits = max(min(most // programs, tiles // fewest), 1)
-    return -(-tiles // min(max(splits, 1), tiles))
-
-
 def check(name: str, tensor: Tensor, columns: int, weight: TiledWeight) -> None:
     """Raises ValueError unless a tensor is bfloat16 [..., columns] on the weight's device."""
     if tensor.dtype != torch.bfloat16:
@@ -318,39 +218,60 @@ def check(name: str, tensor: Tensor, columns: int, weight: TiledWeight) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the weight on {weight.words.device}")
 
 
-def empty_output(M: int, columns: int, like: Tensor) -> Tensor:
-    """[M, columns] for a kernel to write: bfloat16, or float32 in the interpreter, which cannot round to bfloat16."""
-    return like.new_empty((M, columns), dtype=torch.float32 if INTERPRETED else torch.bfloat16)
+def whole_weight(device: torch.device) -> tuple[TiledWeight, Tensor]:
+    """A weight for the checks at first use, and the same as float32 [192, 128]: whole numbers, no two codes alike."""
+    values = torch.tensor([-8.0, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8], device=device)
+    packed = (torch.arange(192 * 128 // 2, device=device) * 37 % 251).to(torch.uint8)[:, None]
+    scales = torch.tensor([1.0, 2.0, -1.0], device=device).repeat(128) * table(values).factor
+    operands = packed, scales, None, None, values, (192, 128), 64
+    return tile(*operands), ops.dequantize.reference(*operands, torch.float32)
 
 
-def finished(out: Tensor, x: Tensor, columns: int) -> Tensor:
-    """The result of a kernel as bfloat16 [..., columns]."""
-    return reshaped(out.to(torch.bfloat16), (*x.shape[:-1], columns))
+def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    weight, W = whole_weight(device)
+    x, bias, h, B = (self_check.whole(*size, device) for size in ((5, 128), (1, 192), (5, 3), (192, 3)))
+    given, y = x.bfloat16(), self_check.product(x, W.T)
+    found = launch(given, weight, bias[0].bfloat16()), launch(given, weight, adapter=LowRank(h.bfloat16(), B))
+    return found, ((y + bias).bfloat16(), (y + self_check.product(h, B.T)).bfloat16())
 
 
-def _case(tokens: int, rank: int = 0) -> Case:
+CHECKS = {"linear": _check}
+
+
+def product_budget(instructions: float, tokens: int, registers: int = 255, width: int = 128) -> Budget:
+    """A matrix product in tiles of 128 weights along the output, so each bf16 of x is loaded once for 128 weights.
+
+    Dequantized weights stay in registers: no shuffles, and what is staged are the scales.
+    """
+    loaded = PACKED + (2 * tokens / 128 if width == 128 else 0)
+    return Budget(instructions, registers, loaded, width, staged=0.1, needs=("HGMMA",), forbids=("SHFL",))
+
+
+def _case(tokens: int, instructions: float, registers: int = 255, rank: int = 0) -> Case:
+    adapter = {"h": "*bf16", "B": "*fp32"}
+    pointers = {**dict.fromkeys(("x", "bias", "out"), "*bf16"), "words": "*i32", "scales": "*fp32"}
+    rank_tile, ranks = rank_tiles(rank)
     return Case(
         name=f"linear, {tokens} tokens" + (f", rank {rank}" if rank else ""),
         kernel=_linear,
-        signature={
-            **dict.fromkeys(("x", "bias", "out"), "*bf16"),
-            "words": "*i32",
-            "scales": "*fp32",
-            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r"), "i32"),
-            **({"h": "*bf16", "B": "*fp32"} if rank else {}),
-        },
-        constexprs={
-            "TOKENS": tokens,
-            "BIAS": True,
-            **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
-            **({} if rank else {"h": None, "B": None}),
-        },
+        signature=pointers
+        | dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r"), "i32")
+        | (adapter if rank else {}),
+        constexprs={"TOKENS": tokens, "BIAS": True, "RANK": rank_tile, "RANKS": ranks}
+        | ({} if rank else dict.fromkeys(adapter)),
         weights=ROWS * TILE,
         num_stages=stages(tokens),
-        divisible=("x", "bias", "out", "words", "scales", "N", "K", *(("h", "B", "r") if rank else ())),
+        divisible=(*pointers, "N", "K", *((*adapter, "r") if rank else ())),
+        budget=product_budget(instructions, tokens, registers),
     )
 
 
-CASES = (*(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64), _case(16, rank=64))
+# 5.6 instructions can be issued while 0.5625 bytes arrive. From 64 tokens on, the tensor cores leave more.
+CASES = (
+    _case(16, 4.8, 128),
+    _case(32, 5, 128),
+    _case(64, 5.5, 168),
+    _case(16, 4.8, 128, rank=64),  # with an adapter the loop is the same, and what is before it must not spill
+)
 # Without WGMMA, 128 tokens spill registers.
-CASES_SM_90 = (_case(128), _case(128, rank=64), _case(128, rank=128))
+CASES_SM_90 = (_case(128, 6), _case(128, 6, rank=64), _case(128, 6, rank=128))

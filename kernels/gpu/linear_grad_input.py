@@ -17,7 +17,8 @@ the forward kernel.
 square, relative). These are the bits that the forward kernel multiplies.
 
 **An adapter** adds keep∘(G A), again where the sums start, since the mask is on this term alone. The mask is made in
-registers (``adapter_mask.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes 180.
+registers (``adapter_operands.py``): 15 instructions for each element of dx, once, where a loop over 4,096 rows takes
+180.
 
 A sum over many rows and few columns is split as in the forward kernel, and added in a fixed order. Where N is no
 multiple of 64, dY is first copied and padded with zeros.
@@ -25,6 +26,7 @@ multiple of 64, dY is first copied and padded with zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,48 +35,28 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapter_mask import halves, limit, quad_terms, row_terms, row_words, threshold
-from .adapter_operands import MaskedLowRank, operand, rank_tiles
+from qloralab.lora.dropout import keep_mask
+from qloralab.nf4.product import reshaped
+
+from . import self_check
+from .adapter_operands import MaskedLowRank, halves, limit, quad_terms, rank_tiles, row_terms, row_words, threshold
 from .case import Case
-from .linear import TOKEN_TILES, add_splits, check, empty_output, finished, split, token_tile
-from .lookup import INTERPRETED, TABLE_ARGUMENTS, bound, decode_transposed
+from .interpreter import INTERPRETED, bound, operand, round_to, to_float32
+from .linear import check, product_budget, token_tile, whole_weight
+from .lookup import TABLE_ARGUMENTS, decode_transposed
 from .packing import TILE, TiledWeight
+from .split import in_parts
 
 COLUMNS = 128  # of a program
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_NOT_SPECIALIZED = ["M", "steps", "threshold", *TABLE_ARGUMENTS]
 
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=["M", "steps", "threshold", *TABLE_ARGUMENTS])
 def _linear_grad_input(
-    grad,
-    words,
-    scales,
-    out,
-    M,
-    N,
-    K,
-    steps,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
-    t6,
-    t7,
-    G,
-    A,
-    seed,
-    r,
-    row_words,
-    threshold,
-    TOKENS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
+    grad, words, scales, out, M, N, K, steps,
+    t0, t1, t2, t3, t4, t5, t6, t7,
+    G, A, seed, r, row_words, threshold,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
     """out[m, k] = keep[m, k] sum_j A[j, k] G[m, j] + sum_n grad[m, n] W'[n, k]; out[split, m, k] where the second sum
     is split. N is a multiple of 64: that of the tiles, and grad has as many columns.
 
@@ -102,8 +84,8 @@ def _linear_grad_input(
         w = tl.load(words_at)
         s = tl.load(scales_at)
         g = tl.load(grad_at, mask=m[None, :] < M, other=0.0)
-        if _INTERPRETED:
-            g = g.to(tl.float32)
+        if INTERPRETED:
+            g = to_float32(g)
         w = tl.reshape(w, (2, 2, 2, 2, 2, 4, 4, 2))
         s = tl.permute(tl.reshape(s, (2, 2, 2, 4, 2)), (1, 2, 0, 3, 4))
         s = tl.broadcast_to(tl.reshape(s, (2, 2, 2, 1, 1, 1, 4, 2)), (2, 2, 2, 2, 2, 4, 4, 2))
@@ -117,28 +99,16 @@ def _linear_grad_input(
     total = tl.permute(tl.reshape(total, (2, 2, 2, 2, 2, 4, TOKENS)), (1, 2, 4, 0, 5, 3, 6))
     total = tl.reshape(total, (128, TOKENS))
     k = tl.program_id(0) * 128 + tl.arange(0, 128)
-    place = tl.program_id(2).to(tl.int64) * M + m
-    at = out + place[None, :] * K + k[:, None]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(m[None, :] < M) & (k[:, None] < K))
+    row = tl.program_id(2).to(tl.int64) * M + m
+    at = out + row[None, :] * K + k[:, None]
+    tl.store(at, round_to(total, out.dtype.element_ty), mask=(m[None, :] < M) & (k[:, None] < K))
 
 
 @triton.jit
 def _low_rank(
-    total,
-    G,
-    A,
-    seed,
-    M,
-    K,
-    r,
-    row_words,
-    threshold,
-    m,
-    TOKENS: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-):
+    total, G, A, seed, M, K, r, row_words, threshold, m,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
     """keep∘(total + A' G'), its rows in the order of the product; of the parts of a split sum, the first has it."""
     if tl.program_id(2) == 0:
         k = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -184,7 +154,7 @@ def linear_grad_input(
     Args:
         grad: bfloat16 [..., N], on the weight's device.
         weight: W [N, K].
-        splits: into how many ranges N is cut; None: `split` decides.
+        splits: into how many ranges N is cut; None: ``split.steps_of`` decides.
         adapter: what is added before the result is rounded; None: nothing is.
 
     Returns:
@@ -200,70 +170,75 @@ def linear_grad_input(
     M = len(flat)
     if adapter is not None:
         adapter.check(flat, M, K)
-    out = empty_output(M, K, flat)
+    out = flat.new_empty((M, K))
     if M == 0 or N == 0 or K == 0:
-        return finished(out.zero_(), grad, K)
-    r, dropped = (0, 0) if adapter is None else (adapter.A.shape[0], threshold(adapter.p))
+        return reshaped(out.zero_(), (*grad.shape[:-1], K))
+    G, A, seed, r, dropped = None, None, None, 0, 0
+    if adapter is not None:
+        G, A, seed, dropped = adapter.G.contiguous(), adapter.A.contiguous(), adapter.seed, threshold(adapter.p)
+        r = A.shape[0]
     rank, ranks = rank_tiles(r)
     tokens = token_tile(M, grad.device)
     if dropped and ranks > 1:
         tokens = min(tokens, 64)  # with 128, a loop over the rank and the mask together spill registers
     tiles = -(-N // TILE)
-    across, token_tiles = -(-K // COLUMNS), -(-M // tokens)
-    steps = split(across * token_tiles, tiles, splits, tokens)
-    depth = -(-tiles // steps)
-    parts = out if depth == 1 else flat.new_empty((depth, M, K), dtype=torch.float32)
     kernel: Any = _linear_grad_input
-    kernel[(across, token_tiles, depth)](
-        flat,
-        weight.words,
-        weight.scales_bf16.view(torch.int32),
-        parts,
-        M,
-        tiles * TILE,
-        K,
-        steps,
-        *weight.table.words,
-        None if adapter is None else adapter.G.contiguous(),
-        None if adapter is None else adapter.A.contiguous(),
-        None if adapter is None else adapter.seed,
-        r,
-        row_words(K),
-        dropped,
-        TOKENS=tokens,
-        RANK=rank,
-        RANKS=ranks,
-        DROPOUT=dropped > 0,
-        num_warps=4,
-        num_stages=4 if tokens <= 64 else 3,
-    )
-    if depth > 1:
-        add_splits(parts, None, out)
-    return finished(out, grad, K)
+
+    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        kernel[grid](
+            flat, weight.words, weight.scales_bf16.view(torch.int32), to, M, tiles * TILE, K, steps,
+            *weight.table.words,
+            G, A, seed, r, row_words(K), dropped,
+            TOKENS=tokens, RANK=rank, RANKS=ranks, DROPOUT=dropped > 0,
+            num_warps=4, num_stages=_stages(tokens),
+        )  # fmt: skip
+
+    in_parts(launch, out, (-(-K // COLUMNS), -(-M // tokens)), tiles, splits, tokens)
+    return reshaped(out, (*grad.shape[:-1], K))
 
 
-def _case(tokens: int, rank: int = 0) -> Case:
-    pointers = {"G": "*bf16", "A": "*fp32", "seed": "*i64"}
+def _stages(tokens: int) -> int:
+    return 4 if tokens <= 64 else 3
+
+
+def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    weight, W = whole_weight(device)
+    grad, G, A = (self_check.whole(*size, device) for size in ((5, 192), (5, 3), (3, 128)))
+    seed, p = torch.tensor(0x0123456789ABCDEF, device=device), 0.3
+    given, dx = grad.bfloat16(), self_check.product(grad, W)
+    found = launch(given, weight), launch(given, weight, adapter=MaskedLowRank(G.bfloat16(), A, seed, p))
+    low_rank = torch.where(keep_mask(seed, 5, 128, p), self_check.product(G, A), 0)
+    return found, (dx.bfloat16(), (dx + low_rank).bfloat16())
+
+
+CHECKS = {"linear_grad_input": _check}
+
+
+def _case(tokens: int, instructions: float, registers: int = 255, rank: int = 0) -> Case:
+    adapter = {"G": "*bf16", "A": "*fp32", "seed": "*i64"}
+    pointers = {"grad": "*bf16", "out": "*bf16", "words": "*i32", "scales": "*i32"}
+    rank_tile, ranks = rank_tiles(rank)
     return Case(
         name=f"linear_grad_input, {tokens} tokens" + (f", rank {rank}" if rank else ""),
         kernel=_linear_grad_input,
-        signature={
-            **dict.fromkeys(("grad", "out"), "*bf16"),
-            **dict.fromkeys(("words", "scales"), "*i32"),
-            **dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r", "row_words", "threshold"), "i32"),
-            **(pointers if rank else {}),
-        },
-        constexprs={
-            "TOKENS": tokens,
-            **dict(zip(("RANK", "RANKS"), rank_tiles(rank), strict=True)),
-            "DROPOUT": rank > 0,
-            **({} if rank else dict.fromkeys(pointers)),
-        },
+        signature=pointers
+        | dict.fromkeys(("M", "N", "K", "steps", *TABLE_ARGUMENTS, "r", "row_words", "threshold"), "i32")
+        | (adapter if rank else {}),
+        constexprs={"TOKENS": tokens, "RANK": rank_tile, "RANKS": ranks, "DROPOUT": rank > 0}
+        | ({} if rank else dict.fromkeys(adapter)),
         weights=COLUMNS * TILE,
-        num_stages=4 if tokens <= 64 else 3,
-        divisible=("grad", "out", "words", "scales", "N", "K", *((*pointers, "r", "row_words") if rank else ())),
+        num_stages=_stages(tokens),
+        divisible=(*pointers, "N", "K", *((*adapter, "r", "row_words") if rank else ())),
+        # Across the rows, a thread's share of the packed weights lies in pieces of 8 bytes.
+        budget=product_budget(instructions, tokens, registers, width=64),
     )
 
 
-CASES = (*(_case(tokens) for tokens in TOKEN_TILES if tokens <= 64), _case(16, rank=64), _case(64, rank=128))
-CASES_SM_90 = (_case(128), _case(128, rank=64))  # without WGMMA it spills registers
+CASES = (
+    _case(16, 5, 128),
+    _case(32, 5, 128),
+    _case(64, 5.5, 168),
+    _case(16, 5, 128, rank=64),
+    _case(64, 5.5, 168, rank=128),
+)
+CASES_SM_90 = (_case(128, 6), _case(128, 6, rank=64))  # without WGMMA it spills registers

@@ -42,9 +42,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-INTERPRETED = bool(knobs.runtime.interpret)  # as it was when the kernels were defined
+from .interpreter import INTERPRETED, operand
+
 TABLE_ARGUMENTS = tuple(f"t{i}" for i in range(8))
 
 _FACTORS = 1 << 13  # candidates in [1, 2)
@@ -52,20 +52,12 @@ _FACTORS = 1 << 13  # candidates in [1, 2)
 
 @dataclass(frozen=True)
 class Table:
-    """A codebook as the kernels look it up.
+    """A codebook as the kernels look it up."""
 
-    Attributes:
-        factor: what the codebook is multiplied by; the scales are divided by it.
-        values: 16 bfloat16 numbers as floats, by the kernels' code.
-        order: the codebook's own code, by the kernels' code.
-        words: the arguments t0 to t7 of ``decode``, int32: A and B of the high bytes, A and B of the low bytes, two
-            words each.
-    """
-
-    factor: float
-    values: tuple[float, ...]
-    order: tuple[int, ...]
-    words: tuple[int, ...]
+    factor: float  # what the codebook is multiplied by; the scales are divided by it
+    values: tuple[float, ...]  # 16 bfloat16 numbers, by the kernels' code
+    order: tuple[int, ...]  # the codebook's own code, by the kernels' code
+    words: tuple[int, ...]  # t0 to t7 of ``decode``, int32: A and B of the high bytes, then of the low, two words each
 
 
 def table(values: Tensor) -> Table:
@@ -173,7 +165,6 @@ _ALONG_K = tl.constexpr(assembly(transposed=False))
 _ALONG_N = tl.constexpr(assembly(transposed=True))
 _8_TO_18 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 18))  # &: written before the last input is read
 _8_TO_20 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 20))
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -183,7 +174,7 @@ def decode(words, t0, t1, t2, t3, t4, t5, t6, t7):
     The two words must lie in consecutive registers of one thread: the last dimension is that of the words in the
     argument and that of a pair in the result.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         o0, o1, o2, o3, o4, o5, o6, o7 = _pairs(  # pyright: ignore[reportGeneralTypeIssues]
             words, t0, t1, t2, t3, t4, t5, t6, t7, 8, 4
         )
@@ -206,15 +197,15 @@ def decode_transposed(words, scales, t0, t1, t2, t3, t4, t5, t6, t7):
     scales is int32 [..., p:2], two bfloat16 each: those of the rows i = 0 (low half) and 1. Else as ``decode``; the
     product is rounded to bfloat16.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         o0, o1, o2, o3, o4, o5, o6, o7 = _pairs(  # pyright: ignore[reportGeneralTypeIssues]
             words, t0, t1, t2, t3, t4, t5, t6, t7, 4, 8
         )
         s0, s1 = tl.split(scales)
         s0 = tl.join((s0 << 16).to(tl.float32, bitcast=True), (s0 & -65536).to(tl.float32, bitcast=True))
         s1 = tl.join((s1 << 16).to(tl.float32, bitcast=True), (s1 & -65536).to(tl.float32, bitcast=True))
-        o0, o1, o2, o3 = rounded(o0 * s0), rounded(o1 * s0), rounded(o2 * s0), rounded(o3 * s0)
-        o4, o5, o6, o7 = rounded(o4 * s1), rounded(o5 * s1), rounded(o6 * s1), rounded(o7 * s1)
+        o0, o1, o2, o3 = _times(o0, s0), _times(o1, s0), _times(o2, s0), _times(o3, s0)
+        o4, o5, o6, o7 = _times(o4, s1), _times(o5, s1), _times(o6, s1), _times(o7, s1)
     else:
         o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
             _ALONG_N,  # pyright: ignore[reportArgumentType]
@@ -225,6 +216,11 @@ def decode_transposed(words, scales, t0, t1, t2, t3, t4, t5, t6, t7):
             pack=2,
         )
     return _joined(o0, o1, o2, o3, o4, o5, o6, o7)
+
+
+@triton.jit
+def _times(pair, scale):
+    return operand(pair * scale, tl.bfloat16)
 
 
 @triton.jit
@@ -266,22 +262,3 @@ def _byte(code, a0, a1, b0, b1):
     b = (tl.where((code & 4) == 0, b0, b1) >> shift) & 0xFF
     first = code < 8
     return tl.where(first, a, (a >> 7) * 0xFF) ^ tl.where(first, (b >> 7) * 0xFF, b)
-
-
-@triton.jit
-def rounded(x):
-    """float32, rounded to bfloat16 by its bits, to nearest, ties to even: for the interpreter, which cannot.
-
-    x is finite: NaN and infinity are not looked after.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bound(x):
-    """A bound of a loop. For the interpreter it becomes a Python number: that of triton 3.6 needs it with NumPy 2.4."""
-    if _INTERPRETED:
-        return x.handle.data.item()
-    return x

@@ -7,7 +7,7 @@ tensor arrives.
 quantize_blockwise              ``quantize.py``, one pass
 quantize_scales                 ``quantize.py``
 dequantize                      ``dequantize.py``, both levels of scales in one launch
-linear, linear_grad_input       ``two_pass.py``: the kernel above, then cuBLAS
+linear, linear_grad_input       ``two_pass.py``: the kernel above, then cuBLAS; or fused, see below
 adapted_linear and its backward ``adapter.py``, and the products above with the adapter's term inside
 dropout                         the reference, on any device
 ==============================  ====================================================================================
@@ -17,15 +17,13 @@ They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfl
 
 Each kernel serves on a device only after it has passed a check there (``self_check.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``tile_cache.py``, and ``canonical.py`` for weights that cannot be tiled) stand behind
-``choice.py``. No product is fused before ``benchmarks/gpu.py`` has checked and timed both ways on the device and the
-record of it is there. Without one, which is how the library comes, all products are two-pass.
+**The fused products** (``tile_cache.py``) serve where ``choice.py`` says that they took less time on this architecture,
+and after a check on the device. All other products are two-pass.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +42,6 @@ from . import choice, self_check
 if TYPE_CHECKING:
     from .adapter_operands import LowRank, MaskedLowRank
 
-TILE = 64  # of ``packing.py``, which imports Triton
 # What each operator needs from ``self_check``; the products are built on dequantize.
 KERNELS = {
     "quantize_blockwise": ("quantize_blockwise",),
@@ -107,7 +104,7 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
 
 @ops.linear.on("CUDA", _on_its_device)
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
-    """``two_pass.py``, or one of the fused kernels."""
+    """``two_pass.py``, or fused."""
     fits = weight.meets(x, 1) and _on(x.device, *weight.tensors)
     if not fits or not _are_served("linear", x.device):
         return ops.linear.reference(x, *weight, bias)
@@ -116,7 +113,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 @ops.linear_grad_input.on("CUDA", _on_its_device)
 def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
-    """``two_pass.py``, or one of the fused kernels."""
+    """``two_pass.py``, or fused."""
     fits = weight.meets(grad, 0) and _on(grad.device, *weight.tensors)
     if not fits or not _are_served("linear_grad_input", grad.device):
         return ops.linear_grad_input.reference(grad, *weight)
@@ -161,30 +158,11 @@ def adapted_linear_backward(
 def _product(
     operation: str, x: Tensor, weight: Packed, *bias: Tensor | None, adapter: LowRank | MaskedLowRank | None = None
 ) -> Tensor:
-    """x W' + bias or grad W, plus the term of an adapter, in the way that was measured to be the faster."""
-    from . import two_pass
+    """x W' + bias or grad W, plus the term of an adapter: fused where ``choice.py`` says so, else two-pass."""
+    from . import tile_cache, two_pass
 
-    way, y = _way(operation, x, weight), None
-    if way == "fused":
-        from . import tile_cache
-
-        y = getattr(tile_cache, operation)(x, weight, *bias, adapter=adapter)
-    elif way == "canonical":
-        from . import canonical
-
-        y = getattr(canonical, operation)(x, weight, *bias, adapter=adapter)
+    y = getattr(tile_cache, operation)(x, weight, *bias, adapter=adapter)
     return getattr(two_pass, operation)(x, weight, *bias, adapter=adapter) if y is None else y
-
-
-def _way(operation: str, x: Tensor, weight: Packed) -> str:
-    """One of ``choice.KERNELS``; whether a codebook can be ordered for the fused one, ``tile_cache.py`` knows."""
-    N, K = weight.shape
-    if x.dtype == torch.float32:  # never measured, and bound by arithmetic
-        return "two-pass"
-    tiled = x.dtype == torch.bfloat16 and K % TILE == 0 and weight.block_size % TILE == 0
-    tokens = math.prod(x.shape[:-1])
-    instead = "fused" if tiled else "canonical"
-    return choice.decide(operation, N, K, tokens, choice.device_name(x.device), instead).kernel
 
 
 def _are_served(name: str, device: torch.device) -> bool:
@@ -241,6 +219,6 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
         else:
             implementation = "two-pass"
             why = f"Triton's {', '.join(kernels)}, then cuBLAS; "
-            why += f"fused where a record says that it takes less time ({choice.FILE})"
+            why += choice.summary(choice.architecture(device))
         rows.append({"operator": name, "device": "cuda", "implementation": implementation, "why": why})
     return rows

@@ -62,21 +62,13 @@ _SLAB = 1 << 24  # weights converted at a time
 
 @dataclass(frozen=True)
 class TiledWeight:
-    """A packed weight in the order above.
+    """A packed weight in the order above."""
 
-    Attributes:
-        words: int32 [ceil(N / 64), K / 64, 512].
-        scales: float32 [ceil(N / 64), K / 64, 64].
-        scales_bf16: the same, rounded.
-        table: what the codes in words mean.
-        shape: (N, K).
-    """
-
-    words: Tensor
-    scales: Tensor
-    scales_bf16: Tensor
-    table: Table
-    shape: tuple[int, int]
+    words: Tensor  # int32 [ceil(N / 64), K / 64, 512]
+    scales: Tensor  # float32 [ceil(N / 64), K / 64, 64]
+    scales_bf16: Tensor  # the same, rounded
+    table: Table  # what the codes in words mean
+    shape: tuple[int, int]  # (N, K)
 
 
 def why_not(values: Tensor, shape: Sequence[int], block_size: int) -> str | None:
@@ -139,15 +131,6 @@ def tile(
     return TiledWeight(torch.cat(words), tiled, tiled.bfloat16(), look_up, (N, K))
 
 
-def untile(weight: TiledWeight) -> Tensor:
-    """The canonical codes of a tiled weight, as they were: uint8 [N * K / 2, 1]."""
-    N, K = weight.shape
-    order = torch.tensor(weight.table.order, dtype=torch.uint8, device=weight.words.device)
-    parts = [order[_untile_codes(words).int()].view(-1, 2) for words in weight.words.split(_rows_of_a_slab(K) // TILE)]
-    high, low = torch.cat(parts)[: N * K // 2].unbind(1)
-    return (high << 4 | low)[:, None]
-
-
 def _rows_of_a_slab(K: int) -> int:
     return max(_SLAB // (TILE * K), 1) * TILE
 
@@ -160,14 +143,6 @@ def _tile_codes(codes: Tensor, zero: Tensor) -> Tensor:
     split = codes.view(-1, 2, 2, 2, 4, 2, K // TILE, 2, 2, 2, 4, 2)
     low, high = split.permute(0, 6, 1, 7, 2, 4, 10, 8, 3, 9, 5, 11).unbind(-1)  # kp: nibbles of a byte
     return (low | high << 4).reshape(-1, K // TILE, TILE_WORDS * 4).view(torch.int32)
-
-
-def _untile_codes(words: Tensor) -> Tensor:
-    """The inverse: int32 [tiles, K / 64, 512] -> uint8 [tiles * 64 * K]."""
-    bytes_ = words.view(torch.uint8)
-    nibbles = torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1)
-    split = nibbles.view(len(words), -1, 2, 2, 2, 4, 4, 2, 2, 2, 2, 2)  # tile tile n32 k32 n16 u c k16 p q i kp
-    return split.permute(0, 2, 4, 8, 5, 10, 1, 3, 7, 9, 6, 11).flatten()
 
 
 def _tile_scales(absmax: Tensor, N: int, K: int, block_size: int) -> Tensor:

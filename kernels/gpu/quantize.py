@@ -43,8 +43,8 @@ nothing.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -52,11 +52,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qloralab.nf4.codebook import decision_table, dynamic_map
+from qloralab.nf4 import blockwise, double_quant
+from qloralab.nf4.codebook import codebook_values, decision_table, dynamic_map
 from qloralab.nf4.packed import SCALES_PER_BLOCK
 
-from .case import Case
-from .rounding import to_float32
+from . import self_check
+from .case import Budget, Case
+from .interpreter import to_float32
 
 TILE = 8192  # weights of a program: whole blocks of any size
 SPAN = 512  # scales that one program looks at for extreme ones
@@ -112,19 +114,9 @@ def _is_extreme(scale):
 
 @triton.jit
 def _quantize(
-    weight,
-    entries,
-    thresholds,
-    codes,
-    packed,
-    absmax,
-    numel,
-    nbytes,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    STEPS: tl.constexpr,
-    ORDERED: tl.constexpr,
-):
+    weight, entries, thresholds, codes, packed, absmax, numel, nbytes,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_SIZE
     tile = tl.program_id(0).to(tl.int64)
     left = tl.minimum(numel - tile * TILE, TILE).to(tl.int32)
@@ -146,20 +138,9 @@ def _quantize(
 
 @triton.jit
 def _quantize_extreme(
-    weight,
-    entries,
-    thresholds,
-    codes,
-    packed,
-    absmax,
-    numel,
-    nbytes,
-    blocks,
-    BLOCK_SIZE: tl.constexpr,
-    SPAN: tl.constexpr,
-    STEPS: tl.constexpr,
-    ORDERED: tl.constexpr,
-):
+    weight, entries, thresholds, codes, packed, absmax, numel, nbytes, blocks,
+    BLOCK_SIZE: tl.constexpr, SPAN: tl.constexpr, STEPS: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * SPAN
     left = tl.minimum(blocks - first, SPAN).to(tl.int32)
     k = tl.arange(0, SPAN)
@@ -219,14 +200,13 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
     if not numel:
         return packed, absmax
     search = _search(values)
-    tensors = weight, search.entries, search.thresholds, search.codes, packed, absmax
+    given = weight, search.entries, search.thresholds, search.codes, packed, absmax, numel, len(packed)
     constants: dict[str, Any] = {"BLOCK_SIZE": block_size, "STEPS": search.steps, "ORDERED": search.ordered}
-    tile: dict[str, Any] = {"TILE": TILE}
-    span: dict[str, Any] = {"SPAN": SPAN}
-    _quantize[(-(-numel // TILE),)](*tensors, numel, len(packed), **constants, **tile)
+    whole: Any = _quantize
+    whole[(-(-numel // TILE),)](*given, **constants, TILE=TILE)
     if weight.dtype != torch.float16:  # whose magnitudes are 0, or between 2**-24 and 2**16
-        grid = (-(-blocks // SPAN),)
-        _quantize_extreme[grid](*tensors, numel, len(packed), blocks, **constants, **span)
+        extreme: Any = _quantize_extreme
+        extreme[(-(-blocks // SPAN),)](*given, blocks, **constants, SPAN=SPAN)
     return packed, absmax
 
 
@@ -250,32 +230,24 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax2, offset
 
 
-@dataclass(frozen=True)
-class _Search:
-    """How to find a code among 16.
+class _Search(NamedTuple):
+    """How to find a code among 16."""
 
-    Attributes:
-        entries: int64 [BINS]. The high half: how many thresholds are certainly below the bin. The low half: the bits of
-            the threshold that the first comparison is with.
-        thresholds: float32 [32], ascending, completed by infinity.
-        codes: int32 [16], by rank among the values, completed by 0.
-        steps: of bisection: 2**steps - 1 is no less than the number of thresholds in any bin.
-        ordered: whether rank and code are the same.
-    """
-
-    entries: Tensor
-    thresholds: Tensor
-    codes: Tensor
-    steps: int
-    ordered: bool
+    entries: Tensor  # int64 [BINS]; high half: thresholds certainly below the bin, low half: bits of the one in it
+    thresholds: Tensor  # float32 [32], ascending, completed by infinity
+    codes: Tensor  # int32 [16], by rank among the values, completed by 0
+    steps: int  # of bisection: 2**steps - 1 is no less than the number of thresholds in any bin
+    ordered: bool  # whether rank and code are the same
 
 
 _searches = WeakTensorKeyDictionary()  # by a codebook: the version of it that was read, and its tables
 
 
 def _search(values: Tensor) -> _Search:
-    """The tables of a codebook, on its device. A codebook is read, which waits for the device, when it is new or was
-    changed: a weight after the other is quantized without a wait, and a CUDA graph can capture it.
+    """The tables of a codebook, on its device.
+
+    The values are read, which waits for the device, when the tensor is new or was changed: ``nf4.quantize`` makes a new
+    one at each call. Who keeps the tensor quantizes without a wait, and a CUDA graph can capture it.
     """
     version = None if values.is_inference() else values._version  # inference tensors count no changes
     known = _searches.get(values)
@@ -313,26 +285,43 @@ def _scale_thresholds(device: torch.device) -> Tensor:
     return decision_table(dynamic_map())[0].to(device)
 
 
-def _case(name: str, kernel: triton.JITFunction, dtype: str, constexprs: dict[str, int], weights: int) -> Case:
+def _check_weights(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    given = self_check.weight(device), codebook_values("nf4").to(device), self_check.BLOCK_SIZE
+    return launch(*given), blockwise.quantize_blockwise(*given)
+
+
+def _check_scales(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    absmax = self_check.weight(device).float().abs().flatten()
+    return launch(absmax), double_quant.quantize_scales(absmax)
+
+
+CHECKS = {"quantize_blockwise": _check_weights, "quantize_scales": _check_scales}
+
+
+def _case(name: str, budget: Budget, kernel: Any = _quantize, dtype: str = "bf16", **constexprs: int) -> Case:
     signature = {"weight": f"*{dtype}", "entries": "*i64", "thresholds": "*fp32", "codes": "*i32", "packed": "*u8"}
     signature |= {"absmax": "*fp32", "numel": "i32", "nbytes": "i32"}
     if kernel is _quantize_extreme:
         signature["blocks"] = "i32"
     constexprs = {"BLOCK_SIZE": 64, "STEPS": 1, "ORDERED": True} | constexprs
-    return Case(name, kernel, signature, constexprs, weights)
+    return Case(name, kernel, signature, constexprs, constexprs.get("TILE", 4096), budget=budget)
 
 
-CASES: tuple[Case, ...] = (
-    _case("quantize", _quantize, "bf16", {"TILE": TILE}, TILE),
-    _case("quantize from float32", _quantize, "fp32", {"TILE": TILE}, TILE),
-    _case("quantize any codebook", _quantize, "bf16", {"TILE": TILE, "STEPS": 4, "ORDERED": False}, TILE),
-    _case("quantize extreme blocks", _quantize_extreme, "bf16", {"SPAN": SPAN, "BLOCK_SIZE": 4096}, 4096),
+_OF_SCALES = {"absmax": "*fp32", "offset": "*fp32", "thresholds": "*fp32", "codes": "*u8", "absmax2": "*fp32"}
+CASES = (
+    # The largest of each block, a quotient, the bin and one comparison per weight.
+    _case("quantize", Budget(22, registers=128, loaded=2), TILE=TILE),
+    _case("quantize from float32", Budget(22, registers=128, loaded=4), dtype="fp32", TILE=TILE),
+    # A search in 4 steps: values that no table of bins separates.
+    _case("quantize any codebook", Budget(40, loaded=2), TILE=TILE, STEPS=4, ORDERED=False),
+    # Scales whose reciprocal is no normal number.
+    _case("quantize extreme blocks", Budget(30, 128, loaded=2), _quantize_extreme, SPAN=SPAN, BLOCK_SIZE=4096),
     Case(
         "quantize scales",
         _quantize_scales,
-        {"absmax": "*fp32", "offset": "*fp32", "thresholds": "*fp32", "codes": "*u8", "absmax2": "*fp32"}
-        | {"blocks": "i32"},
+        {**_OF_SCALES, "blocks": "i32"},
         {},
-        weights=64 * SCALES_PER_BLOCK,
+        weights=64 * SCALES_PER_BLOCK,  # those behind the scales
+        budget=Budget(3, registers=64, loaded=4 / 64, width=32),
     ),
 )

@@ -5,59 +5,44 @@ The operators take a weight in the canonical layout; ``linear.py`` and ``linear_
 4.13 of the canonical layout, which files, merging and the two-pass product still need. They are made again when
 ``packed`` was written to.
 
-A product that ``choice.py`` wants fused is fused where x is bfloat16 and the weight can be tiled: K and the block size
-are multiples of 64, and the codebook has 16 values that ``lookup.py`` can order.
-
-The fused kernels round the weight elsewhere than the definition does (``linear.py``), both in the same place. So a
-product is fused in both directions or in none (``choice.py``).
+A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
+device (``self_check.py``), and the weight can be tiled: K and the block size are multiples of 64, and the codebook has
+16 values that ``lookup.py`` can order. All of that holds for both directions of a layer or for none.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import packing
+from qloralab.nf4.packed import Packed
+
+from . import choice, packing, self_check
 from .adapter_operands import LowRank, MaskedLowRank
 from .linear import linear as _linear
 from .linear_grad_input import linear_grad_input as _linear_grad_input
-
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 
 _lock = threading.Lock()
 _tiles = WeakTensorKeyDictionary()  # packed -> (its version, TiledWeight, or None where it cannot be tiled)
 
 
-def linear(x: Tensor, operands: Operands, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
-    """x W' + bias, plus h B' of an adapter; or None where the product is two-pass.
-
-    Args:
-        x: [..., K].
-        operands: W, as the operators of ``nf4/ops.py`` take it.
-        bias: the dtype of x, [N], or None.
-        adapter: added before the result is rounded, or None.
-    """
+def linear(x: Tensor, operands: Packed, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
+    """``linear.linear`` of x [..., K] and W as the operators of ``nf4/ops.py`` take it; or None: it is two-pass."""
     weight = _weight(x, operands)
     return None if weight is None else _linear(x, weight, bias, adapter=adapter)
 
 
-def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor | None:
-    """grad W, plus keep∘(G A) of an adapter; or None where the product is two-pass.
-
-    Args:
-        grad: [..., N].
-        operands: W, as for ``linear``.
-        adapter: added before the result is rounded, or None.
-    """
+def linear_grad_input(grad: Tensor, operands: Packed, adapter: MaskedLowRank | None = None) -> Tensor | None:
+    """``linear_grad_input.linear_grad_input`` of grad [..., N], likewise."""
     weight = _weight(grad, operands)
     return None if weight is None else _linear_grad_input(grad, weight, adapter=adapter)
 
 
-def tiles(operands: Operands) -> packing.TiledWeight | None:
+def tiles(operands: Packed) -> packing.TiledWeight | None:
     """The tiles of a weight, made at the first request; None where it cannot be tiled."""
     packed, *_, values, shape, block_size = operands
     with _lock:
@@ -69,19 +54,16 @@ def tiles(operands: Operands) -> packing.TiledWeight | None:
         return found[1]
 
 
-def release() -> int:
-    """Drop all tiles; of how many weights there were any."""
-    with _lock:
-        count = sum(weight is not None for _, weight in _tiles.values())
-        _tiles.clear()
-        return count
-
-
-def _weight(x: Tensor, operands: Operands) -> packing.TiledWeight | None:
-    if x.dtype != torch.bfloat16:
+def _weight(x: Tensor, operands: Packed) -> packing.TiledWeight | None:
+    (N, K), packed, M = operands.shape, operands.packed, math.prod(x.shape[:-1])
+    if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.architecture(x.device)).kernel != "fused":
         return None
-    if x.is_cuda and torch.cuda.is_current_stream_capturing() and operands[0] not in _tiles:
-        return None  # converting waits for the device
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and packed not in _tiles:
+        return None  # converting and checking wait for the device
+    for name in ("linear", "linear_grad_input"):
+        if why := self_check.reason(name, x.device):
+            self_check.warn_once(name, why, "Its products are two-pass: dequantized, then multiplied by cuBLAS.")
+            return None
     return tiles(operands)
 
 

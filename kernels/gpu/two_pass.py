@@ -20,7 +20,7 @@ The start is rounded to the dtype of x, as the definition rounds each of its two
 
 **The workspace** is one buffer for each device and dtype, as large as the largest weight that was multiplied. The next
 product writes over it: a model pays for one dequantized weight, whatever the number and shapes of its layers, at an
-address that stays, and nothing fragments the allocator's memory between layers. ``release`` gives the buffers back.
+address that stays, and nothing fragments the allocator's memory between layers.
 
 **Streams.** The buffer is held by one product at a time.
 
@@ -38,23 +38,22 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qloralab.nf4.packed import Packed
 from qloralab.nf4.product import reshaped
 
 from .adapter import masked_low_rank
 from .adapter_operands import LowRank, MaskedLowRank
 from .dequantize import dequantize
 
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
 
-
-def linear(x: Tensor, operands: Operands, bias: Tensor | None = None, adapter: LowRank | None = None) -> Tensor:
+def linear(x: Tensor, operands: Packed, bias: Tensor | None = None, adapter: LowRank | None = None) -> Tensor:
     """x W' + bias, plus h B' of an adapter.
 
     Args:
@@ -76,17 +75,8 @@ def linear(x: Tensor, operands: Operands, bias: Tensor | None = None, adapter: L
     return reshaped(y, (*x.shape[:-1], y.shape[1]))
 
 
-def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank | None = None) -> Tensor:
-    """grad W, plus keep∘(G A) of an adapter.
-
-    Args:
-        grad: float32, bfloat16 or float16 [..., N].
-        operands: W, as for ``linear``.
-        adapter: what dx starts as, or None.
-
-    Returns:
-        the dtype of grad, [..., K].
-    """
+def linear_grad_input(grad: Tensor, operands: Packed, adapter: MaskedLowRank | None = None) -> Tensor:
+    """grad W, plus keep∘(G A) of an adapter, which dx starts as: the dtype of grad [..., N], [..., K]."""
     if adapter is None:
         with _dequantized(operands, grad) as W:
             return grad @ W
@@ -96,36 +86,14 @@ def linear_grad_input(grad: Tensor, operands: Operands, adapter: MaskedLowRank |
     return reshaped(dx, (*grad.shape[:-1], dx.shape[1]))
 
 
-def release() -> int:
-    """Give the workspaces back to PyTorch's allocator; the next product makes a new one.
-
-    Returns:
-        how many bytes they held.
-    """
-    with _lock:
-        workspaces = list(_workspaces.values())
-    return sum(workspace.release() for workspace in workspaces)
-
-
 class Workspace:
-    """One buffer that products take in turns.
-
-    Args:
-        device: where it lies.
-        dtype: of the dequantized weights.
-    """
+    """One buffer, on a device and of a dtype, that products take in turns."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
         self._lock = threading.Lock()
         self._buffer: Tensor | None = None
         self._last: torch.cuda.Stream | None = None  # the stream that used the buffer last
-
-    @property
-    def nbytes(self) -> int:
-        """What the buffer takes now."""
-        buffer = self._buffer
-        return 0 if buffer is None else buffer.nbytes
 
     @contextmanager
     def borrow(self, numel: int) -> Iterator[Tensor]:
@@ -136,12 +104,6 @@ class Workspace:
                 self._buffer = torch.empty(numel, dtype=self.dtype, device=self.device)
             self._order(self._buffer)
             yield self._buffer[:numel]
-
-    def release(self) -> int:
-        """Drop the buffer; how many bytes it held."""
-        with self._lock:
-            freed, self._buffer, self._last = self.nbytes, None, None
-            return freed
 
     def _order(self, buffer: Tensor) -> None:
         """Let the current stream wait for the last one."""
@@ -156,27 +118,19 @@ class Workspace:
         self._last = stream
 
 
-_lock = threading.Lock()
 _workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
 
 
-def workspace(device: torch.device, dtype: torch.dtype) -> Workspace:
-    """The one of this device and dtype."""
-    found = _workspaces.get((device, dtype))
-    if found is None:
-        with _lock:
-            found = _workspaces.setdefault((device, dtype), Workspace(device, dtype))
-    return found
-
-
 @contextmanager
-def _dequantized(operands: Operands, like: Tensor) -> Iterator[Tensor]:
+def _dequantized(operands: Packed, like: Tensor) -> Iterator[Tensor]:
     """The weight in the dtype of a tensor, [N, K], for the length of the body."""
     shape = operands[5]
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         yield dequantize(*operands, like.dtype)
         return
-    with workspace(like.device, like.dtype).borrow(math.prod(shape)) as buffer:
+    key = like.device, like.dtype
+    workspace = _workspaces.get(key) or _workspaces.setdefault(key, Workspace(*key))  # atomic: threads get the same one
+    with workspace.borrow(math.prod(shape)) as buffer:
         yield dequantize(*operands, like.dtype, out=buffer.view(tuple(shape)))
 
 

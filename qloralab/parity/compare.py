@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from qloralab.kernels import dispatch
 from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serve the operators from here on
+from qloralab.kernels.report import implementations
 
 from . import checks, peer
 from .edges import compare_edges
@@ -122,7 +122,7 @@ def environment() -> dict[str, Any]:
     """The versions and the machine that a result depends on."""
     from ..train.run_directory import versions
 
-    report = dispatch.report()
+    report = implementations()
     served = sorted({row["implementation"] for row in report})
     why = next((row["why"] for row in report if row["implementation"] == "native"), report[0]["why"])
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qloralab.kernels import dispatch
+from qloralab.kernels import report
 
 from ..compute import Precision
 from ..settings import Settings
@@ -48,7 +48,7 @@ def note(settings: Settings, step: int, seconds: float, precision: Precision, de
 
 def _reference_why(device: str) -> str | None:
     """Why plain PyTorch serves the adapted layers; None where it does not."""
-    rows = {row["operator"]: row for row in dispatch.report(device)}
+    rows = {row["operator"]: row for row in report.implementations(device)}
     row = rows["adapted_linear"]
     return row["why"] if row["implementation"] == "reference" else None
 

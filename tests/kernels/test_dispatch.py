@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import qloralab as ql
-from qloralab.kernels import dispatch
+from qloralab.kernels import dispatch, report
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.kernels.cpu.library import Library
 from qloralab.nf4 import processor
@@ -55,7 +55,7 @@ def test_the_variable_chooses(value, choice, no_compiler, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["Native", "c", "0"])
-@pytest.mark.parametrize("function", [dispatch.mode, dispatch.native, dispatch.report])
+@pytest.mark.parametrize("function", [dispatch.mode, dispatch.native, report.implementations])
 def test_another_word_is_refused(value, function, fresh, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, value)
     with pytest.raises(ValueError, match=f"QLORALAB_CPU is one of auto, native, reference, not '{value}'"):
@@ -86,7 +86,7 @@ def test_the_instruction_set_is_the_machines_own_unless_asked(value, fresh, monk
 
 
 @pytest.mark.parametrize("choice", ["auto", "native"])
-@pytest.mark.parametrize("function", [dispatch.isa, dispatch.native, dispatch.report, dispatch.compute_dtype])
+@pytest.mark.parametrize("function", [dispatch.isa, dispatch.native, report.implementations, dispatch.compute_dtype])
 def test_an_instruction_set_that_cannot_be_had_is_refused_every_time(function, choice, no_compiler, monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, choice)
     monkeypatch.setattr(processor, "cpu_features", lambda: "fpu sse2")
@@ -233,7 +233,7 @@ def test_use_refuses_an_instruction_set_that_is_not_here(isa, fresh, monkeypatch
 
 
 def by_operator() -> dict[str, tuple[str, str]]:
-    rows = dispatch.report()
+    rows = report.implementations()
     assert all(set(row) == {"operator", "device", "implementation", "why"} and row["device"] == "cpu" for row in rows)
     found = {row["operator"]: (row["implementation"], row["why"]) for row in rows}
     assert len(found) == len(rows)
@@ -265,7 +265,7 @@ def test_the_report_shows_an_instruction_set_that_was_asked_for(fresh, monkeypat
 
 @pytest.mark.compiler
 def test_the_report_of_an_operator_without_c(fresh, monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_cpu_kernel", lambda name: name != "linear")
+    monkeypatch.setattr(report, "_has_cpu_kernel", lambda name: name != "linear")
     found = by_operator()
     assert found["linear"] == ("reference", "there is no C for it")
     assert found["dequantize"][0] == "native"

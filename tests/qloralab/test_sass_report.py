@@ -10,7 +10,6 @@ from importlib.util import find_spec
 import pytest
 from rich.console import Console
 
-from qloralab.benchmarks.sass import budgets
 from qloralab.benchmarks.sass import report as sass_report
 from qloralab.benchmarks.sass.compile import Compiled, OfflineError
 from qloralab.benchmarks.sass.reader import Counts, Instruction
@@ -35,23 +34,16 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs trito
 COUNTED = {"dequantize": 24, "quantize": 99, "gemm_4bit_simt, M = 1": 8.7, "gemm_4bit_simt, M = 4": 20.3,
            "gemm_4bit_sm80, 32x64x128": 8.1}  # fmt: skip
 
+BUDGETS = {"one": Budget(0.125), "two": Budget(0.1)}
+
 
 def found(name: str = "one", opcodes: tuple[str, ...] = ("LDG.E.128", "PRMT"), weights: float = 16, **changes):
     """A kernel whose loop has these opcodes, and its counts."""
     loop = [Instruction(16 * n, opcode, "R0, R1", None, ()) for n, opcode in enumerate(opcodes)]
-    one = Compiled(name, "sm_90", "3.6.0", weights, registers=40, spilled=0, shared=1024, sass="")
+    one = Compiled(
+        name, "sm_90", "3.6.0", weights, registers=40, spilled=0, shared=1024, sass="", budget=BUDGETS.get(name)
+    )
     return replace(one, **changes), Counts(loop, True, weights, 0)
-
-
-@pytest.fixture(autouse=True)
-def _two_budgets(request, monkeypatch):
-    if "real_budgets" not in request.fixturenames:
-        monkeypatch.setattr(budgets, "BUDGETS", {"one": Budget(0.125), "two": Budget(0.1)})
-
-
-@pytest.fixture
-def real_budgets() -> None:
-    """Leaves the table as it is."""
 
 
 def lines_of(report, width=130) -> list[str]:
@@ -242,7 +234,6 @@ def test_a_kernel_of_theirs_is_explained(theirs, program):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("real_budgets")
 def test_the_whole_command(program):
     status, out, err = program("sass", "--kernel", "dequantize")
     assert (status, err) == (0, "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,12 @@ if INTERPRET:
 
 MARGIN = 4096  # bytes
 Guarded = Callable[..., Tensor]
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
+
+
+def few(*shape: int) -> Tensor:
+    """A few whole numbers, bfloat16: their sums are exact in any order."""
+    return torch.randint(-2, 3, shape).bfloat16()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,3 +68,65 @@ def guarded(device: str) -> Iterator[Guarded]:
     yield allocate
     written = [index for index, margin in enumerate(margins) if not (margin == 0xA5).all()]
     assert not written, f"something wrote {['before', 'after'][written[0] % 2]} tensor {written[0] // 2} of this test"
+
+
+class Watched:
+    """triton's interpreter, which may not read around some tensors."""
+
+    def __init__(self, interpreter: Any, forbidden: list[tuple[int, int]]):
+        self._interpreter = interpreter
+        self._forbidden = forbidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._interpreter, name)
+
+    def load(self, addresses: Any, mask: Any, *others: Any) -> Any:
+        read = addresses[mask.astype(bool)]
+        for start, end in self._forbidden:
+            assert not ((read >= start) & (read < end)).any(), "something is read beside a tensor"
+        return self._interpreter.load(addresses, mask, *others)
+
+
+@pytest.fixture
+def guarded_twice(guarded: Guarded, monkeypatch: pytest.MonkeyPatch, device: str) -> Guarded:
+    """``guarded``, which sees what is written beside a tensor; in the interpreter also what is read there.
+
+    What the launchers allocate lies in such memory too, and is NaN until it is written.
+    """
+    forbidden: list[tuple[int, int]] = []
+    original = Tensor.new_empty
+
+    def allocate(*what: Any, **options: Any) -> Tensor:
+        tensor = guarded(*what, **options)
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        forbidden.extend([(start - MARGIN, start), (end, end + MARGIN)])
+        return tensor
+
+    def new_empty(self: Tensor, size: Any, **options: Any) -> Tensor:
+        if "device" in options:  # triton's interpreter
+            return original(self, size, **options)
+        return allocate(*size, dtype=options.get("dtype", self.dtype))
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    if device == "cpu":
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter, "_interpreter", Watched(interpreter._interpreter, forbidden))
+    return allocate
+
+
+@pytest.fixture
+def break_check(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """``break_check(name, message)`` lets the check of a kernel raise."""
+    from qloralab.kernels.gpu import self_check
+
+    right, messages = self_check._check, dict[str, str]()
+
+    def check(name: str) -> Any:
+        def broken(*_: Any) -> None:
+            raise RuntimeError(messages[name])
+
+        return broken if name in messages else right(name)
+
+    monkeypatch.setattr(self_check, "_check", check)
+    return messages.__setitem__

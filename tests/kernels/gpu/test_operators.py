@@ -18,8 +18,9 @@ import torch
 import qloralab as ql
 from qloralab.benchmarks import gpu_canaries
 from qloralab.benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
-from qloralab.kernels import dispatch
-from qloralab.kernels.gpu import adapter, operators, self_check, two_pass
+from qloralab.kernels import report
+from qloralab.kernels.gpu import adapter, choice, operators, self_check, two_pass
+from qloralab.kernels.gpu.case import FILES
 from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import ops
@@ -41,8 +42,7 @@ def fresh(monkeypatch):
     monkeypatch.delenv(self_check.VARIABLE, raising=False)
     monkeypatch.setattr(self_check, "_passed", {})
     monkeypatch.setattr(self_check, "_warned", set())
-    yield
-    two_pass.release()
+    monkeypatch.setattr(two_pass, "_workspaces", {})
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def served(monkeypatch) -> list[str]:
         launched.append("dequantize")
         return find("dequantize")(*args, **kwargs)
 
-    for name in self_check.MODULES:
+    for name in FILES:
         monkeypatch.setitem(self_check._passed, (name, torch.device("cpu")), "")
         monkeypatch.setitem(self_check._passed, (name, torch.device("cuda", 0)), "")
     monkeypatch.setattr(self_check, "_launcher", launcher)
@@ -331,7 +331,7 @@ def test_the_functions_are_registered_for_cuda():
 
 
 def rows(device: torch.device | None) -> dict[str, tuple[str, str]]:
-    declared = dispatch._declared()
+    declared = [*NAMES, "dropout"]
     found = operators.report(declared, device)
     assert [row["operator"] for row in found] == declared
     assert all(set(row) == {"operator", "device", "implementation", "why"} for row in found)
@@ -345,21 +345,18 @@ def test_the_report_says_what_serves(device):
         assert found[name] == ("triton", "it agrees with the definition on this device, bit for bit")
     for name in ("linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
         assert found[name][0] == "two-pass"
-        assert found[name][1].endswith("fused where a record says that it takes less time (gpu-choice.json)")
+        assert found[name][1].endswith("then cuBLAS; " + choice.summary(choice.architecture(torch.device(device))))
     assert found["adapted_linear"][1].startswith("Triton's dequantize, project, then cuBLAS; ")
     assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
 
 @pytest.mark.parametrize(
-    ("kernel", "choice", "implementation"),
+    ("kernel", "asked", "implementation"),
     [("dequantize", "auto", "reference"), ("dequantize", "triton", "none"), ("grad_A", "auto", "reference")],
 )
-def test_the_report_of_a_kernel_that_fails(kernel, choice, implementation, device, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setenv(self_check.VARIABLE, choice)
-    monkeypatch.setitem(self_check.CHECKS, kernel, broken)
+def test_the_report_of_a_kernel_that_fails(kernel, asked, implementation, device, monkeypatch, break_check):
+    monkeypatch.setenv(self_check.VARIABLE, asked)
+    break_check(kernel, "no such instruction")
     found = rows(torch.device(device))
     for name, kernels in operators.KERNELS.items():
         if kernel in kernels:
@@ -376,24 +373,24 @@ def test_the_report_where_the_reference_is_asked_for(device, monkeypatch):
 
 def test_the_report_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {(row["implementation"], row["why"]) for row in dispatch.report("cuda")}
+    found = {(row["implementation"], row["why"]) for row in report.implementations("cuda")}
     assert found == {("none", "there is no GPU: torch.cuda.is_available() is False")}
 
 
 def test_the_report_refuses_another_device():
     with pytest.raises(ValueError, match="cpu or cuda, not 'tpu'"):
-        dispatch.report("tpu")
+        report.implementations("tpu")
 
 
 def test_importing_and_working_on_the_cpu_does_not_import_triton():
     code = """
 import sys, torch, qloralab as ql
 import qloralab.checkpoint.models
-from qloralab.kernels import dispatch
+from qloralab.kernels import report
 from qloralab.kernels.gpu import choice, operators
 ql.linear(torch.randn(2, 64), ql.quantize(torch.randn(8, 64)))
-dispatch.report()
-choice.decide("linear", 8, 64, 2, "a GPU")
+report.implementations()
+choice.decide(8, 64, 2, "sm_90")
 print([name for name in sys.modules if name.split(".")[0] == "triton"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)

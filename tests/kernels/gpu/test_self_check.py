@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from qloralab.kernels.gpu import self_check
-from qloralab.kernels.gpu.self_check import MODULES, NotServedError, kernel, mode, reason
+from qloralab.kernels.gpu.case import FILES
+from qloralab.kernels.gpu.self_check import NotServedError, kernel, mode, reason
+
+PACKAGE = "qloralab.kernels.gpu"
 
 
 @pytest.fixture(autouse=True)
@@ -25,25 +28,36 @@ def there(device: str) -> torch.device:
 
 
 def spoil(monkeypatch, name: str, change) -> None:
-    """Let the launcher of an operator return what ``change`` makes of its result."""
+    """Let the launcher of a kernel return what ``change`` makes of its result, or of the tensors that it updates."""
     right = self_check._launcher(name)
-    monkeypatch.setattr(self_check, "_launcher", lambda _: lambda *args: change(right(*args)))
+
+    def wrong(*args, **named):
+        result = right(*args, **named)
+        return change(tuple(args[0]) if result is None else result)
+
+    monkeypatch.setattr(self_check, "_launcher", lambda _: wrong)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FILES)
 def test_the_kernels_pass(name, there):
     assert reason(name, there) == ""
     launch = kernel(name, there)
     assert launch is not None
-    assert (launch.__name__, launch.__module__) == (name, f"qloralab.kernels.gpu.{MODULES[name]}")
+    assert (launch.__name__, launch.__module__) == (name, f"qloralab.kernels.gpu.{FILES[name]}")
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("part", [0, -1], ids=["first result", "last result"])
+LAST = [(name, -1) for name in ("quantize_blockwise", "quantize_scales", "linear", "linear_grad_input")]
+
+
+@pytest.mark.parametrize(("name", "part"), [*((name, 0) for name in FILES), *LAST])
 def test_one_bit_in_one_place_is_seen(name, part, there, monkeypatch):
+    calls = []
+
     def flip(result):
+        calls.append(result)
         parts = result if isinstance(result, tuple) else (result,)
-        parts[part].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        if len(calls) == (2 if part and name.startswith("linear") else 1):
+            parts[part].view(-1)[-1:].view(torch.uint8)[0] ^= 1
         return result
 
     spoil(monkeypatch, name, flip)
@@ -63,12 +77,8 @@ def test_it_is_checked_once(there, monkeypatch):
     assert len(calls) == 1
 
 
-def broken(*_):
-    raise RuntimeError("ptxas\n  has   failed")
-
-
-def test_auto_warns_once_and_the_reference_serves(there, monkeypatch):
-    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
+def test_auto_warns_once_and_the_reference_serves(there, break_check):
+    break_check("dequantize", "ptxas\n  has   failed")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [kernel("dequantize", there) for _ in range(3)] == [None] * 3
@@ -77,18 +87,18 @@ def test_auto_warns_once_and_the_reference_serves(there, monkeypatch):
     assert "GPU kernel of dequantize is not in use: RuntimeError: ptxas has failed\n" in str(warning.message)
 
 
-def test_triton_raises_every_time(there, monkeypatch):
+def test_triton_raises_every_time(there, monkeypatch, break_check):
     monkeypatch.setenv(self_check.VARIABLE, "triton")
-    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
+    break_check("dequantize", "ptxas\n  has   failed")
     for _ in range(2):
         with pytest.raises(NotServedError, match=r"dequantize is not served on .*: RuntimeError: ptxas has failed"):
             kernel("dequantize", there)
     assert kernel("quantize_scales", there) is not None
 
 
-def test_the_reference_checks_nothing(there, monkeypatch):
+def test_the_reference_checks_nothing(there, monkeypatch, break_check):
     monkeypatch.setenv(self_check.VARIABLE, "reference")
-    monkeypatch.setitem(self_check.CHECKS, "dequantize", broken)
+    break_check("dequantize", "ptxas\n  has   failed")
     assert kernel("dequantize", there) is None
     assert self_check._passed == {}
 
@@ -103,7 +113,7 @@ def test_another_word_is_refused(value, there, monkeypatch):
 
 def test_without_triton_the_reason_is_its_name(there, monkeypatch):
     for name in list(sys.modules):
-        if name == "triton" or name.startswith(("triton.", "qloralab.kernels.gpu.de", "qloralab.kernels.gpu.rounding")):
+        if name == "triton" or name.startswith(("triton.", *(f"{PACKAGE}.{file}" for file in ("de", "interpreter")))):
             monkeypatch.delitem(sys.modules, name)
 
     class Nowhere:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import qloralab as ql
 from qloralab.kernels.gpu import two_pass
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
-from qloralab.kernels.gpu.two_pass import Workspace, release, workspace
+from qloralab.kernels.gpu.two_pass import Workspace
 from qloralab.lora.dropout import keep_mask
 from qloralab.nf4 import ops
 
@@ -20,10 +20,15 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
-def no_workspaces():
-    release()
-    yield
-    release()
+def workspaces(monkeypatch) -> dict:
+    """Those of a test; no others."""
+    monkeypatch.setattr(two_pass, "_workspaces", {})
+    return two_pass._workspaces
+
+
+def held(workspaces: dict) -> list[int]:
+    """Their bytes."""
+    return [one._buffer.nbytes for one in workspaces.values()]
 
 
 def weight(shape: tuple[int, int], device: str, **options) -> ql.QuantizedTensor:
@@ -78,26 +83,22 @@ def test_any_shape_of_tokens(tokens, device):
     torch.testing.assert_close(two_pass.linear_grad_input(grad, quantized.operands()), grad @ W)
 
 
-def test_one_buffer_serves_weights_of_every_shape_and_grows_to_the_largest(device):
-    there = torch.device(device, 0) if device == "cuda" else torch.device(device)
+def test_one_buffer_serves_weights_of_every_shape_and_grows_to_the_largest(device, workspaces):
     x = torch.randn(2, 64, device=device)
     sizes = []
     for rows in (16, 64, 8, 64):
         quantized = weight((rows, 64), device)
         y = two_pass.linear(x, quantized.operands())
         assert torch.equal(y, F.linear(x, expected(quantized, torch.float32)))  # nothing of the larger one before
-        sizes.append(workspace(there, torch.float32).nbytes)
+        sizes += held(workspaces)
     assert sizes == [16 * 64 * 4, 64 * 64 * 4, 64 * 64 * 4, 64 * 64 * 4]
-    assert release() == 64 * 64 * 4
-    assert release() == 0
-    assert torch.equal(two_pass.linear(x, quantized.operands()), y)
 
 
-def test_each_dtype_has_its_own(device):
+def test_each_dtype_has_its_own(device, workspaces):
     quantized = weight((16, 64), device)
     for dtype in DTYPES:
         two_pass.linear(torch.randn(2, 64, device=device).to(dtype), quantized.operands())
-    assert release() == 16 * 64 * (2 + 2 + 4)
+    assert held(workspaces) == [16 * 64 * size for size in (2, 2, 4)]
 
 
 def test_a_result_does_not_change_with_the_next_product(device):
@@ -133,18 +134,17 @@ def test_a_failing_product_gives_the_buffer_back():
         raise RuntimeError("no product")
     with there.borrow(8) as buffer:
         assert buffer.shape == (8,)
-    assert there.release() == 32
 
 
 @pytest.mark.gpu
-def test_a_captured_product_keeps_a_buffer_of_its_own():
+def test_a_captured_product_keeps_a_buffer_of_its_own(workspaces):
     quantized = weight((64, 64), "cuda")
     x = torch.randn(4, 64, device="cuda")
     y = two_pass.linear(x, quantized.operands())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = two_pass.linear(x, quantized.operands())
-    release()
+    workspaces.clear()
     torch.full((64, 64), float("nan"), device="cuda")  # may get the memory that was given back
     captured.zero_()
     graph.replay()

@@ -28,7 +28,7 @@ def served(monkeypatch):
 
     def by(implementation: str, why: str) -> None:
         row = {"operator": "adapted_linear", "implementation": implementation, "why": why}
-        monkeypatch.setattr(outlook.dispatch, "report", lambda device: [{**row, "operator": "linear"}, row])
+        monkeypatch.setattr(outlook.report, "implementations", lambda device: [{**row, "operator": "linear"}, row])
 
     by("native", "C")
     return by
