@@ -173,7 +173,7 @@ static void bf16_rows(const few_job *job, int64_t n, int rows)
 
 #if HAVE_AVX512
 
-/* Which of 64 neighbours in x comes at place j of their group. */
+/* Which of 64 neighbours in x is number j of their group. */
 static int in_order(dtype type, int j) { return (void)type, j / 32 * 32 + j % 16 * 2 + j / 16 % 2; }
 
 /* What decodes a group: the table of each of its halves, which are of one block or of two. */

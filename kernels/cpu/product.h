@@ -284,8 +284,8 @@ static tiles tiles_at(char **at, int64_t rows, int64_t steps)
     return t;
 }
 
-/* What both have in common. A task is some panels of `columns` columns of the result. The adapter is packed for a contraction
-   over `contraction` numbers. */
+/* What both directions share. The result has `columns` columns, whose panels are divided into tasks; the adapter is packed
+   for a contraction over `contraction` numbers. */
 static layer_job make_job(const weight *w, const layer *l, int64_t columns, int64_t contraction, int threads, char **at)
 {
     int64_t K = w->columns, N = w->rows, r = l->r, tokens = l->tokens;

@@ -12,7 +12,7 @@ static float largest_of_floats(const float *x, int64_t n)
 {
     words top = {0};
     for (int64_t i = 0; i < n; i += 16) {
-        words m = (words)load_floats(x + i) & 0x7fffffffu; /* the bits are ordered as the magnitudes are, NaN above infinity */
+        words m = (words)load_floats(x + i) & 0x7fffffffu; /* ordered as the magnitudes are, NaN above infinity */
         words larger = (words)(m > top);
         top = (larger & m) | (~larger & top);
     }
@@ -24,8 +24,8 @@ static float largest_of_floats(const float *x, int64_t n)
     return value;
 }
 
-/* What to multiply by so that x / absmax follows the policy of nf4/blockwise.py; *exact asks for the quotient itself. A block
-   of zeros is multiplied by 0. */
+/* The factor of a block's numbers by the policy of nf4/blockwise.py, 0 for a block of zeros; *exact asks for the quotient
+   by absmax instead. */
 static inline float reciprocal(float absmax, int *exact)
 {
     float r = absmax == 0.0f ? 0.0f : 1.0f / absmax;

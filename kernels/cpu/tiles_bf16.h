@@ -110,8 +110,8 @@ static void any_weight_rows(const weight *w, int64_t n, int64_t rows, int64_t k,
 }
 
 /* The weight's rows n ..., columns [k, end) as the contraction: the panel of the forward product. k is a multiple of
-   DIVISOR, the weights in a cache line of codes. Where K is a power of two, the codes of 32 rows fall on a few sets of the L1 cache: 16 rows are done with a line
-   before the next 16 begin. */
+   DIVISOR, the weights in a cache line of codes. Where K is a power of two, the codes of 32 rows fall on a few sets of the
+   L1 cache: 16 rows are done with a line before the next 16 begin. */
 static void weight_rows(const weight *w, dtype type, int64_t n, int64_t k, int64_t end, uint32_t *out)
 {
     (void)type;
