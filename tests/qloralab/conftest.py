@@ -77,7 +77,7 @@ def tiny_model(**changes: Any) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes the tiny model and its tokenizer: ``write_model("tiny", template, hidden_act="gelu")``; returns its path."""
+    """Writes the tiny model and its tokenizer: ``write_model("tiny", template)``; returns the path."""
 
     def write(name: str, template: str | None = TEMPLATE, **changes: Any) -> Path:
         path = tmp_path_factory.mktemp("models") / name
