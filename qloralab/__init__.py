@@ -12,17 +12,23 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-if _TYPE_CHECKING:
-    from qloralab.lora.config import LoraConfig
-    from qloralab.lora.files import save_adapter
-    from qloralab.lora.inject import inject_, load_adapter_, trainable
-    from qloralab.nf4.codebook import normal_float
-    from qloralab.nf4.files.errors import FormatError
-    from qloralab.nf4.model import linear_names, quantize_
-    from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
-    from qloralab.optim.paged_adamw import PagedAdamW
+if _TYPE_CHECKING:  # "as" says that a name is public
+    from qloralab.lora.config import LoraConfig as LoraConfig
+    from qloralab.lora.files import save_adapter as save_adapter
+    from qloralab.lora.inject import inject_ as inject_
+    from qloralab.lora.inject import load_adapter_ as load_adapter_
+    from qloralab.lora.inject import trainable as trainable
+    from qloralab.nf4.codebook import normal_float as normal_float
+    from qloralab.nf4.files.errors import FormatError as FormatError
+    from qloralab.nf4.model import linear_names as linear_names
+    from qloralab.nf4.model import quantize_ as quantize_
+    from qloralab.nf4.tensor import QuantizedTensor as QuantizedTensor
+    from qloralab.nf4.tensor import linear as linear
+    from qloralab.nf4.tensor import quantize as quantize
+    from qloralab.optim.paged_adamw import PagedAdamW as PagedAdamW
 
-    from .checkpoint.quantized_model import load_quantized, save_quantized
+    from .checkpoint.quantized_model import load_quantized as load_quantized
+    from .checkpoint.quantized_model import save_quantized as save_quantized
 
 # Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
 # on one machine then slow each other more than tenfold.
@@ -36,46 +42,29 @@ if (_here.parent / "pyproject.toml").is_file():
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FormatError",
-    "LoraConfig",
-    "PagedAdamW",
-    "QuantizedTensor",
-    "inject_",
-    "linear",
-    "linear_names",
-    "load_adapter_",
-    "load_quantized",
-    "normal_float",
-    "quantize",
-    "quantize_",
-    "save_adapter",
-    "save_quantized",
-    "trainable",
-]
-
-_MODULES = {
-    "lora.config": ("LoraConfig",),
-    "lora.files": ("save_adapter",),
-    "lora.inject": ("inject_", "load_adapter_", "trainable"),
-    "nf4.codebook": ("normal_float",),
-    "nf4.files.errors": ("FormatError",),
-    "nf4.model": ("linear_names", "quantize_"),
-    "nf4.tensor": ("QuantizedTensor", "linear", "quantize"),
-    "optim.paged_adamw": ("PagedAdamW",),
-    "checkpoint.quantized_model": ("load_quantized", "save_quantized"),
+_NAMES = {
+    "checkpoint.quantized_model": "load_quantized save_quantized",
+    "lora.config": "LoraConfig",
+    "lora.files": "save_adapter",
+    "lora.inject": "inject_ load_adapter_ trainable",
+    "nf4.codebook": "normal_float",
+    "nf4.files.errors": "FormatError",
+    "nf4.model": "linear_names quantize_",
+    "nf4.tensor": "QuantizedTensor linear quantize",
+    "optim.paged_adamw": "PagedAdamW",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
     """A public name at its first use; from then on it is an attribute like any other."""
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _import_module(f"{__name__}.kernels.cpu.operators")  # from here on, C serves nf4's operators
     _import_module(f"{__name__}.kernels.gpu.operators")  # and Triton those on CUDA tensors
     _import_module(f"{__name__}.kernels.report").check_environment()
-    value = getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -5,19 +5,21 @@ Nothing here imports torch before a command runs: ``--help`` and a mistyped opti
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO, get_type_hints
 
 import typer
 
 from . import __version__
 from .errors import UserError
 from .interrupt import STATUS, stopping_at_once
-from .settings import ADAPTERS, STDLIB, Dtype, Method, Settings
+from .settings import MODEL_OPTION, DtypeOption, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
@@ -26,12 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelOption = Annotated[
-    Path | None, typer.Option(help="Hugging Face directory or GGUF file.", show_default="SmolLM2-135M-Instruct")
-]
-DtypeOption = Annotated[
-    Dtype, typer.Option(help="Of the products; auto is bfloat16 where the hardware multiplies it, else float32.")
-]
+ModelOption = Annotated[Path | None, MODEL_OPTION]
 
 # What typer raises for a wrong option: a class of click, or of the copy of click that newer versions of typer carry.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -66,56 +63,25 @@ def _commands(
         typer.echo(context.get_help())
 
 
+def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Make the fields of ``Settings`` the options of a command."""
+    types = get_type_hints(Settings, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if field.default is dataclasses.MISSING else field.default,
+            annotation=types[field.name],
+        )
+        for field in dataclasses.fields(Settings)
+    ]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return command
+
+
 @app.command()
-def finetune(
-    model: ModelOption = None,
-    data: Annotated[
-        str, typer.Option(help="JSONL file, or 'stdlib': docstrings of the Python standard library.")
-    ] = STDLIB,
-    format: Annotated[  # noqa: A002  (the option's name)
-        str | None, typer.Option(help="Of the JSONL: alpaca, chat or text.", show_default="detected")
-    ] = None,
-    method: Annotated[
-        Method, typer.Option(help="4-bit weights and adapters; dense weights and adapters; all weights.")
-    ] = "qlora",
-    dtype: DtypeOption = Settings.dtype,
-    out: Annotated[
-        Path | None, typer.Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="To start from; it sets r, alpha, dropout.", show_default="none: new ones")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = Settings.steps,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = Settings.batch_size,
-    accumulate: Annotated[
-        int, typer.Option(help="Parts a batch is computed in, to save memory.")
-    ] = Settings.accumulate,
-    max_length: Annotated[int, typer.Option(help="Tokens per example, at most.")] = Settings.max_length,
-    too_long: Annotated[
-        str | None, typer.Option(help="Longer examples: error, skip or cut.", show_default="error; stdlib: skip")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Largest learning rate.", show_default="1e-3; full: 1e-4")] = None,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapters.", show_default=str(ADAPTERS["r"]))] = None,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Adapters are scaled by alpha / r.", show_default=str(ADAPTERS["lora_alpha"]))
-    ] = None,
-    lora_dropout: Annotated[
-        float | None, typer.Option(help="Dropout before the adapters.", show_default=str(ADAPTERS["lora_dropout"]))
-    ] = None,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = Settings.max_grad_norm,
-    held_out: Annotated[
-        int | None, typer.Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
-    ] = None,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = Settings.eval_every,
-    state_bits: Annotated[int, typer.Option(help="Of AdamW's moments: 32 or 8.")] = Settings.state_bits,
-    state_budget: Annotated[
-        int | None, typer.Option(help="MB of the moments to hold in memory; the rest pages.", show_default="all")
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations: less memory, slower.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of split, order, adapters and dropout.")] = Settings.seed,
-) -> None:
+@_takes_settings
+def finetune(**options: Any) -> None:
     """Fine-tune a language model.
 
     With the defaults, on this machine's CPU in minutes.
@@ -124,32 +90,7 @@ def finetune(
         from .checkpoint.models import default_model
         from .train.finetune import finetune as run
 
-    settings = Settings(
-        out=out,
-        model=model or default_model(),
-        data=data,
-        format=format,
-        method=method,
-        dtype=dtype,
-        adapter=adapter,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_length=max_length,
-        too_long=too_long,
-        lr=lr,
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        max_grad_norm=max_grad_norm,
-        held_out=held_out,
-        eval_every=eval_every,
-        state_bits=state_bits,
-        state_budget=state_budget,
-        checkpointing=checkpointing,
-        seed=seed,
-    )
-    if run(settings).interrupted:
+    if run(Settings(**{**options, "model": options["model"] or default_model()})).interrupted:
         raise typer.Exit(STATUS)
 
 
@@ -169,7 +110,7 @@ def generate(
     quantized: Annotated[
         bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or as in LoRA.")
     ] = True,
-    dtype: DtypeOption = Settings.dtype,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Answer a prompt with a model and an adapter."""
     if words is not None and prompt is not None:
@@ -177,7 +118,7 @@ def generate(
     text = _text(words if prompt is None else prompt)
     with _loading(sys.stderr):
         from .checkpoint.models import default_model
-        from .train.answer import answer
+        from .train.generate import answer
 
     typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
     if lost := getattr(sys.stdout, "failure", None):

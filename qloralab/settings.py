@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from typer import Option
 
 from .errors import UserError
 
 Method = Literal["qlora", "lora", "full"]
 Dtype = Literal["auto", "bfloat16", "float32"]
-METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
-DTYPES: tuple[Dtype, ...] = ("auto", "bfloat16", "float32")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
@@ -19,77 +20,95 @@ ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
 _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
 
+MODEL_OPTION = Option(help="Hugging Face directory or GGUF file.", show_default="SmolLM2-135M-Instruct")
+DtypeOption = Annotated[
+    Dtype, Option(help="Of the products; auto is bfloat16 where the hardware multiplies it, else float32.")
+]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """The settings of a run. One that another makes meaningless is refused, not ignored.
 
-    Attributes:
-        out: the run directory; it must not exist, or be empty. None: runs/DATE-TIME, with a number where that is taken.
-        model: a Hugging Face directory or a GGUF file.
-        data: a JSONL file, or "stdlib": the docstrings of the running interpreter's standard library.
-        format: of the JSONL file, "alpaca", "chat" or "text"; None detects it.
-        method: "qlora" (4-bit weights and adapters), "lora" (weights in dtype, and adapters) or "full" (all weights,
-            float32, train).
-        dtype: of the products, and of the weights that are neither in 4 bits nor train: "bfloat16", "float32", or
-            "auto", what the device multiplies in hardware.
-        adapter: directory of an adapter to start from; it has its own r, lora_alpha and lora_dropout.
-        steps: optimizer steps.
-        batch_size: examples per step.
-        accumulate: parts that a batch is computed in, one after the other, to save memory.
-        max_length: tokens per example, at most.
-        too_long: what happens to a longer example: "error", "skip" or "cut"; by default an error, and "stdlib" skips.
-        lr: the largest learning rate; by default 1e-3, and 1e-4 for "full".
-        r, lora_alpha, lora_dropout: see ``LoraConfig``; by default those of ``ADAPTERS``.
-        max_grad_norm: gradients are scaled down to this norm.
-        held_out: examples kept from training, for the validation loss and the samples; by default a tenth, at most 64.
-        eval_every: steps between validations; there is one before the first step and one after the last in any case.
-        state_bits: of the moments of AdamW, 32 or 8.
-        state_budget: of them, 10**6 bytes that may be in memory at a time; the rest pages. None: all.
-        checkpointing: keep no activations inside a transformer block, compute them again in backward.
-        seed: of the split, the order, the adapters and the dropout.
+    Each field has the option of the command line that sets it, whose help says what it is; those without a default
+    here have one there. Where None stands for a default that depends on other settings, a property below gives it.
+
+    Raises:
+        UserError: a value is out of its range, or would be ignored; out is a file or a directory that is not empty.
     """
 
-    out: Path | None
-    model: Path
-    data: str = STDLIB
-    format: str | None = None
-    method: Method = "qlora"
-    dtype: Dtype = "auto"
-    adapter: Path | None = None
-    steps: int = 150
-    batch_size: int = 4
-    accumulate: int = 1
-    max_length: int = 256
-    too_long: str | None = None
-    lr: float | None = None
-    r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    max_grad_norm: float = 0.3
-    held_out: int | None = None
-    eval_every: int = 50
-    state_bits: int = 32
-    state_budget: int | None = None
-    checkpointing: bool = False
-    seed: int = 0
+    model: Annotated[Path, MODEL_OPTION]
+    data: Annotated[str, Option(help="JSONL file, or 'stdlib': docstrings of the Python standard library.")] = STDLIB
+    format: Annotated[str | None, Option(help="Of the JSONL: alpaca, chat or text.", show_default="detected")] = None
+    method: Annotated[Method, Option(help="4-bit weights and adapters; dense weights and adapters; all weights.")] = (
+        "qlora"
+    )
+    dtype: DtypeOption = "auto"
+    out: Annotated[Path | None, Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")]
+    adapter: Annotated[
+        Path | None, Option(help="To start from; it sets r, alpha, dropout.", show_default="none: new ones")
+    ] = None
+    steps: Annotated[int, Option(help="Optimizer steps.")] = 150
+    batch_size: Annotated[int, Option(help="Examples per step.")] = 4
+    accumulate: Annotated[int, Option(help="Parts a batch is computed in, to save memory.")] = 1
+    max_length: Annotated[int, Option(help="Tokens per example, at most.")] = 256
+    too_long: Annotated[
+        str | None, Option(help="Longer examples: error, skip or cut.", show_default="error; stdlib: skip")
+    ] = None
+    lr: Annotated[float | None, Option(help="Largest learning rate.", show_default="1e-3; full: 1e-4")] = None
+    r: Annotated[int | None, Option("--r", help="Rank of the adapters.", show_default=str(ADAPTERS["r"]))] = None
+    lora_alpha: Annotated[
+        float | None, Option(help="Adapters are scaled by alpha / r.", show_default=str(ADAPTERS["lora_alpha"]))
+    ] = None
+    lora_dropout: Annotated[
+        float | None, Option(help="Dropout before the adapters.", show_default=str(ADAPTERS["lora_dropout"]))
+    ] = None
+    max_grad_norm: Annotated[float, Option(help="Gradients are clipped to this norm.")] = 0.3
+    held_out: Annotated[
+        int | None, Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
+    ] = None
+    eval_every: Annotated[int, Option(help="Steps between validations.")] = 50
+    state_bits: Annotated[int, Option(help="Of AdamW's moments: 32 or 8.")] = 32
+    state_budget: Annotated[
+        int | None, Option(help="MB of the moments to hold in memory; the rest pages.", show_default="all")
+    ] = None
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations: less memory, slower.")] = (
+        False
+    )
+    seed: Annotated[int, Option(help="Of split, order, adapters and dropout.")] = 0
 
     def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_that_none_is_ignored()
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
+        if not self.data:
+            raise UserError(f"--data is empty; give a JSONL file or {STDLIB!r}")
+        if self.out and self.out.is_file():
+            raise UserError(f"{self.out} is a file; give --out the name of a new directory")
+        if self.out and self.out.is_dir() and any(self.out.iterdir()):
+            raise UserError(
+                f"{self.out} exists and is not empty; a run never writes over another, give --out a new name"
+            )
+
+    def _check_ranges(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} is {value}; it must be at least 1")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{_option(name)} is {getattr(self, name)}; it must be positive and finite")
+        for option, value in (("--lr", self.learning_rate), ("--max-grad-norm", self.max_grad_norm)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"{option} is {value}; it must be positive and finite")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.state_bits not in (32, 8):
             raise UserError(f"--state-bits is {self.state_bits}; it must be 32 or 8")
         if self.state_budget is not None and self.state_budget < LEAST_STATE_BUDGET:
             raise UserError(f"--state-budget is {self.state_budget} MB; it must be at least {LEAST_STATE_BUDGET}")
+
+    def _check_that_none_is_ignored(self) -> None:
         for ignores, names, why in (
             (self.method == "full", ("adapter", *ADAPTERS), "--method full trains all weights, without adapters"),
             (self.adapter is not None, tuple(ADAPTERS), f"the adapter in {self.adapter} has its own"),
@@ -98,18 +117,6 @@ class Settings:
             for name in names if ignores else ():
                 if getattr(self, name) is not None:
                     raise UserError(f"{_option(name)} would be ignored: {why}; leave it out")
-        if not -(2**63) <= self.seed < 2**64:
-            raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
-        if not self.data:
-            raise UserError(f"--data is empty; give a JSONL file or {STDLIB!r}")
-        if self.out is None:
-            return
-        if self.out.is_file():
-            raise UserError(f"{self.out} is a file; give --out the name of a new directory")
-        if self.out.is_dir() and any(self.out.iterdir()):
-            raise UserError(
-                f"{self.out} exists and is not empty; a run never writes over another, give --out a new name"
-            )
 
     @property
     def learning_rate(self) -> float:
@@ -125,10 +132,9 @@ class Settings:
     @property
     def treats_too_long(self) -> str:
         """too_long, or its default. The standard library is there to be sampled."""
-        if self.too_long is not None:
-            return self.too_long
-        return "skip" if self.data == STDLIB else "error"
+        default = "skip" if self.data == STDLIB else "error"
+        return default if self.too_long is None else self.too_long
 
 
 def _option(name: str) -> str:
-    return "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"

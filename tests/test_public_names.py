@@ -93,10 +93,9 @@ def test_type_checkers_see_the_same_names_in_the_same_places():
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {
-        f"qloralab.{node.module}" if node.level else node.module: tuple(name.name for name in node.names)
-        for node in imports
+        name.asname: f"qloralab.{node.module}" if node.level else node.module for node in imports for name in node.names
     }
-    assert seen == {f"qloralab.{module}": names for module, names in qloralab._MODULES.items()}
+    assert seen == {name: f"qloralab.{module}" for name, module in qloralab._MODULES.items()}
 
 
 def test_another_name_is_an_attribute_error():

@@ -50,22 +50,6 @@ class Encoded:
     cut: bool = False
 
 
-def encode(example: Example, tokenizer: Any) -> list[Encoded]:
-    """Tokens and labels of one example; see the module for what has a label.
-
-    Args:
-        example: of any format.
-        tokenizer: a fast tokenizer of transformers, which knows the characters of each token.
-
-    Returns:
-        one, or one for each answer of a conversation that the chat template cannot write at once.
-
-    Raises:
-        UserError: the example needs a chat template that is missing or does not work for it; no token has a label.
-    """
-    return list(_encode([example], tokenizer))
-
-
 def encode_all(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -78,7 +62,7 @@ def encode_all(
 
     Args:
         examples: of any format.
-        tokenizer: see ``encode``.
+        tokenizer: a fast tokenizer of transformers, which knows the characters of each token.
         max_length: tokens.
         too_long: what happens to a longer example. "error" refuses all of them. "skip" leaves the example out. "cut"
             keeps its first max_length tokens, and leaves the example out when none of those has a label.
@@ -86,10 +70,12 @@ def encode_all(
         positions: tokens that the model has room for, or None where there is no end to it; max_length is at most that.
 
     Returns:
-        Those of the examples that were not left out, see ``encode``; ``source`` tells which belong together.
+        one for each example that was not left out, or one for each answer of a conversation that the chat template
+        cannot write at once; ``source`` tells which belong together.
 
     Raises:
-        UserError: see ``encode``; too_long is "error" and an example is too long; no example is left.
+        UserError: an example needs a chat template that is missing or does not work for it, or has no token with a
+            label; too_long is "error" and an example is too long; no example is left.
     """
     if too_long not in TOO_LONG:
         raise UserError(f"unknown way {too_long!r} to treat long examples; --too-long takes {', '.join(TOO_LONG)}")
@@ -111,22 +97,17 @@ def encode_all(
     return kept
 
 
-def prompt_text(example: Example, tokenizer: Any) -> str:
-    """What a model is given to answer: all before the last assistant turn, or the first half of the words of a text.
-
-    Special tokens are part of the text: tokenize it with ``add_special_tokens=False``.
+def prompt_text(question: str, tokenizer: Any) -> str:
+    """What a model is given to answer a question; tokenize it with ``add_special_tokens=False``.
 
     Raises:
-        UserError: see ``encode``.
+        UserError: the chat template refuses it.
     """
-    if example.text is not None:
-        words = example.text.split(" ")
-        return _bos(tokenizer, example.text) + " ".join(words[: max(1, len(words) // 2)])
-    if not tokenizer.chat_template:
-        prompt = _plain_prompt(example)
-        return _bos(tokenizer, prompt) + prompt
-    last = max(index for index, message in enumerate(example.messages) if message.role == "assistant")
-    return ChatTemplate(tokenizer).prompt(example, last)
+    example = Example.from_instruction(question, "…", source="prompt")
+    if tokenizer.chat_template:
+        return ChatTemplate(tokenizer).prompt(example, 1)
+    prompt = _plain_prompt(example)
+    return _bos(tokenizer, prompt) + prompt
 
 
 def _write(example: Example, tokenizer: Any, template: ChatTemplate | None) -> list[Written]:

@@ -23,11 +23,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from os.path import isfile
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from .file_kinds import kind_of
 
 T = TypeVar("T")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -39,6 +37,12 @@ _REFUSED = {
     "documents", "chat_template", "chat_template_kwargs", "chosen", "rejected", "completion", "prefix",
     "image", "images", "video", "videos", "audio", "audios",
 }  # fmt: skip
+# How files begin that are given in place of JSON Lines.
+_OTHER_FILES = {
+    "\x1f\x8b": "a gzip archive",
+    "PAR1": "Parquet",
+    "[": "a JSON array (`jq -c .[]` makes JSON Lines of one)",
+}
 _TAKES = "--data takes a JSONL file on this machine, or 'stdlib'"
 _READS = (
     '--data reads JSON Lines in UTF-8, one object per line: {"instruction": "…", "output": "…"} or '
@@ -143,7 +147,11 @@ def read_jsonl(path: str | PathLike[str], format: str | None = None) -> list[Exa
             example = FORMATS[format](record)
             examples.append(replace(example, unused=(*example.unused, *record.unused())))
     except _NoObject as error:
-        raise error if examples else _no_json_lines(path, error) from None
+        if examples:
+            raise
+        found = next((f"is {kind}" for start, kind in _OTHER_FILES.items() if error.line.startswith(start)), None)
+        found = found or f"starts with {error.line[:20]!r}"
+        raise UserError(f"{error}, and the file {found}; {_READS}") from None
     if not examples:
         raise UserError(f"{path} holds no record")
     return examples
@@ -152,10 +160,9 @@ def read_jsonl(path: str | PathLike[str], format: str | None = None) -> list[Exa
 class _NoObject(UserError):
     """A line is not a JSON object. Where it is the first one, the file is probably no JSONL at all."""
 
-
-def _no_json_lines(path: str | PathLike[str], error: _NoObject) -> UserError:
-    kind = kind_of(path) if isfile(path) else None  # what came through a pipe is gone
-    return UserError(f"{path} looks like {kind}; {_READS}" if kind else f"{error}; {_READS}")
+    def __init__(self, source: str, what: str, line: str):
+        super().__init__(f"{source}: {what}")
+        self.line = line.strip(" \t\r\n")
 
 
 class _Record:
@@ -166,9 +173,7 @@ class _Record:
         self.name = name
         self.format: str | None = None
         if not isinstance(value, dict):
-            raise (UserError if name else _NoObject)(
-                f"{source}: {name or 'the line'} is {_kind(value)}, not a JSON object"
-            )
+            raise self.error(f"{name} is {_kind(value)}, not a JSON object")
         self.fields: dict[str, Any] = {field: found for field, found in value.items() if found is not None}
         self.nulls = value.keys() - self.fields.keys()
         self.taken: set[str] = set()
@@ -242,9 +247,11 @@ def _parse(source: str, line: str) -> _Record:
     except _Twice as error:
         raise UserError(f"{source}: field {str(error)!r} is there twice in one object") from error
     except json.JSONDecodeError as error:
-        raise _NoObject(f"{source}: not JSON: {error.msg} (column {error.colno})") from error
+        raise _NoObject(source, f"not JSON: {error.msg} (column {error.colno})", line) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
         raise UserError(f"{source}: not JSON that can be read: a number is too long, or a nesting too deep") from error
+    if not isinstance(value, dict):
+        raise _NoObject(source, f"the line is {_kind(value)}, not a JSON object", line)
     return _Record(source, value)
 
 
@@ -358,7 +365,8 @@ def _lines(path: str | PathLike[str]) -> Iterator[tuple[str, str]]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise _NoObject(f"{source}: not UTF-8 (byte {error.start + 1} of the line)") from error
+                    what = f"not UTF-8 (byte {error.start + 1} of the line)"
+                    raise _NoObject(source, what, raw.decode("latin-1")) from error
                 if line.strip():
                     yield source, line
     except OSError as error:

@@ -3,20 +3,86 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .run_directory import Metrics
+from ..checkpoint.models import model_name
+from ..data.encoding import NO_LABEL, Encoded
+from ..display import Display
+from .generate import generate
+from .run_directory import Metrics, RunDirectory
+from .trainer import Trainer
+
+_SAMPLES = 3
+_SAMPLE_TOKENS = 32
+
+
+class Reports:
+    """What a run tells beside its numbers. A part of it that cannot be made ends no run, and is a note.
+
+    Args:
+        trainer: of the run.
+        tokenizer: of its model.
+        display: shows the notes too.
+
+    Attributes:
+        notes: for config.json.
+    """
+
+    def __init__(self, trainer: Trainer, tokenizer: Any, display: Display):
+        self.notes: list[str] = []
+        self._trainer, self._tokenizer, self._display = trainer, tokenizer, display
+        self._examples = trainer.held_out[:_SAMPLES]
+        self._samples = [prompt_and_answer(example) for example in self._examples]
+        self._answers: dict[str, list[str]] = {}
+
+    def answer(self, when: str) -> None:
+        """Answer the held-out prompts, "before" or "after" training."""
+        prompts = [prompt for prompt, _ in self._samples]
+        with (
+            self._optional(f"answers {when} training"),
+            self._display.busy(f"answering held-out prompts {when} training", "tokens") as progress,
+        ):
+            self._answers[when] = generate(self._trainer.model, self._tokenizer, prompts, _SAMPLE_TOKENS, progress)
+
+    def write(self, run: RunDirectory) -> None:
+        """Write loss.png and samples.md."""
+        settings = self._trainer.settings
+        title = f"{model_name(settings.model)}, {settings.method}, {self._trainer.step} steps"
+        with self._optional("loss.png"):
+            plot_loss(run.metrics, title, run.path / "loss.png")
+        with self._optional("samples.md"):
+            prompts, references = (
+                [self._tokenizer.decode(ids, skip_special_tokens=False) for ids in column]
+                for column in zip(*self._samples, strict=True)
+            )
+            answers = {**self._answers, "reference": references}
+            write_samples(run.path / "samples.md", prompts, answers, [one.source for one in self._examples], title)
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.notes.append(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}")
+            self._display.fact("note", self.notes[-1])
+
+
+def prompt_and_answer(example: Encoded) -> tuple[list[int], list[int]]:
+    """The tokens before the last answer, and that answer. A text without a question is cut after 16 tokens."""
+    labels = example.labels
+    end = max(i for i, label in enumerate(labels) if label != NO_LABEL) + 1
+    start = end
+    while start > 0 and labels[start - 1] != NO_LABEL:
+        start -= 1
+    start = start or min(16, end - 1)
+    return example.input_ids[:start], example.input_ids[start:end]
 
 
 def plot_loss(metrics: Sequence[Metrics], title: str, path: Path) -> None:
-    """Draw training and validation loss over the tokens seen.
-
-    Args:
-        metrics: of the run, in order.
-        title: above the picture.
-        path: of the PNG.
-    """
+    """Draw training and validation loss over the tokens seen, as a PNG with a title."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,15 +126,7 @@ def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 def write_samples(
     path: Path, prompts: Sequence[str], answers: dict[str, Sequence[str]], sources: Sequence[str], title: str
 ) -> None:
-    """Write held-out prompts and their answers as Markdown.
-
-    Args:
-        path: of the file.
-        prompts: what was asked.
-        answers: for each column ("before", "after", ...), the answers in the order of the prompts.
-        sources: where the examples come from.
-        title: the heading.
-    """
+    """Write held-out prompts as Markdown, each with its source and its answer of each kind ("before", "after", ...)."""
     lines = [f"# {title}", ""]
     for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
         lines += [f"## {source}", "", _quote(prompt), ""]

@@ -16,13 +16,18 @@ import dataclasses
 import datetime
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from qloralab.lora.saving import save_adapter
+from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.processor import processor_class
 
+from .. import __version__
+from ..checkpoint.models import quiet
 from ..errors import UserError
 from ..settings import Settings
 
@@ -59,6 +64,11 @@ class RunDirectory:
         settings: of the run.
         fields: more of config.json.
 
+    Attributes:
+        path: of the directory.
+        trained: where what was trained is saved.
+        metrics: the lines of metrics.jsonl.
+
     Raises:
         UserError: another run has taken it.
         OSError: it cannot be written.
@@ -66,26 +76,51 @@ class RunDirectory:
 
     def __init__(self, settings: Settings, **fields: Any):
         self.path, self._lines = _take(settings.out)
+        self.trained = self.path / ("model" if settings.method == "full" else "adapter")
         self.metrics: list[Metrics] = []
-        resolved = {"out": str(self.path), "lr": settings.learning_rate, "too_long": settings.treats_too_long}
-        self._config = {**_plain(settings), **resolved, **fields, "versions": versions()}
+        given = {"out": None, **dataclasses.asdict(settings)}  # out comes first in the file
+        resolved = {"out": self.path, "lr": settings.learning_rate, "too_long": settings.treats_too_long}
+        self._config = {**given, **resolved, **fields, "versions": versions()}
         self.update_config()
 
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
         self._config.update(fields)
-        part = self.path / ".config.json.part"
-        try:
-            part.write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
-            part.replace(self.path / "config.json")
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(self.path / "config.json") as (part,):
+            part.write_text(json.dumps(self._config, indent=2, default=str) + "\n", encoding="utf-8")
 
     def log(self, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl; it is on disk when this returns."""
         self.metrics.append(metrics)
         self._lines.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._lines.flush()
+
+    def save(self, model: Any, tokenizer: Any) -> None:
+        """Write what was trained into ``trained``: the adapters of a model, or all of it and its tokenizer.
+
+        An earlier one stays until the new one is complete. A model is then put aside, and removed behind the new one.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; what there was of it is removed.
+        """
+        if self.trained.name == "adapter":
+            save_adapter(model, self.trained)
+            return
+        part, old = self.path / ".model.part", self.path / ".model.old"
+        try:
+            with quiet():
+                model.save_pretrained(part)
+            for weights in part.glob("*.safetensors"):  # which transformers writes for this user alone
+                weights.chmod((part / "config.json").stat().st_mode)
+            tokenizer.save_pretrained(part)
+            if self.trained.exists():
+                self.trained.rename(old)
+            part.rename(self.trained)
+        finally:
+            if old.exists() and not self.trained.exists():
+                old.rename(self.trained)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
@@ -112,8 +147,6 @@ def versions() -> dict[str, str]:
     """The versions, and the machine, that a result depends on."""
     import transformers
 
-    from .. import __version__
-
     threads, features = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return {
         "qloralab": __version__,
@@ -123,8 +156,3 @@ def versions() -> dict[str, str]:
         "machine": f"{platform.machine()}, {threads} threads, {features}",
         "processor": processor_class(),
     }
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    fields = dataclasses.asdict(settings)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

@@ -7,21 +7,17 @@ gains from.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qloralab.lora.files import save_adapter
 from qloralab.lora.inject import trainable
 from qloralab.optim.paged_adamw import PagedAdamW
 
 from ..checkpoint.limits import Limits
-from ..checkpoint.models import quiet
 from ..checkpoint.output_directory import size_text
 from ..data.batches import collate, length_grouped_batches
 from ..data.encoding import NO_LABEL, Encoded
@@ -39,7 +35,6 @@ class Trainer:
 
     Args:
         model: with adapters, or, for "full", in float32.
-        tokenizer: of the model.
         train: the examples to train on.
         held_out: those to validate with.
         settings: of the run.
@@ -47,36 +42,22 @@ class Trainer:
 
     Attributes:
         step, tokens, seconds: done so far.
-        saved_at: the step after which it was saved last; None before that.
 
     Raises:
         UserError: there is no room for the optimizer's state.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        train: Sequence[Encoded],
-        held_out: Sequence[Encoded],
-        settings: Settings,
-        dtype: torch.dtype,
+        self, model: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings, dtype: torch.dtype
     ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.train = train
-        self.held_out = held_out
-        self.settings = settings
-        self.dtype = dtype
+        self.model, self.train, self.held_out = model, train, held_out
+        self.settings, self.dtype = settings, dtype
         self.device = next(model.parameters()).device
         self.loss = AnswerLoss(model)
         self.positions = Limits.of(model).positions
         self.parameters = trainable(model)
         self.optimizer = self._optimizer()
-        self.step = 0
-        self.saved_at: int | None = None
-        self.tokens = 0
-        self.seconds = 0.0
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._order = self._batches()
 
     def _optimizer(self) -> PagedAdamW:
@@ -109,16 +90,6 @@ class Trainer:
                 yield [self.train[i] for i in batch]
             epoch += 1
 
-    def _tensors(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = collate(examples, LENGTH_MULTIPLE, self.positions)
-        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
-
-    def _autocast(self) -> torch.autocast:
-        # Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
-        # faster.
-        wanted = self.settings.method == "full" and self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
-
     @property
     def tokens_per_step(self) -> float:
         """On average over an epoch, padding not counted."""
@@ -134,22 +105,12 @@ class Trainer:
         start = time.perf_counter()
         self.model.train()
         examples = next(self._order)
-        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
         lr = self._set_lr()
-        total = 0.0
-        for part in range(self.settings.accumulate):
-            micro_batch = examples[part :: self.settings.accumulate]
-            if not micro_batch:
-                continue
-            with self._autocast():
-                loss, _ = self.loss(*self._tensors(micro_batch))
-            loss = loss / answers
-            loss.backward()
-            total += loss.item()
+        loss = self._backward(examples)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if not (total < float("inf") and norm < float("inf")):
+        if not (loss < float("inf") and norm < float("inf")):
             raise UserError(
-                f"the loss is {total:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
+                f"the loss is {loss:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,7 +120,29 @@ class Trainer:
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
-        return Metrics(self.step, self.tokens, total, None, lr, norm, tokens / seconds, resident_mb())
+        return Metrics(self.step, self.tokens, loss, None, lr, norm, tokens / seconds, resident_mb())
+
+    def _backward(self, examples: Sequence[Encoded]) -> float:
+        """The mean loss of a batch, whose gradients the parameters get, in as many parts as the settings say."""
+        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
+        total = 0.0
+        for part in range(min(self.settings.accumulate, len(examples))):
+            loss, _ = self._loss(examples[part :: self.settings.accumulate])
+            loss = loss / answers
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _loss(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+        """The summed loss of some examples and how many labels they have.
+
+        Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
+        faster.
+        """
+        batch = collate(examples, LENGTH_MULTIPLE, self.positions)
+        mixed = self.settings.method == "full" and self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            return self.loss(batch["input_ids"].to(self.device), batch["labels"].to(self.device))
 
     def paging(self) -> str:
         """How much of the optimizer's state is in memory, in words; empty without a budget."""
@@ -187,12 +170,11 @@ class Trainer:
         self.model.eval()
         order = sorted(self.held_out, key=lambda example: len(example.input_ids))
         size = 2 * self.settings.batch_size
-        total, count = 0.0, 0
-        tokens, done = sum(len(example.input_ids) for example in order), 0
+        total, count, done = 0.0, 0, 0
+        tokens = sum(len(example.input_ids) for example in order)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            with self._autocast():
-                loss, answers = self.loss(*self._tensors(batch))
+            loss, answers = self._loss(batch)
             total += loss.item()
             count += answers
             done += sum(len(example.input_ids) for example in batch)
@@ -204,42 +186,6 @@ class Trainer:
 
     def _advice(self) -> str:
         return "; try a smaller --lr" if self.step else ", before --lr was used: the model overflows"
-
-    def place(self, path: Path) -> Path:
-        """Where ``save`` writes below the run directory."""
-        return path / ("model" if self.settings.method == "full" else "adapter")
-
-    def save(self, path: Path) -> Path:
-        """Write what was trained below the run directory: the adapter, or the whole model.
-
-        An earlier one stays until the new one is complete. A model is then put aside, and removed behind the new one.
-
-        Raises:
-            OSError, SafetensorError: it cannot be written; what there was of it is removed.
-        """
-        place = self.place(path)
-        if self.settings.method == "full":
-            self._save_model(place, path / ".model.part", path / ".model.old")
-        else:
-            save_adapter(self.model, place)
-        self.saved_at = self.step
-        return place
-
-    def _save_model(self, place: Path, part: Path, old: Path) -> None:
-        try:
-            with quiet():
-                self.model.save_pretrained(part)
-            for weights in part.glob("*.safetensors"):  # which transformers writes for this user alone
-                weights.chmod((part / "config.json").stat().st_mode)
-            self.tokenizer.save_pretrained(part)
-            if place.exists():
-                place.rename(old)
-            part.rename(place)
-        finally:
-            if old.exists() and not place.exists():
-                old.rename(place)
-            for folder in (part, old):
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -76,21 +76,28 @@ def tiny_model(**changes: Any) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a Hugging Face directory."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model().save_pretrained(path)
-    _byte_tokenizer().save_pretrained(path)
-    return path
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes the tiny model and its tokenizer: ``write_model("tiny", template)``; returns the path."""
+
+    def write(name: str, template: str | None = TEMPLATE, **changes: Any) -> Path:
+        path = tmp_path_factory.mktemp("models") / name
+        tiny_model(**changes).save_pretrained(path)
+        _byte_tokenizer(template).save_pretrained(path)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def model_without_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(write_model: Callable[..., Path]) -> Path:
+    """The tiny model as a Hugging Face directory."""
+    return write_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def model_without_template(write_model: Callable[..., Path]) -> Path:
     """The tiny model, whose tokenizer has no chat template."""
-    path = tmp_path_factory.mktemp("models") / "bare"
-    tiny_model().save_pretrained(path)
-    _byte_tokenizer(None).save_pretrained(path)
-    return path
+    return write_model("bare", None)
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:
@@ -134,6 +141,17 @@ def settings(tmp_path: Path, model_dir: Path, colours: Path) -> Callable[..., Se
 def silent() -> Display:
     """A display that nobody sees."""
     return Display(Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def watched() -> Callable[..., tuple[Display, Callable[[], str]]]:
+    """A display, and what it has printed so far: ``display, printed = watched(patience=0.0)``."""
+
+    def make(patience: float = 60, **options: Any) -> tuple[Display, Callable[[], str]]:
+        file = io.StringIO()
+        return Display(Console(file=file, width=200), patience, **options), file.getvalue
+
+    return make
 
 
 def without_progress(text: str) -> str:

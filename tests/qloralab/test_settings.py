@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from qloralab.optim.paged_adamw import PagedAdamW
-from qloralab.settings import ADAPTERS, DTYPES, METHODS, Settings
+from qloralab.settings import ADAPTERS, DTYPES, Method, Settings
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_what_another_option_makes_meaningless_is_refused(refused, tmp_path, nam
 def test_nothing_else_is_ignored(refused, tmp_path):
     assert refused(method="full", adapter=Path("a")).startswith("--adapter would be ignored: --method full")
     assert refused(format="chat") == "--format would be ignored: --data stdlib is no JSONL file; leave it out"
-    for method in METHODS:
+    for method in get_args(Method):
         Settings(out=tmp_path / "run", model=Path("model"), method=method)
     defaults = [Settings(out=None, model=Path("model"), data=data).treats_too_long for data in ("stdlib", "a.jsonl")]
     assert defaults == ["skip", "error"]

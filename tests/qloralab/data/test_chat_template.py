@@ -7,7 +7,7 @@ from itertools import groupby
 import pytest
 
 from qloralab.data.chat_template import ChatTemplate
-from qloralab.data.encoding import encode
+from qloralab.data.encoding import Encoded, encode_all
 from qloralab.data.examples import Example, Message
 
 TURNS = "{% for m in messages %}"
@@ -113,6 +113,11 @@ LEARNED_WITH_THOUGHTS = {
 }
 CASES = [(name, FIRST, SECOND, expected) for name, expected in LEARNED.items()]
 CASES += [(name, THOUGHT + FIRST, THOUGHT + SECOND, expected) for name, expected in LEARNED_WITH_THOUGHTS.items()]
+
+
+def encode(example: Example, tokenizer) -> list[Encoded]:
+    """One example, however long."""
+    return encode_all([example], tokenizer, 10**6)
 
 
 @pytest.fixture

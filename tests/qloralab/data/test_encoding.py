@@ -61,7 +61,7 @@ def chat(*contents, roles=("user", "assistant"), source="data.jsonl:1"):
 
 def encode(example, tokenizer):
     """An example that is written at once."""
-    (encoded,) = module.encode(example, tokenizer)
+    (encoded,) = encode_all([example], tokenizer, 10**6)
     return encoded
 
 
@@ -184,7 +184,6 @@ def test_an_instruction_with_chat_template(tokenizer):
 def test_a_conversation_needs_a_chat_template():
     expected = "data.jsonl:1: a conversation, but the tokenizer has no chat template to write it with"
     assert message(encode, chat("a", "b"), tiny_tokenizer(None)) == expected
-    assert message(prompt_text, chat("a", "b"), tiny_tokenizer(None)) == expected
 
 
 @pytest.mark.parametrize(
@@ -216,23 +215,11 @@ def test_a_tokenizer_without_offsets(tokenizer, monkeypatch):
     assert "which characters a token holds" in message(encode, chat("a", "b"), tokenizer)
 
 
-def test_prompt_of_a_conversation(tokenizer):
-    example = chat("a", "b", "c", "d", "e")
-    prompt = prompt_text(example, tokenizer)
-    assert prompt.endswith("<|start|>user\nc<|end|>\n<|start|>assistant\n")
-    assert text_of(encode(example, tokenizer), tokenizer) == prompt + "d<|end|>\n"
-
-
-def test_prompt_of_an_instruction_without_chat_template():
-    tokenizer = tiny_tokenizer(None, adds_bos=True)
+def test_prompt_with_and_without_chat_template(tokenizer):
+    prompt = prompt_text("a", tokenizer)
+    assert prompt == "<|start|>user\na<|end|>\n<|start|>assistant\n"
     example = Example.from_instruction("Add.", "5", "a:1")
-    assert prompt_text(example, tokenizer) == f"<s>{example.plain_prompt}"
-
-
-def test_prompt_of_a_text(tokenizer):
-    assert prompt_text(Example("t:1", text="One two\nthree four five."), tokenizer) == "One two\nthree"
-    assert prompt_text(Example("t:1", text="One."), tokenizer) == "One."
-    assert prompt_text(Example("t:1", text="One two."), tiny_tokenizer(adds_bos=True)) == "<s>One"
+    assert prompt_text("Add.", tiny_tokenizer(None, adds_bos=True)) == f"<s>{example.plain_prompt}"
 
 
 LONG = [Example(f"t:{length}", text="x" * length) for length in (3, 9, 5, 12)]  # and eos: 4, 10, 6, 13 tokens
@@ -285,7 +272,7 @@ def test_the_answers_of_a_conversation_stay_or_go_together():
     written = "(message.content if loop.last or message.role == 'user' else '')"
     tokenizer = tiny_tokenizer(CHATML.replace("message.content", written))
     example = chat("a", "b", "c", "d" * 20)
-    first, second = module.encode(example, tokenizer)
+    first, second = encode_all([example], tokenizer, 10**6)
     assert [answers(one, tokenizer) for one in (first, second)] == [["b<|end|>"], ["d" * 20 + "<|end|>"]]
     limit, short = len(second.input_ids) - 1, chat("a", "b", source="short")
     kept = {way: encode_all([example, short], tokenizer, limit, way) for way in ("skip", "cut")}
@@ -345,6 +332,6 @@ def test_smollm2_learns_the_answer_and_its_end(smollm2):
         "<|im_start|>user\nAnd 4?<|im_end|>\n<|im_start|>assistant\n9, *naturally*.<|im_end|>\n"
     )
     assert answers(encoded, smollm2) == ["It is 5.<|im_end|>", "9, *naturally*.<|im_end|>"]
-    prompt = smollm2(prompt_text(chat("2 + 3?", "It is 5."), smollm2), add_special_tokens=False).input_ids
+    prompt = smollm2(prompt_text("2 + 3?", smollm2), add_special_tokens=False).input_ids
     assert encoded.input_ids[: len(prompt)] == prompt
     assert encoded.labels[len(prompt)] != NO_LABEL

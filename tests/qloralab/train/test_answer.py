@@ -16,9 +16,8 @@ from qloralab.errors import UserError
 from qloralab.lora.inject import adapters
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.processor import compute_dtype
-from qloralab.train import answer as module
-from qloralab.train.answer import answer
-from qloralab.train.generate import generate
+from qloralab.train import generate as module
+from qloralab.train.generate import answer, generate
 
 WRITTEN = "<|start|>user\nColour?<|end|>\n<|start|>assistant\n"
 

@@ -12,6 +12,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -22,18 +23,21 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig
 from qloralab import compute, quantize_, save_quantized
 from qloralab.checkpoint.models import load_model, load_tokenizer
 from qloralab.checkpoint.quantize_checkpoint import quantize_model
-from qloralab.data.encoding import NO_LABEL, Encoded, encode
+from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.data.examples import Example, Message
 from qloralab.display import Display
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
-from qloralab.settings import METHODS
+from qloralab.settings import Method
 from qloralab.train import finetune as module
-from qloralab.train import loss, outlook
-from qloralab.train.finetune import finetune, prompt_and_answer
+from qloralab.train import loss, outlook, prepare, report
+from qloralab.train.finetune import finetune
+from qloralab.train.report import prompt_and_answer
+from qloralab.train.run_directory import RunDirectory
 from qloralab.train.trainer import Trainer
 
+METHODS = get_args(Method)
 MEASURED = {"tokens_per_s", "rss_mb"}  # what differs between two runs of the same settings
 
 
@@ -116,10 +120,10 @@ def test_a_model_in_4_bits_computes_in_the_dtype_too(settings, silent, model_dir
 def watch_products(monkeypatch) -> set[torch.dtype]:
     """The dtypes of what the adapted or dense layers of a block give, and of what the loss gets."""
     seen: set[torch.dtype] = set()
-    prepare, cross_entropy = module._prepare_model, loss.linear_cross_entropy
+    prepare_model, cross_entropy = prepare._prepare_model, loss.linear_cross_entropy
 
     def prepared(*values):
-        model = prepare(*values)
+        model = prepare_model(*values)
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
                 seen.add(layer.compute_dtype)
@@ -132,7 +136,7 @@ def watch_products(monkeypatch) -> set[torch.dtype]:
         seen.add(products)
         return cross_entropy(hidden, *rest)
 
-    monkeypatch.setattr(module, "_prepare_model", prepared)
+    monkeypatch.setattr(prepare, "_prepare_model", prepared)
     monkeypatch.setattr(loss, "linear_cross_entropy", watched)
     return seen
 
@@ -248,13 +252,13 @@ def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, refusal, tmp_p
 @pytest.mark.parametrize("wrong", ["model", "adapter", "out"])
 def test_wrong_paths_are_refused_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path, wrong):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    monkeypatch.setattr(prepare, "read_jsonl", lambda *values: pytest.fail("the data was read"))
     path = tmp_path / "file" / "run" if wrong == "out" else tmp_path / "none"
     assert refusal(finetune, settings(**{wrong: path}), silent).startswith(str(path))
 
 
 def test_no_permission_to_write_is_told_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "read_jsonl", lambda *values: pytest.fail("the data was read"))
+    monkeypatch.setattr(prepare, "read_jsonl", lambda *values: pytest.fail("the data was read"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
     message = refusal(finetune, settings(out=tmp_path / "a" / "b"), silent)
     assert message == f"{tmp_path / 'a' / 'b'} cannot be written: no permission to write in {tmp_path}"
@@ -275,16 +279,16 @@ def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_saved(
 ):
     saved = {}
 
-    def save_twice(trainer, path):
+    def save_twice(run, *values):
         if not saved:  # the first validation's
-            place = save(trainer, path)
-            saved.update({file: file.read_bytes() for file in place.iterdir()})
-            return place
+            save(run, *values)
+            saved.update({file: file.read_bytes() for file in run.trained.iterdir()})
+            return
         with full_disk(3_000):
-            return save(trainer, path)
+            save(run, *values)
 
-    save = Trainer.save
-    monkeypatch.setattr(Trainer, "save", save_twice)
+    save = RunDirectory.save
+    monkeypatch.setattr(RunDirectory, "save", save_twice)
     chosen = settings(method=method)
     message = refusal(finetune, chosen, silent)
     assert message.startswith(f"{chosen.out} cannot be written: ")
@@ -424,7 +428,7 @@ def test_nothing_is_wrong_with_examples_as_long_as_the_table_of_positions(
 def test_what_the_model_has_no_room_for_is_said_before_it_is_read(
     settings, silent, refusal, learned_positions, tmp_path, monkeypatch, text, expected
 ):
-    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    monkeypatch.setattr(prepare, "load_model", lambda *values: pytest.fail("the model was read"))
     data = _write(tmp_path / "data.jsonl", [{"text": text}] * 12)
     message = refusal(finetune, settings(model=learned_positions, data=str(data)), silent)
     assert message.startswith(f"{data}:1{expected}")
@@ -432,7 +436,7 @@ def test_what_the_model_has_no_room_for_is_said_before_it_is_read(
 
 def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch):
     long = [Example.from_instruction("a" * (90 * i), "An answer.", f"module.py:{i}") for i in range(8)]
-    monkeypatch.setattr(module, "stdlib_examples", lambda: long)
+    monkeypatch.setattr(prepare, "stdlib_examples", lambda: long)
     file = io.StringIO()
     finetune(settings(data="stdlib", steps=1, held_out=1), Display(Console(file=file)))
     assert "standard library: 2 examples + 1 held out; 5 left out as too long" in file.getvalue()
@@ -443,14 +447,14 @@ def test_a_directory_that_cannot_be_written(settings, silent, refusal, monkeypat
     out = tmp_path / "file" / "run"
     expected = f"{out} cannot be written: {tmp_path / 'file'} is not a directory"
     assert refusal(finetune, settings(out=out), silent) == expected
-    monkeypatch.setattr(module, "_check_paths", lambda settings: None)  # it became a file during the run
+    monkeypatch.setattr(prepare, "_check_paths", lambda settings: None)  # it became a file during the run
     assert refusal(finetune, settings(out=out), silent) == f"{out} cannot be written: Not a directory"
 
 
 def test_the_prompt_of_a_conversation_is_all_before_its_last_answer(model_dir):
     tokenizer = load_tokenizer(model_dir)
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    (example,) = encode(Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns)), tokenizer)
+    (example,) = encode_all([Example("chat.jsonl:1", tuple(Message(*turn) for turn in turns))], tokenizer, 1000)
     prompt, answer = prompt_and_answer(example)
     before = "<|start|>user\na<|end|>\n<|start|>assistant\nb<|end|>\n<|start|>user\nc<|end|>\n<|start|>assistant\n"
     assert tokenizer.decode(prompt) == before
@@ -496,10 +500,10 @@ def test_an_unexpected_error_saves_what_was_trained(settings, silent, metrics_of
 
 def test_a_disk_that_is_full_then_hides_no_error(settings, silent, monkeypatch):
     def fail(*values):
-        raise OSError(28, "No space left on device") if len(values) == 2 else KeyError("first")
+        raise OSError(28, "No space left on device") if len(values) == 3 else KeyError("first")
 
     monkeypatch.setattr(Trainer, "train_step", fail)
-    monkeypatch.setattr(Trainer, "save", fail)
+    monkeypatch.setattr(RunDirectory, "save", fail)
     with pytest.raises(KeyError, match="first"):
         finetune(settings(), silent)
 
@@ -509,7 +513,7 @@ def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, broken):
     def fail(*values):
         raise IndexError("out of\nrange")
 
-    monkeypatch.setattr(module, broken, fail)
+    monkeypatch.setattr(report, broken, fail)
     file = io.StringIO()
     result = finetune(settings(steps=2), Display(Console(file=file), patience=60))
     missing = {

@@ -13,6 +13,7 @@ from qloralab.kernels import dispatch
 from qloralab.settings import Settings
 from qloralab.train import outlook
 from qloralab.train.outlook import note, seconds_left
+from qloralab.train.run_directory import Metrics
 
 FAST = Precision(torch.float32, "it is fast", slow=False)
 SLOW = Precision(torch.bfloat16, "it is slow", slow=True)
@@ -43,7 +44,9 @@ def test_every_step_and_every_validation_counts(step, steps, every):
         expected += 500 / 40
         if later % every == 0 or later == steps:
             expected += 7.0
-    found = seconds_left(settings(steps=steps, eval_every=every), step, 500, 40, 7.0)
+    found = seconds_left(
+        settings(steps=steps, eval_every=every), Metrics(step, 0, 1.0, None, 1.0, 1.0, 40.0, 1.0), 500, 7.0
+    )
     assert found == pytest.approx(expected)
 
 

@@ -53,7 +53,7 @@ def make(settings) -> Make:
             quantize_(model, compute_dtype=dtype)
         if method != "full":
             inject_(model, LoraConfig(**chosen.new_adapters))
-        return Trainer(model, tokenizer, train, held_out, chosen, dtype)
+        return Trainer(model, train, held_out, chosen, dtype)
 
     return trainer
 
