@@ -186,7 +186,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> Table:
         a, b = value(ours), value(theirs)
         reached = goal and {"≥": a / b >= goal, "≤": a / b <= goal, "within": abs(a - b) <= goal}[relation]
         rows.append((name, form.format(a), form.format(b), f"{a / b:.2f}"))
-        rows[-1] += (f"{relation} {goal:.2g}", yes(reached)) if goal else ("", "")
+        rows[-1] += (f"{relation} {goal:.2g}", yes(bool(reached))) if goal else ("", "")
     title = f"{kind}: {ours['steps']} steps, {ours['tokens']:,} tokens, {ours['dtype']}, {ours['device']}"
     return grid(("", *LIBRARIES, "ratio", "goal", "reached"), rows, left=("", "goal"), wrap=True, title=title)
 

@@ -21,7 +21,7 @@ def in_turns(commands: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
         SystemExit: one of them failed.
     """
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
+    children: dict[str, Any] = {name: subprocess.Popen(command, **pipes) for name, command in commands.items()}
     said = dict.fromkeys(children, WAITING)
     try:
         for name, child in children.items():

@@ -57,7 +57,8 @@ def raises_when_called(case: Case):
 
 
 def off(case: Case):
-    return [lambda: provider("bf16").runs(case)[0]() * 1.25]  # pyright: ignore[reportOperatorIssue]
+    runs: Any = provider("bf16").runs(case)
+    return [lambda: runs[0]() * 1.25]
 
 
 CONTENDERS = [

@@ -29,7 +29,13 @@ RATES: dict[str, Any] = {
     "Lion": lion.Rates(1e-4, 0.9, 0.99, 0.1),
     "Lion, large": lion.Rates(0.3, 0.5, 0.0, 0.5),
 }
-PLAIN = Rule("Plain", (Moment("exp_avg"),), float, lambda p, g, moments, step, lr: p.sub_(g * lr))
+
+
+def plain(p: Tensor, g: Tensor, moments: Sequence[Tensor], step: int, lr: Any) -> None:
+    p.sub_(g * lr)
+
+
+PLAIN = Rule("Plain", (Moment("exp_avg"),), float, plain)
 
 implementation = pytest.mark.parametrize(
     "implementation", [pytest.param("native", marks=pytest.mark.compiler), "reference"]
@@ -319,7 +325,9 @@ def test_an_update_of_8_bits_is_that_of_32_between_two_conversions(dtype, rule, 
     found = make(rule, 8, dtype=dtype)
     wide, kinds = copy(found), rule.moments
     coded = zip(kinds, wide.moments, wide.scales or (), strict=True)
-    decoded = [[dequantize_moment(*pair, kind.signed) for pair in zip(*some, strict=True)] for kind, *some in coded]
+    decoded = [
+        [dequantize_moment(pair[0], pair[1], kind.signed) for pair in zip(*some, strict=True)] for kind, *some in coded
+    ]
     rule.apply_(replace(wide, moments=decoded, scales=None), rates_of(rule), rounded=True)
     again = [[quantize_moment(one, kind.signed) for one in some] for kind, some in zip(kinds, decoded, strict=True)]
     codes, scales = ([[pair[i] for pair in some] for some in again] for i in (0, 1))

@@ -380,9 +380,12 @@ def index_wrong_shard(rng: Random, made: Made, where: dict[str, Any]) -> None:
 def index_all_outside(rng: Random, made: Made, where: dict[str, Any]) -> None:
     """Both shards lie beside the directory, whole, and the index says so."""
     where.update({name: f"../{file}" for name, file in where.items()})
-    made.to_disk.append(
-        lambda folder: [file.rename(folder.parent / file.name) for file in folder.glob("*.safetensors")]
-    )
+
+    def move(folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            file.rename(folder.parent / file.name)
+
+    made.to_disk.append(move)
 
 
 HEADERS: dict[str, Mutation] = {
@@ -397,7 +400,7 @@ HEADERS: dict[str, Mutation] = {
     "header_name_twice": header_name_twice,
     "index_weight_map": in_weight_map(index_weight_map),
     "index_metadata": in_weight_map(
-        lambda rng, made, where: made.index.update(metadata=rng.choice([None, [], 1, "", True]))
+        lambda rng, made, where: (made.index or {}).update(metadata=rng.choice([None, [], 1, "", True]))
     ),
     "index_shard": in_weight_map(lambda rng, made, where: where.update({pick(rng, where): rng.choice(SHARDS)})),
     "index_name_lost": in_weight_map(lambda rng, made, where: where.pop(pick(rng, where))),

@@ -124,7 +124,7 @@ def test_the_index_is_the_one_of_transformers(tmp_path):
 
 
 def test_what_transformers_saves_in_pieces(tmp_path):
-    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     checkpoint = Checkpoint(tmp_path)

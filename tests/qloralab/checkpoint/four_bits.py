@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -58,7 +58,7 @@ def assert_same(ours: Any, theirs: Any, layers: int | None = 2 * PROJECTIONS) ->
     assert len(modules) == layers if layers is not None else modules
     assert set(modules) == quantized_layers(ours)
     for name, module in modules.items():
-        weight, packed = ours.get_submodule(name).weight, module.weight
+        weight, packed = ours.get_submodule(name).weight, cast("Params4bit", module.weight)
         expected = dequantize_4bit(packed.data, packed.quant_state)
         assert torch.equal(weight.dequantize(), expected), name
         assert weight.dtype == expected.dtype

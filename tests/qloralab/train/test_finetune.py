@@ -163,7 +163,7 @@ def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monke
         "train_step",
         lambda self: dataclasses.replace(train_step(self), tokens_per_s=tokens_per_s),
     )
-    monkeypatch.setattr(outlook.dispatch, "report", lambda device: [SERVED])
+    monkeypatch.setattr(outlook.report, "implementations", lambda device: [SERVED])
     file = io.StringIO()
     finetune(settings(steps=20), Display(Console(file=file), patience=60, pace=0.0))
     lines = [line.strip() for line in file.getvalue().splitlines()]
