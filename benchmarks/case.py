@@ -214,7 +214,7 @@ class Case:
             return self.frozen
         y, dx = self.frozen
         x, dy, A, B = (part.double() for part in (self.x, self.gradient, *self.adapter))
-        keep = keep_mask(self.seed, self.M, x.shape[1], self.dropout) / (1 - rate(self.dropout))
+        keep = keep_mask(self.seed, len(x), x.shape[1], self.dropout) / (1 - rate(self.dropout))
         h, G = SCALING * (x * keep) @ A.T, SCALING * dy @ B
         rows = self.rows
         return y + h[rows] @ B.T, dx + keep[rows] * (G[rows] @ A), G.T @ (x * keep), dy.T @ h

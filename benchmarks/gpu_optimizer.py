@@ -166,6 +166,7 @@ def points(
         total, middle = sum(numels), {name: quantiles(some)["p50"] for name, some in times.items()}
         for one in which:
             bytes_, rate = (OVER_LINK, "both") if one.away else (BYTES, "copy")
+            bound: Any
             bound, ms = limits and 1e-6 * bytes_[one.bits] * total / limits[rate], middle[one.name]
             yield {
                 "kind": "point",

@@ -152,8 +152,8 @@ def test_a_layer_of_gpt2_opens_though_its_dense_weight_is_transposed(tmp_path):
 
 def test_experts_stay_dense_and_buffers_come_along(tmp_path):
     sizes: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64}
-    heads |= {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64}
+    heads |= {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     experts: dict[str, Any] = {
         "moe_intermediate_size": 64,
         "n_routed_experts": 4,
