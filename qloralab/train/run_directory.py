@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import torch
 
-from qloralab.lora.saving import save_adapter
+from qloralab.lora.files import save_adapter
 from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.processor import processor_class
 
