@@ -18,7 +18,6 @@ from qloralab.benchmarks.cpu_views import GOALS, plot, tables
 from qloralab.benchmarks.provider import PRODUCTS, Provider, from_user
 from qloralab.benchmarks.record import RECORDS, record_file, write
 from qloralab.benchmarks.view import Goal
-from qloralab.nf4 import ops
 
 README = Path(cpu.__file__).with_name("README.md")
 LIMITS = Roofline(copy_gb_per_s=10.0, float32_gflop_per_s=100.0, bfloat16_gflop_per_s=400.0)
@@ -118,7 +117,7 @@ def test_rates_are_measured():
 
 def test_every_operation_is_measured_and_is_one_of_ours():
     assert {operation for operation, _ in POINTS} == set(OPERATIONS[:5]) == set(OPERATORS)
-    assert all(hasattr(ops, name) for name in OPERATORS.values())
+    assert all(hasattr(torch.ops.qloralab, name) for name in OPERATORS.values())
     for goals in GOALS.values():
         assert {(goal.operation, goal.M) for goal in goals} <= set(POINTS)
 

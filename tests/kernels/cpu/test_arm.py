@@ -30,7 +30,7 @@ from torch import Tensor
 
 from qloralab.kernels.cpu import library as module
 from qloralab.kernels.cpu.build import build
-from qloralab.kernels.cpu.library import DTYPES, Library, Segments
+from qloralab.kernels.cpu.library import DTYPES, Chunk, Library
 
 COMPILER = "aarch64-linux-gnu-gcc"
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
@@ -47,7 +47,7 @@ VARIANTS = {
     "portable": ("portable", ["-march=armv8-a"]),
     "sve": ("native", ["-mcpu=neoverse-v1"]),
 }
-LISTS = ("params", "grads", "m", "v", "m_absmax", "v_absmax")  # of Segments: arrays of pointers
+LISTS = ("params", "grads", "moment0", "moment1", "scales0", "scales1")  # of Chunk: arrays of pointers
 sizes: dict[int, int] = {}  # bytes at an address, of every tensor and array whose address was asked for
 
 
@@ -87,7 +87,7 @@ class Request:
         here = self.new(bytes(value))
         for name, kind, *_ in value._fields_:
             if kind is ctypes.c_void_p and (address := getattr(value, name)):
-                is_list = isinstance(value, Segments) and name in LISTS
+                is_list = isinstance(value, Chunk) and name in LISTS
                 there = self.list_of_pointers(address) if is_list else self.buffer(address)
                 self.pointers.append((here, getattr(type(value), name).offset, there))
         return here

@@ -33,7 +33,7 @@ def spoil(monkeypatch, name: str, change) -> None:
 
     def wrong(*args, **named):
         result = right(*args, **named)
-        return change(tuple(args[0]) if result is None else result)
+        return change(tuple(args[0].params) if result is None else result)
 
     monkeypatch.setattr(self_check, "_launcher", lambda _: wrong)
 
