@@ -243,7 +243,7 @@ class _Twice(Exception):
 
 def _parse(source: str, line: str) -> _Record:
     try:
-        value = json.loads(line, object_pairs_hook=_unique)
+        value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_unique)
     except _Twice as error:
         raise UserError(f"{source}: field {str(error)!r} is there twice in one object") from error
     except json.JSONDecodeError as error:

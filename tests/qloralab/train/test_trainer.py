@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_
 from qloralab.nf4.model import quantize_
 from qloralab.settings import Method
+from qloralab.train.run_directory import RunDirectory
 from qloralab.train.trainer import Trainer, schedule
 
 # Relative. Both compute in bfloat16, 8 bits, on differently padded rows: its rounding, averaged over a batch.
@@ -280,47 +282,61 @@ def test_a_loss_that_is_not_finite_ends_it_before_the_step(make):
         trainer.validate()
 
 
+def run_of(trainer: Trainer, out: Path) -> tuple[RunDirectory, Callable[[], None]]:
+    """A run directory, and what saves into it what the trainer has trained."""
+    run = RunDirectory(dataclasses.replace(trainer.settings, out=out))
+    tokenizer = load_tokenizer(trainer.settings.model)
+    return run, lambda: run.save(trainer.model, tokenizer)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [100, 3_000], ids=["at once", "halfway"])
 def test_a_full_disk_leaves_what_was_saved_before(make, full_disk, tmp_path, method, size):
     trainer = make(method)
-    place = trainer.save(tmp_path)
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    run, save = run_of(trainer, tmp_path)
+    save()
+    before, names = contents(tmp_path), sorted(tmp_path.iterdir())
     trainer.train_step()
     with full_disk(size), pytest.raises((OSError, SafetensorError), match="File too large"):
-        trainer.save(tmp_path)
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-    assert trainer.save(tmp_path) == place
-    weights = next(place.glob("*.safetensors"))
+        save()
+    assert contents(tmp_path) == before
+    save()
+    weights = next(run.trained.glob("*.safetensors"))
     assert weights.read_bytes() != before[weights]
-    assert list(tmp_path.iterdir()) == [place]
+    assert sorted(tmp_path.iterdir()) == names
 
 
 def test_a_disk_that_holds_the_adapter_but_not_its_config(make, monkeypatch, tmp_path):
     def full(*values, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    trainer = make()
+    _, save = run_of(make(), tmp_path)
+    before = contents(tmp_path)
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        trainer.save(tmp_path)
-    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+        save()
+    assert contents(tmp_path) == before
 
 
 def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, monkeypatch, tmp_path):
     trainer = make("full")
-    place = trainer.save(tmp_path)
-    before = {file: file.read_bytes() for file in place.iterdir()}
-
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.tokenizer, "save_pretrained", interrupt)  # the weights are written by then
+    run, save = run_of(trainer, tmp_path)
+    save()
+    before, names = contents(tmp_path), sorted(tmp_path.iterdir())
     trainer.train_step()
+    tokenizer = SimpleNamespace(save_pretrained=_interrupt)  # the weights are written by then
     with pytest.raises(KeyboardInterrupt):
-        trainer.save(tmp_path)
-    assert {file: file.read_bytes() for file in place.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [place]
+        run.save(trainer.model, tokenizer)
+    assert contents(tmp_path) == before
+    assert sorted(tmp_path.iterdir()) == names
+
+
+def _interrupt(path):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -366,8 +382,9 @@ def test_no_disk_for_the_state_names_what_the_command_has(large, monkeypatch, tm
 @pytest.mark.parametrize("fails", ["old", "model"])
 def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(make, monkeypatch, tmp_path, fails):
     trainer = make("full")
-    place = trainer.save(tmp_path)
-    before = {file: file.read_bytes() for file in place.iterdir()}
+    _, save = run_of(trainer, tmp_path)
+    save()
+    before, names = contents(tmp_path), sorted(tmp_path.iterdir())
     rename = Path.rename
 
     def failing(self, target):
@@ -378,6 +395,6 @@ def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(make, monkeyp
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Input/output"):
-        trainer.save(tmp_path)
-    assert {file: file.read_bytes() for file in place.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [place]
+        save()
+    assert contents(tmp_path) == before
+    assert sorted(tmp_path.iterdir()) == names
