@@ -9,6 +9,7 @@ import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,11 +283,18 @@ def test_a_loss_that_is_not_finite_ends_it_before_the_step(make):
         trainer.validate()
 
 
-def run_of(trainer: Trainer, out: Path) -> tuple[RunDirectory, Callable[[], None]]:
-    """A run directory, and what saves into it what the trainer has trained."""
-    run = RunDirectory(dataclasses.replace(trainer.settings, out=out))
-    tokenizer = load_tokenizer(trainer.settings.model)
-    return run, lambda: run.save(trainer.model, tokenizer)
+@pytest.fixture
+def run_of() -> Iterator[Callable[[Trainer, Path], tuple[RunDirectory, Callable[[], None]]]]:
+    """A run directory, and what saves into it what a trainer has trained."""
+    with ExitStack() as stack:
+
+        def run(trainer: Trainer, out: Path) -> tuple[RunDirectory, Callable[[], None]]:
+            directory = RunDirectory(dataclasses.replace(trainer.settings, out=out))
+            stack.callback(directory.close)
+            tokenizer = load_tokenizer(trainer.settings.model)
+            return directory, lambda: directory.save(trainer.model, tokenizer)
+
+        yield run
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -295,7 +303,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [100, 3_000], ids=["at once", "halfway"])
-def test_a_full_disk_leaves_what_was_saved_before(make, full_disk, tmp_path, method, size):
+def test_a_full_disk_leaves_what_was_saved_before(make, run_of, full_disk, tmp_path, method, size):
     trainer = make(method)
     run, save = run_of(trainer, tmp_path)
     save()
@@ -310,7 +318,7 @@ def test_a_full_disk_leaves_what_was_saved_before(make, full_disk, tmp_path, met
     assert sorted(tmp_path.iterdir()) == names
 
 
-def test_a_disk_that_holds_the_adapter_but_not_its_config(make, monkeypatch, tmp_path):
+def test_a_disk_that_holds_the_adapter_but_not_its_config(make, run_of, monkeypatch, tmp_path):
     def full(*values, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -322,7 +330,7 @@ def test_a_disk_that_holds_the_adapter_but_not_its_config(make, monkeypatch, tmp
     assert contents(tmp_path) == before
 
 
-def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, monkeypatch, tmp_path):
+def test_ctrl_c_during_a_save_leaves_what_was_saved_before(make, run_of, monkeypatch, tmp_path):
     trainer = make("full")
     run, save = run_of(trainer, tmp_path)
     save()
@@ -380,7 +388,7 @@ def test_no_disk_for_the_state_names_what_the_command_has(large, monkeypatch, tm
 
 
 @pytest.mark.parametrize("fails", ["old", "model"])
-def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(make, monkeypatch, tmp_path, fails):
+def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(make, run_of, monkeypatch, tmp_path, fails):
     trainer = make("full")
     _, save = run_of(trainer, tmp_path)
     save()
