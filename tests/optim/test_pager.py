@@ -348,6 +348,17 @@ def test_where_no_slot_is_free_soon_a_chunk_is_given_up():
     assert numbers(arena.log)[:2] == [("fetch", 5, 7), ("wait", 5)]
 
 
+def test_a_miss_gives_up_what_is_expected_last_and_fetches_nothing_again():
+    arena, chunks, pager = make(6, 9)
+    sweep(arena, pager, [chunks[i] for i in (3, 7, 5)])  # the order that is expected from here on
+    arena.log.clear()
+    pager.acquire(chunks[4])
+    moves = [one[:2] for one in numbers(arena.log) if one[0] != "wait"]
+    given_up = [chunk for kind, chunk in moves if kind == "evict"]
+    assert given_up
+    assert not {chunk for kind, chunk in moves if kind == "fetch"} & {*given_up}
+
+
 def test_a_chunk_that_is_asked_for_while_it_leaves_comes_back_behind_its_own_eviction():
     arena, chunks, pager = make(4, 9)
     pager.acquire(chunks[0])
