@@ -74,7 +74,7 @@ def isa() -> str:
 
 
 def native() -> Library | None:
-    """The compiled library, or None where the reference is to run. The first call may compile, for some seconds.
+    """The compiled library, or None where the reference is to run. The first call may compile, for about ten seconds.
 
     Raises:
         ValueError: QLORALAB_CPU is none of the three, or QLORALAB_ISA cannot be honoured.

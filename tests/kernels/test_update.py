@@ -125,9 +125,13 @@ def test_the_c_rounds_after_each_operation(name, dtype, bits):
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-39, 1.2e-38, 2.0**-63, 1e-12, 1e12, 1.4e19, 9e37])
 def test_the_c_has_the_bits_of_the_formula_at_any_scale_of_8_bits(scale, rule):
     """Also where a scale or its reciprocal is no normal float32; AdamW's v is the square of the gradient."""
-    found = make(rule, 8, [700, 300], scale=scale)
+    assert_c_follows_the_formula(rule, make(rule, 8, [700, 300], scale=scale), updates=2)
+
+
+def assert_c_follows_the_formula(rule: Rule, found: Segments, updates: int) -> None:
+    """Bit for bit, after each update."""
     expected = copy(found)
-    for _ in range(2):
+    for _ in range(updates):
         run("native", rule, found)
         run("reference", rule, expected)
         assert same(found, expected)
@@ -281,11 +285,7 @@ def test_with_8_bits_what_is_not_finite_shows_in_its_block(wrong, rule, implemen
 def test_the_c_has_the_codes_of_the_formula_where_nothing_is_finite(wrong, rule):
     found = make(rule, 8, [3 * BLOCK_SIZE, 9])
     found.grads[0][BLOCK_SIZE + 5] = found.grads[1][3] = wrong
-    expected = copy(found)
-    for _ in range(3):
-        run("native", rule, found)
-        run("reference", rule, expected)
-        assert same(found, expected)
+    assert_c_follows_the_formula(rule, found, updates=3)
 
 
 @implementation

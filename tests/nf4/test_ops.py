@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -427,3 +429,23 @@ def test_what_would_be_truncated_is_refused(operator, dtype):
     function, width = OF_X[operator]
     with pytest.raises(TypeError, match=rf"floating-point (dtype|tensor).*{dtype}|{dtype}; a floating-point"):
         function(weight_of(), torch.ones(3, width, dtype=dtype), None)
+
+
+ALONE = """
+import sys
+import torch
+from qloralab.lora import ops as lora_ops
+from qloralab.nf4 import ops
+from qloralab.nf4.codebook import normal_float
+W, x, A = torch.randn(8, 64), torch.randn(3, 64), torch.randn(2, 64)
+packed, absmax = ops.quantize_blockwise(W, normal_float(4), 64)
+weight = packed, absmax, None, None, normal_float(4), (8, 64), 64
+y, _ = lora_ops.adapted_linear(x, *weight, None, A, torch.zeros(8, 2), 1.0, 0.0, torch.tensor(0))
+torch.testing.assert_close(y, x @ ops.dequantize(*weight, torch.float32).T)
+print([name for name in sys.modules if name.startswith("qloralab.kernels")])
+"""
+
+
+def test_the_definition_works_without_the_kernels():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -1,6 +1,6 @@
 """The operators on CPUs: which C function takes a call, that its results are right, and what is left to the reference.
 
-The library itself is tested in ``test_library.py``. Here calls come as users make them: views, other dtypes, shapes
+The C functions are tested in files of their own. Here calls come as users make them: views, other dtypes, shapes
 that do not fit, autocast, ``torch.compile``.
 """
 
