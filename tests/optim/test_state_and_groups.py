@@ -13,35 +13,35 @@ from torch.nn import Parameter
 
 import qloralab as ql
 
-MIB = 2**20
-SHAPES = [(1100, 1000), (7,), (1100, 1000), (1000, 1300), (), (0, 3)]  # 27 MB of moments: 7 chunks, or 4 and a budget
-NOISE = torch.randn(2**21, generator=torch.Generator().manual_seed(5))
+from .steps import BUDGET, NOISE, make, run
+
+# 27 MB of moments: 7 chunks, or 4 and a budget; and 10 MB more of parameters that are frozen at first.
+SHAPES = [(1100, 1000), (7,), (1100, 1000), (1000, 1300), (), (0, 3), (700, 900), (800, 900)]
 
 Act = Callable[[Any, list[Parameter]], object]
-
-
-def make(shapes: Sequence[Sequence[int]] = SHAPES) -> list[Parameter]:
-    return [Parameter(NOISE[i:][: torch.Size(shape).numel()].view(shape).clone()) for i, shape in enumerate(shapes)]
 
 
 def groups(params: list[Parameter]) -> list[dict[str, Any]]:
     return [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "lr": 0.01, "weight_decay": 0.5}]
 
 
-def run(optimizer: Any, params: Sequence[Tensor], steps: range) -> None:
-    for step in steps:
-        for i, param in enumerate(params):
-            param.grad = (
-                NOISE[997 * step + 101 * i + 11 :][: param.numel()].view(param.shape).to(param.dtype, copy=True)
-            )
-        optimizer.step()
+def pair(budget: int | None = None) -> list[tuple[Any, list[Parameter]]]:
+    """Ours and PyTorch's, each with its parameters. The last two are frozen, one of which has no room for its state."""
+    params, peers = make(SHAPES), make(SHAPES)
+    for its in (params, peers):
+        its[-1].requires_grad_(False)
+    ours, theirs = ql.PagedAdamW(groups(params), budget=budget), torch.optim.AdamW(groups(peers), foreach=False)
+    for its in (params, peers):
+        its[-2].requires_grad_(False)
+    return [(ours, params), (theirs, peers)]
 
 
 def near(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= 1e-6 * expected.norm())
 
 
-def assert_same(ours: Any, params: Sequence[Tensor], theirs: Any, peers: Sequence[Tensor]) -> None:
+def assert_same(pair: Sequence[tuple[Any, Sequence[Tensor]]]) -> None:
+    (ours, params), (theirs, peers) = pair
     for param, peer in zip(params, peers, strict=True):
         assert near(param, peer)
         assert (param in ours.state) == (peer in theirs.state)
@@ -53,7 +53,7 @@ def assert_same(ours: Any, params: Sequence[Tensor], theirs: Any, peers: Sequenc
 
 def assign(name: str, value: Callable[[Tensor], Any]) -> Act:
     def act(optimizer: Any, params: list[Parameter]) -> None:
-        for param in params[1::2]:
+        for param in params[1:6:2]:
             optimizer.state[param][name] = value(optimizer.state[param][name])
 
     return act
@@ -79,6 +79,17 @@ def more(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.param_groups[1]["params"].append(params[-1])
 
 
+def thaw(optimizer: Any, params: list[Parameter]) -> None:
+    assert not any(param in optimizer.state for param in params[-2:])
+    for param in params[-2:]:
+        param.requires_grad_(True)
+
+
+def another_group(optimizer: Any, params: list[Parameter]) -> None:
+    params += make([(900, 1000), (3,)])
+    optimizer.add_param_group({"params": params[-2:], "lr": 0.2})
+
+
 def whole(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.state[params[0]] = {name: tensor.clone() * 0.5 for name, tensor in optimizer.state[params[0]].items()}
 
@@ -96,37 +107,37 @@ ACTS: dict[str, Act] = {
     "move to another group": move,
     "trade between groups": trade,
     "add to a group": more,
+    "add a group": another_group,
+    "thaw": thaw,
     "take out of a group": lambda optimizer, params: optimizer.param_groups[0]["params"].pop(0),
     "another lr": lambda optimizer, params: optimizer.param_groups[1].update(lr=torch.tensor(0.3), betas=(0.1, 0.2)),
 }
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors of dimension other than 2")
-@pytest.mark.parametrize("budget", [None, 16 * MIB], ids=["in memory", "paged"])
+@pytest.mark.parametrize("budget", [None, BUDGET], ids=["in memory", "paged"])
 @pytest.mark.parametrize("act", [pytest.param(act, id=name) for name, act in ACTS.items()])
 def test_the_next_steps_go_on_from_what_users_do(act, budget):
-    params, peers = make(), make()
-    ours, theirs = ql.PagedAdamW(groups(params), budget=budget), torch.optim.AdamW(groups(peers), foreach=False)
-    for optimizer, its in ((ours, params), (theirs, peers)):
+    both = pair(budget)
+    for optimizer, its in both:
         run(optimizer, its, range(2))
         act(optimizer, its)
         run(optimizer, its, range(2, 4))
-    assert_same(ours, params, theirs, peers)
+    assert_same(both)
 
 
 def test_a_state_that_is_there_before_the_first_step_is_taken():
-    params, peers = make(), make()
-    ours, theirs = ql.PagedAdamW(groups(params)), torch.optim.AdamW(groups(peers), foreach=False)
-    for optimizer, its in ((ours, params), (theirs, peers)):
+    both = pair()
+    for optimizer, its in both:
         moments = {"exp_avg": torch.ones(7), "exp_avg_sq": torch.full((7,), 0.5)}
         optimizer.state[its[1]] = {"step": torch.tensor(10.0), **moments}
         run(optimizer, its, range(2))
-    assert_same(ours, params, theirs, peers)
+    assert_same(both)
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
 def test_what_is_assigned_is_what_is_saved(state_bits):
-    params, twins = make(), make()
+    params, twins = make(SHAPES), make(SHAPES)
     optimizer, twin = (ql.PagedAdamW(its, state_bits=state_bits) for its in (params, twins))
     run(optimizer, params, range(2))
     run(twin, twins, range(3))
@@ -150,7 +161,7 @@ def test_what_is_assigned_is_what_is_saved(state_bits):
     ],
 )
 def test_a_state_that_is_not_adamws_is_refused_before_anything_is_updated(entry, message):
-    params = make()
+    params = make(SHAPES)
     optimizer = ql.PagedAdamW(params)
     run(optimizer, params, range(1))
     before = [param.detach().clone() for param in params]
@@ -258,7 +269,7 @@ def test_a_rate_that_is_no_number_breaks_nothing(rate, wrong):
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
-@pytest.mark.parametrize("budget", [None, 16 * MIB])
+@pytest.mark.parametrize("budget", [None, BUDGET])
 def test_groups_of_nothing_but_empty_parameters(budget, state_bits):
     params = [Parameter(torch.empty(0, 4)), Parameter(torch.ones(3))]
     optimizer = ql.PagedAdamW(params[:1], state_bits=state_bits, budget=budget)
