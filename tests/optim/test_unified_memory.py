@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import pytest
@@ -94,12 +95,7 @@ class Recorder:
     cudaError_t, cudaMemoryAdvise, cudaDeviceAttr = Error, Advice, Attribute
     cudaMemLocation, cudaMemLocationType = Location, LocationType
 
-    def __init__(
-        self,
-        fails: dict[str, Error] | None = None,
-        start: int = START,
-        concurrent: int = 1,
-    ):
+    def __init__(self, fails: dict[str, Error] | None = None, start: int = START, concurrent: int = 1):
         self.calls: list[tuple[Any, ...]] = []
         self._fails, self._start, self._concurrent = fails or {}, start, concurrent
 
@@ -107,24 +103,15 @@ class Recorder:
         """The arguments of each call of this name."""
         return [tuple(arguments) for one, *arguments in self.calls if one == name]
 
-    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
-        return self._note("cudaSetDevice", device)
-
-    def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
-        return self._note("cudaDeviceSynchronize")
+    def __getattr__(self, name: str) -> Any:
+        """The calls whose arguments are numbers in all versions."""
+        if name not in ("cudaSetDevice", "cudaDeviceSynchronize", "cudaMallocManaged", "cudaFree", "cudaMemsetAsync"):
+            raise AttributeError(name)
+        return partial(self._note, name, returns=self._start if name == "cudaMallocManaged" else None)
 
     def cudaDeviceGetAttribute(self, attr: Attribute, device: int) -> tuple[Any, ...]:
         assert isinstance(attr, Attribute)
         return self._note("cudaDeviceGetAttribute", attr, device, returns=self._concurrent)
-
-    def cudaMallocManaged(self, size: int, flags: int) -> tuple[Any, ...]:
-        return self._note("cudaMallocManaged", size, flags, returns=self._start)
-
-    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
-        return self._note("cudaFree", devPtr)
-
-    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Any, ...]:
-        return self._note("cudaMemsetAsync", devPtr, value, count, stream)
 
     def cudaGetErrorName(self, error: Error) -> tuple[Any, ...]:
         assert isinstance(error, Error)
