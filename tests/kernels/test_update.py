@@ -350,13 +350,13 @@ def spoiled(name: str, tensor: Any, bits: int = 32) -> Segments:
     return segments
 
 
-PARAMS = "float32, bfloat16 or float16"
-
-
 @pytest.mark.parametrize(
     ("bits", "name", "dtype", "message"),
     [
-        *((32, "params", dtype, f"params[1] is {dtype}, not {PARAMS}") for dtype in (torch.float64, torch.int32)),
+        *(
+            (32, "params", dtype, f"params[1] is {dtype}, not float32, bfloat16 or float16")
+            for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn)
+        ),
         (32, "params", torch.bfloat16, "grads[1] is torch.float32, not torch.bfloat16"),
         *(
             (bits, name, dtype, f"{name}[1] is {dtype}, not {wanted}")

@@ -188,26 +188,6 @@ def test_a_location_is_named_as_the_version_wants(version, to, number, pair):
     ]
 
 
-@versions
-def test_the_calls_that_are_alike_in_all_versions(version):
-    module = recorder(version)
-    runtime = Runtime(module)
-    runtime.use(1)
-    assert runtime.allocate(4096) == START
-    runtime.zero(START, 4096, STREAM)
-    assert runtime.concurrent(1) is True
-    runtime.use_and_free(1, START)
-    assert module.calls == [
-        ("cudaSetDevice", 1),
-        ("cudaMallocManaged", 4096, 1),
-        ("cudaMemsetAsync", START, 0, 4096, STREAM),
-        ("cudaDeviceGetAttribute", Attribute.cudaDevAttrConcurrentManagedAccess, 1),
-        ("cudaSetDevice", 1),
-        ("cudaDeviceSynchronize",),
-        ("cudaFree", START),
-    ]
-
-
 # errors
 
 
@@ -369,7 +349,8 @@ def test_what_is_kept_is_preferred_on_the_device_and_the_rest_on_the_host(driver
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"], ids=["by its number", "the current one"])
 def test_calls_are_made_for_the_device_of_the_arena(driver, device):
     arena = UnifiedMemory(MIB, torch.device(device))
-    assert driver.module.calls[0] == ("cudaSetDevice", 1)
+    attribute = Attribute.cudaDevAttrConcurrentManagedAccess
+    assert driver.module.calls[:2] == [("cudaSetDevice", 1), ("cudaDeviceGetAttribute", attribute, 1)]
     assert driver.current == [0], "the one before is the current one again"
     assert (arena.where, arena.failure) == ("unified memory of cuda:1", None)
 
@@ -445,7 +426,8 @@ def test_where_advice_is_refused_the_memory_is_freed(monkeypatch):
 def test_the_address_is_aligned_and_all_bytes_are_in_the_memory(beyond, monkeypatch):
     driver = Driver(monkeypatch, start=START + beyond)
     allocation = Allocation(Runtime(driver.module), 12345, 1)
-    ((asked, _),) = driver.module.called("cudaMallocManaged")
+    ((asked, flags),) = driver.module.called("cudaMallocManaged")
+    assert flags == Recorder.cudaMemAttachGlobal
     assert allocation.address == (START if beyond == 0 else START + ALIGNMENT)
     assert allocation.address + allocation.nbytes <= START + beyond + asked
     assert (allocation.nbytes, allocation.device, allocation.on_device) == (12345, 1, 0)
@@ -521,32 +503,20 @@ def test_a_kernel_reads_and_writes_what_is_kept_and_what_is_away(keep):
 
 
 @pytest.mark.gpu
-def test_memory_of_the_device_is_freed_with_the_arena_each_time():
+def test_memory_of_the_device_is_freed_with_the_last_tensor_each_time():
     nbytes = 256 * MIB
     use(nbytes, [(0, nbytes)])  # what is loaded at the first use
     gc.collect()
     before = free()
     for _ in range(3):
-        meanwhile = use(nbytes, [(0, nbytes)])
-        assert nbytes - SLACK <= before - meanwhile <= nbytes + SLACK
+        part = UnifiedMemory(nbytes, torch.device("cuda"), [(0, nbytes)]).bytes[5:]
+        part.add_(1)
+        gc.collect()
+        assert nbytes - SLACK <= before - free() <= nbytes + SLACK
+        assert int(part[-1]) == 1
+        del part
         gc.collect()
         assert abs(free() - before) <= SLACK
-
-
-@pytest.mark.gpu
-def test_a_tensor_keeps_the_memory_of_the_device():
-    nbytes = 256 * MIB
-    use(nbytes, [(0, nbytes)])
-    gc.collect()
-    before = free()
-    part = UnifiedMemory(nbytes, torch.device("cuda"), [(0, nbytes)]).bytes[5:]
-    part.add_(1)
-    gc.collect()
-    assert before - free() >= nbytes - SLACK
-    assert int(part[-1]) == 1
-    del part
-    gc.collect()
-    assert before - free() <= SLACK
 
 
 @pytest.mark.gpu
