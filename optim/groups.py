@@ -1,7 +1,4 @@
-"""What users may change between steps: groups, rates and gradients are read anew at each step, and refused before it.
-
-``param_groups`` is the truth, as in PyTorch: the next step has the rates of the group that a parameter is in by then.
-"""
+"""What users may change between steps: groups, rates and gradients, read anew at each step, and refused before it."""
 
 from __future__ import annotations
 

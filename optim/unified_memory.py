@@ -210,9 +210,7 @@ def load_runtime() -> Any:
 class Runtime:
     """The calls that are needed of ``cuda.bindings.runtime``, of CUDA 12 and 13, with errors raised.
 
-    CUDA 13 names a location by a struct, and CUDA 12 by a number, -1 for the host. Which it is, is read off the module:
-    only where a number is the default there may be a second version of the call, with the suffix ``_v2``, and only
-    the other has the parameter ``location``.
+    CUDA 13 names a location by a struct, and CUDA 12 by a number, -1 for the host; the module has its version.
 
     Args:
         module: ``cuda.bindings.runtime``, or one that records.

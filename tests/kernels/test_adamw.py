@@ -80,33 +80,17 @@ def error(found: Tensor, expected: Tensor) -> float:
 @implementation
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("numel", [1, 7, 1000])
-def test_200_steps_against_torch_in_float64(numel, settings, implementation):
+def test_200_steps_beside_torch(numel, settings, implementation):
+    """The formula has torch's bits, and the C is about as near to float64."""
     start, grads = torch.randn(numel), gradients(numel)
     grads = grads if numel > 1 else [torch.randn(1) for _ in range(STEPS)]
     with dispatch.use(implementation):
         found = ours(start, grads, settings)
-    expected = torch_adamw(start.double(), grads, **settings)
-    for name, one, other in zip(("param", "exp_avg", "exp_avg_sq"), found, expected, strict=True):
-        assert error(one, other) < TOLERANCE, name
-
-
-@implementation
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_no_worse_than_torch_in_float32(settings, implementation):
-    start, grads = torch.randn(1000), gradients(1000)
-    with dispatch.use(implementation):
-        found = ours(start, grads, settings)
     peer, exact = torch_adamw(start, grads, **settings), torch_adamw(start.double(), grads, **settings)
-    for one, other, expected in zip(found, peer, exact, strict=True):
-        assert error(one, expected) <= 1.5 * error(other, expected) + 1e-9
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_the_reference_is_torch_bit_for_bit(settings):
-    start, grads = torch.randn(1000), gradients(1000)
-    with dispatch.use("reference"):
-        found = ours(start, grads, settings)
-    assert all(map(torch.equal, found, torch_adamw(start, grads, **settings)))
+    for name, one, other, expected in zip(("param", "exp_avg", "exp_avg_sq"), found, peer, exact, strict=True):
+        assert error(one, expected) < TOLERANCE, name
+        assert numel < 1000 or error(one, expected) <= 1.5 * error(other, expected) + 1e-9, name
+        assert implementation != "reference" or torch.equal(one, other), name
 
 
 @implementation

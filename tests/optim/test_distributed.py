@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-
-import qloralab as ql
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
@@ -157,58 +153,3 @@ answer["untouched"] = all(torch.equal(p.full_tensor(), b) for p, b in zip(params
             "ValueError: parameter 1 of group 0 [1, 5] has a gradient that is placed as (Replicate()"
         )
         assert answer == dict.fromkeys(answer, True)
-
-
-class Standing(Tensor):
-    """A subclass that stands for another tensor, as weights that are quantized or kept elsewhere do."""
-
-    held: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor, *rest: Any) -> Standing:
-        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)  # pyright: ignore
-        made.held = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return Standing(args[0].held)
-        return NotImplemented
-
-
-class Renamed(Tensor):
-    """A subclass that has its values itself."""
-
-
-def test_a_tensor_that_stands_for_another_is_refused_before_anything_is_touched():
-    plain = Parameter(torch.ones(3))
-    with pytest.raises(TypeError, match=r"^a parameter \[4\] is a Standing \(torch.strided\), whose values are not in"):
-        ql.PagedAdamW([plain, Parameter(Standing(torch.ones(4)))])
-    param = Parameter(torch.ones(4))
-    optimizer = ql.PagedAdamW([plain, param])
-    plain.grad = torch.ones(3)
-    param.grad = Standing(torch.ones(4))
-    with pytest.raises(TypeError, match=r"^parameter 1 of group 0 \[4\] has a gradient that is a Standing"):
-        optimizer.step()
-    assert plain.tolist() == [1, 1, 1]
-    assert not optimizer.state
-    param.grad = torch.ones(4)
-    optimizer.step()
-    torch.testing.assert_close(param.detach(), torch.full((4,), 1 - 1e-3 - 1e-5))
-
-
-@pytest.mark.parametrize("kind", ["renamed", "negated", "zeros"])
-def test_gradients_whose_values_are_written_late(kind):
-    grads = {
-        "renamed": lambda: torch.arange(1.0, 5).as_subclass(Renamed),
-        "negated": lambda: torch.complex(torch.ones(4), torch.arange(1.0, 5)).conj().imag,
-        "zeros": lambda: torch.ops.aten._efficientzerotensor.default([4]),
-    }
-    ours, theirs = (Parameter(torch.ones(4)) for _ in range(2))
-    optimizer, peer = ql.PagedAdamW([ours]), torch.optim.AdamW([theirs])
-    for param, one in ((ours, optimizer), (theirs, peer)):
-        param.grad = grads[kind]()
-        one.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    torch.testing.assert_close(optimizer.state[ours]["exp_avg"], Tensor(peer.state[theirs]["exp_avg"]))

@@ -159,6 +159,13 @@ def make(slots: int, count: int, dice: random.Random | None = None) -> tuple[Rec
     return arena, chunks, pager
 
 
+def use(pager: Pager, *chunks: Chunk) -> None:
+    """Use chunks one behind the other, in the middle of a sweep."""
+    for chunk in chunks:
+        pager.acquire(chunk)
+        pager.release(chunk)
+
+
 def sweep(arena: Recorder, pager: Pager, chunks: Sequence[Chunk]) -> None:
     """Use chunks, each while it is there."""
     for chunk in chunks:
@@ -221,24 +228,14 @@ def test_too_few_slots_to_stream_in(slots):
 # one order
 
 
-def test_a_chunk_has_the_bytes_of_its_ranges():
-    assert Chunk(Recorder(4), ((0, 10), (100, 107))).nbytes == 17
-    assert Chunk(Recorder(4), ()).nbytes == 0
-
-
-def test_what_is_added_first_is_on_its_way_at_once_with_a_slot_to_spare():
-    arena, _, _ = make(5, 9)
-    assert numbers(arena.log) == [("fetch", i, None) for i in range(4)]
-
-
 def test_the_calls_of_the_first_steps():
     arena, chunks, pager = make(4, 6)
-    arena.log.clear()
     for chunk in chunks[:3]:
         pager.acquire(chunk)
         arena.log.append(("update", *chunk.ranges[0][:1]))
         pager.release(chunk)
     assert numbers(arena.log) == [
+        *(("fetch", i, None) for i in range(3)),  # at once, with a slot to spare
         ("wait", 0),
         ("fetch", 3, None),  # the last slot that was free
         ("update", 0),
@@ -295,8 +292,7 @@ def test_settling_waits_for_what_comes_and_for_what_goes():
     pager.settle()
     assert arena.pending == 0
     assert numbers(arena.log)[3:] == [("wait", 0), ("wait", 1), ("wait", 2)]
-    pager.acquire(chunks[0])
-    pager.release(chunks[0])
+    use(pager, chunks[0])
     assert arena.pending == 2, "chunk 3 comes, and chunk 0 goes"
     pager.settle()
     assert arena.pending == 0
@@ -320,8 +316,7 @@ def test_another_order_of_all_chunks_is_known_soon(data):
 
 def test_a_chunk_that_nobody_expected_takes_the_slot_that_is_free_soon():
     arena, chunks, pager = make(4, 9)
-    pager.acquire(chunks[0])
-    pager.release(chunks[0])
+    use(pager, chunks[0])
     arena.log.clear()
     pager.acquire(chunks[7])
     assert pager.counters.misses == 1
@@ -330,9 +325,7 @@ def test_a_chunk_that_nobody_expected_takes_the_slot_that_is_free_soon():
 
 def test_where_no_slot_is_free_soon_a_chunk_is_given_up():
     arena, chunks, pager = make(4, 9)
-    for i in (0, 7):
-        pager.acquire(chunks[i])
-        pager.release(chunks[i])
+    use(pager, chunks[0], chunks[7])
     moves = [one for one in numbers(arena.log) if one[0] != "wait"]
     assert moves[-6:] == [
         ("fetch", 7, 0),
@@ -361,23 +354,12 @@ def test_a_miss_gives_up_what_is_expected_last_and_fetches_nothing_again():
 
 def test_a_chunk_that_is_asked_for_while_it_leaves_comes_back_behind_its_own_eviction():
     arena, chunks, pager = make(4, 9)
-    pager.acquire(chunks[0])
-    pager.release(chunks[0])
-    pager.acquire(chunks[1])
-    pager.release(chunks[1])
+    use(pager, *chunks[:2])
     arena.log.clear()
     pager.acquire(chunks[1])
     assert numbers(arena.log)[:2] == [("fetch", 1, 1), ("wait", 1)]
     assert arena.there(chunks[1])
     assert pager.counters.misses == 1
-
-
-def test_the_same_chunk_again_and_again():
-    arena, chunks, pager = make(4, 9, random.Random(3))
-    sweep(arena, pager, chunks[:1] * 5)
-    sweep(arena, pager, [chunks[8], *chunks[:1] * 3, chunks[8]])
-    sweep(arena, pager, chunks)
-    assert pager.counters.prefetches + pager.counters.misses == 5 + 5 + 9
 
 
 def test_what_a_sweep_leaves_out_is_not_expected_until_it_is_used_again():
@@ -406,23 +388,13 @@ def test_what_is_added_in_the_middle_of_a_run_is_used_behind_the_rest():
 
 def test_what_is_added_in_the_middle_of_a_sweep_waits_for_its_turn():
     arena, chunks, pager = make(4, 6)
-    for chunk in chunks[:3]:
-        pager.acquire(chunk)
-        pager.release(chunk)
+    use(pager, *chunks[:3])
     more = cut(arena, 2, first=6)
     arena.log.clear()
     pager.add(more)
     assert not arena.log, "every slot is taken by what is used sooner"
     sweep(arena, pager, [*chunks[3:], *more])
     assert pager.counters.misses == 0
-
-
-def test_fewer_chunks_than_slots_come_and_go_without_an_error():
-    arena, chunks, pager = make(6, 2)
-    for _ in range(3):
-        sweep(arena, pager, chunks)
-    assert arena.most <= 2
-    assert pager.counters.prefetches + pager.counters.misses == 6
 
 
 # whatever the order is
@@ -451,25 +423,6 @@ def test_in_any_orders_a_chunk_is_there_when_it_is_used_and_no_slot_is_used_twic
     assert counters.fetched == SIZE * kinds.count("fetch")
     assert counters.evicted == SIZE * kinds.count("evict")
     assert 0 <= counters.fetched - counters.evicted <= SIZE * slots
-
-
-def test_an_error_of_a_fetch_is_raised_where_the_chunk_is_asked_for():
-    class Broken(Recorder):
-        def wait(self, ticket: Any) -> float:
-            if ticket.chunk == 2 * SIZE:
-                raise OSError("no disk")
-            return super().wait(ticket)
-
-    arena = Broken(4)
-    pager, chunks = Pager(4, Counters()), cut(arena, 6)
-    pager.add(chunks)
-    for chunk in chunks[:2]:
-        pager.acquire(chunk)
-        pager.release(chunk)
-    with pytest.raises(OSError, match="no disk"):
-        pager.acquire(chunks[2])
-    with pytest.raises(OSError, match="no disk"):
-        pager.settle()
 
 
 def test_slots_of_chunks_that_are_used_no_more_are_given_to_others():
@@ -525,17 +478,15 @@ class Failing(Recorder):
 
 def test_a_prefetch_that_failed_is_fetched_again_and_then_an_error_that_leaves_no_trace():
     arena = Failing(FEWEST_SLOTS)
-    chunks = [Chunk(arena, ((i * SIZE, (i + 1) * SIZE),)) for i in range(8)]
-    pager = Pager(FEWEST_SLOTS, Counters())
+    pager, chunks = Pager(FEWEST_SLOTS, Counters()), cut(arena, 8)
     pager.add(chunks)
     arena.failures = 1
     pager.acquire(chunks[0])  # a prefetch: once more helps
     assert [entry[:2] for entry in arena.log if entry[1] == 0][-3:] == [("evict", 0), ("fetch", 0), ("wait", 0)]
     pager.release(chunks[0])
-    arena.failures = 2
-    with pytest.raises(OSError, match="does not answer"):
-        pager.acquire(chunks[1])
-    for chunk in chunks[1:]:
-        pager.acquire(chunk)
-        assert arena.there(chunk)
-        pager.release(chunk)
+    for call in (lambda: pager.acquire(chunks[1]), pager.settle):
+        arena.failures = 2
+        with pytest.raises(OSError, match="does not answer"):
+            call()
+    arena.failures = 0
+    sweep(arena, pager, chunks[1:])

@@ -35,6 +35,22 @@ def give(step):
 def make(kind=ql.PagedAdamW, **options):
     return kind(params, **{"lr": 0.1, "budget": BUDGET, "state_dir": folder, **options})
 
+def steps(optimizer, *numbers):
+    for step in numbers:
+        give(step)
+        optimizer.step()
+
+def save(optimizer):
+    values = [param.detach() for param in params]
+    torch.save({"params": values, "optimizer": optimizer.state_dict()}, folder / "new")
+    os.replace(folder / "new", folder / "checkpoint")
+
+def load(optimizer):
+    loaded = torch.load(folder / "checkpoint", mmap=True, weights_only=True)
+    for param, value in zip(params, loaded["params"]):
+        param.data.copy_(value)
+    optimizer.load_state_dict(loaded["optimizer"])
+
 def digest(*state):
     found = hashlib.sha256()
     for tensor in (*params, *state):
@@ -47,6 +63,12 @@ def state(optimizer):
 def pager(optimizer):
     (device,) = optimizer._storage.devices.values()
     return device.pager
+
+def file(optimizer):
+    # Its descriptor and size, when nothing is on its way.
+    pager(optimizer).settle()
+    arena = optimizer._storage.parts[0].moments.arena
+    return arena._file.fileno(), len(arena.bytes)
 
 def midway(optimizer, act):
     # Act when half of the bytes of the next step have come, between two chunks.
@@ -94,8 +116,7 @@ def undisturbed(tmp_path_factory) -> list[str]:
 UNDISTURBED = """
 optimizer, found = make(budget=None), []
 for step in range(6):
-    give(step)
-    optimizer.step()
+    steps(optimizer, step)
     found.append(digest(*state(optimizer)))
 answer(found=found)
 """
@@ -104,8 +125,7 @@ answer(found=found)
 def test_ctrl_c_waits_for_a_whole_step(undisturbed, tmp_path):
     code = """
 optimizer, sent = make(), []
-give(0)
-optimizer.step()
+steps(optimizer, 0)
 give(1)
 def interrupt():
     sent.append(optimizer._broken)
@@ -113,8 +133,7 @@ def interrupt():
 midway(optimizer, interrupt)
 raised = caught(optimizer.step)
 after_two = digest(*state(optimizer))
-give(2)
-optimizer.step()
+steps(optimizer, 2)
 answer(raised=raised, sent=sent, two=after_two, three=digest(*state(optimizer)))
 """
     found = child(code, tmp_path)
@@ -148,24 +167,16 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(kind, undistu
         (tmp_path.with_name("lion")).mkdir()
         undisturbed = child(chosen + UNDISTURBED, tmp_path.with_name("lion"))["found"]
     code = """
-optimizer, saved = make(), folder / "checkpoint"
-first = 0
-if saved.exists():
-    loaded = torch.load(saved, mmap=True, weights_only=True)
-    first = loaded["steps"]
-    for param, value in zip(params, loaded["params"]):
-        param.data.copy_(value)
-    optimizer.load_state_dict(loaded["optimizer"])
-    del loaded
+optimizer, first = make(), 3 if (folder / "checkpoint").exists() else 0
+if first:
+    load(optimizer)
 for step in range(first, 6):
     give(step)
     if step == kill_in:
         midway(optimizer, lambda: os.kill(os.getpid(), signal.SIGKILL))
     optimizer.step()
     if step == 2:
-        values = [param.detach() for param in params]
-        torch.save({"steps": 3, "params": values, "optimizer": optimizer.state_dict()}, folder / "new")
-        os.replace(folder / "new", saved)
+        save(optimizer)
 answer(first=first, digest=digest(*state(optimizer)))
 """
     code = chosen + code
@@ -211,14 +222,10 @@ else:
 def test_a_failed_write_is_told_behind_the_step_and_loading_recovers(undisturbed, tmp_path):
     code = """
 optimizer = make()
-give(0)
-optimizer.step()
-saved = {"params": [param.detach().clone() for param in params]}
-torch.save(optimizer.state_dict(), folder / "state")
-pager(optimizer).settle()
-arena = optimizer._storage.parts[0].moments.arena
-descriptor, null = arena._file.fileno(), os.open("/dev/null", os.O_RDWR)
-whole = os.dup(descriptor)
+steps(optimizer, 0)
+save(optimizer)
+descriptor, _ = file(optimizer)
+whole, null = os.dup(descriptor), os.open("/dev/null", os.O_RDWR)
 midway(optimizer, lambda: os.dup2(null, descriptor))  # which has no ranges to write: ESPIPE
 give(1)
 raised = caught(optimizer.step)
@@ -226,19 +233,12 @@ updated = digest()
 refused = [caught(optimizer.step), caught(optimizer.state_dict)]
 still = digest()
 os.dup2(whole, descriptor)
-for param, value in zip(params, saved["params"]):
-    param.data.copy_(value)
-optimizer.load_state_dict(torch.load(folder / "state", weights_only=True))
-for step in (1, 2):
-    give(step)
-    optimizer.step()
+load(optimizer)
+steps(optimizer, 1, 2)
 recovered = digest(*state(optimizer))
 unpaged = make(budget=None)
-for param, value in zip(params, saved["params"]):
-    param.data.copy_(value)
-unpaged.load_state_dict(torch.load(folder / "state", weights_only=True))
-give(1)
-unpaged.step()
+load(unpaged)
+steps(unpaged, 1)
 answer(raised=raised, refused=refused, updated=updated, still=still, expected=digest(), recovered=recovered)
 """
     found = child(code, tmp_path)
@@ -250,56 +250,33 @@ answer(raised=raised, refused=refused, updated=updated, still=still, expected=di
     assert found["recovered"] == undisturbed[2]
 
 
-def test_a_failed_read_is_an_error_and_no_signal(tmp_path):
+def test_a_failed_read_is_an_error_and_no_signal_and_loading_recovers(undisturbed, tmp_path):
     code = """
 optimizer = make()
-give(0)
-optimizer.step()
-pager(optimizer).settle()
-arena = optimizer._storage.parts[0].moments.arena
-os.ftruncate(arena._file.fileno(), len(arena.bytes) - CHUNK // 2)  # without the last chunk, which is away
+steps(optimizer, 0)
+save(optimizer)
+descriptor, whole = file(optimizer)
+os.ftruncate(descriptor, whole - CHUNK // 2)  # without the last chunk, which is away
 give(1)
-answer(raised=caught(optimizer.step), refused=[caught(optimizer.step), caught(optimizer.state_dict)])
+raised = [caught(optimizer.step)]
+refused = [caught(optimizer.step), caught(optimizer.state_dict)]
+raised.append(caught(lambda: load(optimizer)))
+os.ftruncate(descriptor, whole)
+load(optimizer)
+steps(optimizer, 1, 2)
+answer(raised=raised, refused=refused, digest=digest(*state(optimizer)))
 """
     found = child(code, tmp_path)
-    assert found["raised"].startswith("OSError: [Errno 14] the optimizer's state could not be read from a file in ")
+    message = "OSError: [Errno 14] the optimizer's state could not be read from a file in "
+    assert [one.startswith(message) for one in found["raised"]] == [True, True]
     assert found["refused"] == [f"RuntimeError: {MIDWAY}"] * 2
-
-
-def test_after_a_failed_read_loading_goes_on_where_the_checkpoint_was(undisturbed, tmp_path):
-    code = """
-optimizer = make()
-give(0)
-optimizer.step()
-values = [param.detach().clone() for param in params]
-torch.save(optimizer.state_dict(), folder / "state")
-pager(optimizer).settle()
-arena = optimizer._storage.parts[0].moments.arena
-whole = len(arena.bytes)
-os.ftruncate(arena._file.fileno(), whole - CHUNK // 2)  # without the last chunk, which is away
-give(1)
-def load():
-    optimizer.load_state_dict(torch.load(folder / "state", weights_only=True))
-raised = [caught(optimizer.step), caught(load)]
-os.ftruncate(arena._file.fileno(), whole)
-for param, value in zip(params, values):
-    param.data.copy_(value)
-load()
-for step in (1, 2):
-    give(step)
-    optimizer.step()
-answer(raised=raised, digest=digest(*state(optimizer)))
-"""
-    found = child(code, tmp_path)
-    assert all(one.startswith("OSError: [Errno 14] the optimizer's state could not be read") for one in found["raised"])
     assert found["digest"] == undisturbed[2]
 
 
 def test_a_forked_process_is_told_that_the_state_is_of_another(undisturbed, tmp_path):
     code = """
 optimizer = make()
-give(0)
-optimizer.step()
+steps(optimizer, 0)
 reading, writing = os.pipe()
 give(1)
 if os.fork() == 0:
@@ -340,9 +317,7 @@ after = repr(optimizer.state_dict()["param_groups"])
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 before_group = optimizer.paging().where
 optimizer.add_param_group({{"params": params[2:3]}})
-for step in range(3):
-    give(step)
-    optimizer.step()
+steps(optimizer, 0, 1, 2)
 where = [before_group, optimizer.paging().where]
 answer(raised=raised, same=before == after, digest=digest(*state(optimizer)), where=where)
 """
