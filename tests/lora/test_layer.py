@@ -58,11 +58,6 @@ def dropout_mask(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
         return (layer(torch.ones(shape)) > 0).double()
 
 
-def weight_of(layer: Any, dtype: torch.dtype) -> Tensor:
-    weight = layer.base_layer.weight
-    return weight.detach() if isinstance(weight, Tensor) else weight.dequantize(dtype)
-
-
 def gradients(layer: Any, x: Tensor, run) -> list[Tensor]:
     torch.manual_seed(3)
     inputs = [x.clone().requires_grad_(), layer.lora_A, layer.lora_B]
@@ -82,7 +77,8 @@ def test_output_and_gradients_are_those_of_the_formula(base, dtype, p, shape):
 
     exact: list[Any] = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
     x64, A, B = exact
-    W, b = weight_of(layer, dtype).double(), layer.bias.detach().double()
+    weight, b = layer.base_layer.weight, layer.bias.detach().double()
+    W = (weight.detach() if isinstance(weight, Tensor) else weight.dequantize(dtype)).double()
     y64 = x64 @ W.T + b + 2 * (x64 * mask / (1 - rate(p))) @ A.T @ B.T
     y64.backward(dy.double())
 
