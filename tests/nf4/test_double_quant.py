@@ -82,13 +82,6 @@ def test_equal_scales_are_exact(n, value):
     assert torch.equal(double_quant.dequantize_scales(codes, absmax2, offset), absmax)
 
 
-def test_each_block_of_256_has_its_own_second_scale():
-    absmax = torch.cat([torch.full((256,), 1.0), torch.linspace(2, 4, 256), torch.linspace(2.5, 3.5, 88)])
-    _, absmax2, offset = double_quant.quantize_scales(absmax)
-    blocks = absmax.split(256)
-    assert absmax2.tolist() == [(block - offset).abs().max().item() for block in blocks]
-
-
 @given(st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=600))
 def test_a_decoded_scale_is_within_half_a_gap(numbers):
     absmax = torch.tensor(numbers)
@@ -115,15 +108,3 @@ def test_bits_per_parameter_are_those_of_the_paper():
     assert quantize(weight, double_quant=False).bits_per_parameter == 4.5
     assert round(quantize(weight, block_size=32).bits_per_parameter, 3) == 4.254
     assert round(quantize(weight, block_size=128).bits_per_parameter, 3) == 4.063
-
-
-def test_same_scales_same_bits_under_other_default_dtype():
-    absmax = scales(300)
-    expected = double_quant.quantize_scales(absmax)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        again = double_quant.quantize_scales(absmax)
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(expected, again, strict=True))

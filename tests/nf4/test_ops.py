@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,16 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
 from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.packed import DTYPES
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-biases = pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-dropouts = pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
-dropouts_of_dtypes = pytest.mark.parametrize(
-    ("dtype", "p"), [(torch.float32, 0.0), (torch.bfloat16, 0.3)], ids=["f32-plain", "bf16-dropout"]
-)
-x_shapes = pytest.mark.parametrize("rows", [(), (1,), (0,), (63,), (2, 3), (2, 0), (2, 3, 5)], ids=str)
+from .weights import assert_near, biases, double_quants
+
+low_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 N, K = 33, 65  # odd, and blocks cross rows
 SEED = torch.tensor(7)
@@ -45,82 +43,91 @@ def adapter_of(rank: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(rank, K, requires_grad=True), torch.randn(N, rank, requires_grad=True)
 
 
-def assert_near(found: Tensor, exact: Tensor, tolerance: float) -> None:
-    assert found.shape == exact.shape
-    assert found.isfinite().all()
-    assert (found.double() - exact).norm() <= tolerance * exact.norm()
+def views(*shape: int) -> list[Tensor]:
+    """Tensors of some sizes in other memory layouts."""
+    return [
+        torch.randn(shape),
+        torch.randn(shape[::-1]).permute(*range(len(shape))[::-1]),
+        torch.ones(()).expand(shape),
+    ]
 
 
-@pytest.mark.parametrize("n", [0, 1, 65, 20_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-def test_opcheck_quantize(n, dtype):
-    weight = torch.randn(n).to(dtype)
-    torch.library.opcheck(ops.quantize_blockwise, (weight, normal_float(4), 64))
-    torch.library.opcheck(ops.quantize_blockwise, (torch.randn(9, 7).to(dtype).t(), normal_float(4), 32))  # a view
-    torch.library.opcheck(ops.quantize_scales, (weight.float().abs(),))
+def of_quantize() -> Iterator[tuple[Any, ...]]:
+    for dtype in DTYPES:
+        for weight in (torch.randn(0), torch.randn(1), torch.randn(65), torch.randn(20_000), torch.randn(9, 7).t()):
+            yield weight.to(dtype), normal_float(4), 64
 
 
-@dtypes
-@double_quants
-def test_opcheck_dequantize(dtype, double_quant):
-    for shape in [(N, K), (0, K), (1,), (3, 5, 7)]:
-        torch.library.opcheck(ops.dequantize, (*weight_of(shape, double_quant).operands(), dtype))
+def of_dequantize() -> Iterator[tuple[Any, ...]]:
+    for shape, dtype, double_quant in itertools.product([(N, K), (0, K), (1,), (3, 5, 7)], DTYPES[:2], [False, True]):
+        yield *weight_of(shape, double_quant).operands(), dtype
 
 
-@dtypes
-@double_quants
-@biases
-def test_opcheck_linear(dtype, double_quant, bias):
-    weight = weight_of(double_quant=double_quant)
-    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
-    for rows in [(3,), (), (2, 3)]:
-        x = torch.randn(*rows, K, dtype=dtype, requires_grad=True)
-        torch.library.opcheck(ops.linear, (x, *weight.operands(), b))
+def of_linear() -> Iterator[tuple[Any, ...]]:
+    for x, dtype, double_quant in itertools.product(
+        [torch.randn(K), *views(2, 3, K), *views(4, K)], DTYPES[:2], [False, True]
+    ):
+        bias = torch.randn(N, dtype=dtype, requires_grad=True) if double_quant else None
+        yield x.detach().to(dtype).requires_grad_(), *weight_of(double_quant=double_quant).operands(), bias
 
 
-@dtypes
-@double_quants
-def test_opcheck_linear_grad_input(dtype, double_quant):
-    weight = weight_of(double_quant=double_quant)
-    for rows in [(3,), (2, 3)]:
-        grad = torch.randn(*rows, N, dtype=dtype, requires_grad=True)
-        torch.library.opcheck(ops.linear_grad_input, (grad, *weight.operands()))
+def of_linear_grad_input() -> Iterator[tuple[Any, ...]]:
+    for grad, dtype, double_quant in itertools.product([torch.randn(3, N), *views(2, 3, N)], DTYPES[:2], [False, True]):
+        yield grad.detach().to(dtype).requires_grad_(), *weight_of(double_quant=double_quant).operands()
 
 
-@dtypes
-@dropouts
-def test_opcheck_dropout(dtype, p):
-    for x in (torch.randn(3, K), torch.randn(K), torch.randn(K, 4).t(), torch.randn(2, 0, K)):
-        torch.library.opcheck(lora_ops.dropout, (x.to(dtype).requires_grad_(), SEED, p))
+PLAIN_AND_DROPOUT = [(torch.float32, 0.0), (torch.bfloat16, 0.3)]
 
 
-@dropouts_of_dtypes
-@biases
-def test_opcheck_adapted_linear(dtype, bias, p):
-    weight = weight_of(double_quant=bias).operands()
-    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
-    for x in (torch.randn(3, K), torch.randn(K), torch.randn(2, K, 3).transpose(1, 2), torch.randn(0, K)):
-        leaf = x.to(dtype).requires_grad_()
-        torch.library.opcheck(lora_ops.adapted_linear, (leaf, *weight, b, *adapter_of(), 2.0, p, SEED))
+def of_dropout() -> Iterator[tuple[Any, ...]]:
+    for x, (dtype, p) in itertools.product([torch.randn(K), torch.randn(2, 0, K), *views(4, K)], PLAIN_AND_DROPOUT):
+        yield x.detach().to(dtype).requires_grad_(), SEED, p
 
 
-@dropouts_of_dtypes
-@pytest.mark.parametrize("needs_input", [False, True], ids=["x-frozen", "x-trains"])
-def test_opcheck_adapted_linear_backward(dtype, p, needs_input):
-    weight, (A, B) = weight_of(double_quant=needs_input).operands(), adapter_of()
-    for rows in [(), (2, 3), (0,)]:
-        x, h = torch.randn(*rows, K, dtype=dtype), torch.randn(int(np.prod(rows)), 5, dtype=dtype)
+def of_adapted_linear() -> Iterator[tuple[Any, ...]]:
+    for x, (dtype, p), bias in itertools.product(
+        [torch.randn(K), torch.randn(0, K), *views(2, 3, K)[:2]], PLAIN_AND_DROPOUT, [False, True]
+    ):
+        b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
+        weight = weight_of(double_quant=bias).operands()
+        yield x.detach().to(dtype).requires_grad_(), *weight, b, *adapter_of(), 2.0, p, SEED
+
+
+def of_adapted_linear_backward() -> Iterator[tuple[Any, ...]]:
+    for rows, (dtype, p), needs_input in itertools.product([(), (2, 3), (0,)], PLAIN_AND_DROPOUT, [False, True]):
+        x, h = torch.randn(*rows, K, dtype=dtype), torch.randn(math.prod(rows), 5, dtype=dtype)
+        adapter = (*(t.detach() for t in adapter_of()), 2.0, p, SEED, needs_input)
         for grad in (torch.randn(*rows, N, dtype=dtype), torch.ones((), dtype=dtype).expand(*rows, N)):
-            torch.library.opcheck(
-                lora_ops.adapted_linear_backward,
-                (grad, x, h, *weight, A.detach(), B.detach(), 2.0, p, SEED, needs_input),
-            )
+            yield grad, x, h, *weight_of(double_quant=needs_input).operands(), *adapter
 
 
-def test_opcheck_linear_of_views():
-    for x in (torch.randn(2, K, 3).transpose(1, 2), torch.randn(1, 3, K).expand(2, 3, K), torch.randn(K, 4).t()):
-        torch.library.opcheck(ops.linear, (x.requires_grad_(), *weight_of().operands(), None))
-        torch.library.opcheck(ops.linear_grad_input, (x.detach()[..., :N].requires_grad_(), *weight_of().operands()))
+# Of every operator, what it is given.
+GIVEN = {
+    ops.quantize_blockwise: of_quantize,
+    ops.quantize_scales: lambda: ((torch.randn(n).abs(),) for n in (0, 1, 65, 20_000)),
+    ops.dequantize: of_dequantize,
+    ops.linear: of_linear,
+    ops.linear_grad_input: of_linear_grad_input,
+    lora_ops.dropout: of_dropout,
+    lora_ops.adapted_linear: of_adapted_linear,
+    lora_ops.adapted_linear_backward: of_adapted_linear_backward,
+}
+
+
+@pytest.mark.parametrize("operator", GIVEN, ids=lambda operator: operator._name)
+def test_opcheck(operator):
+    """Schema, fake, autograd, and autograd under ``torch.compile`` with shapes that change."""
+    for arguments in GIVEN[operator]():
+        torch.library.opcheck(operator, arguments)
+
+
+def test_slabs_change_nothing(monkeypatch):
+    weight, arguments = torch.randn(70, 65), (normal_float(4), 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_SLAB", 1000)
+        found = ops.quantize_blockwise.reference(weight, *arguments)
+    for part, expected in zip(found, ops.quantize_blockwise.reference(weight, *arguments), strict=True):
+        assert torch.equal(part, expected)
 
 
 class Called(TorchDispatchMode):
@@ -147,14 +154,7 @@ INNER = {
 @pytest.mark.parametrize(("operator", "inner"), INNER.items(), ids=lambda it: getattr(it, "_name", it))
 def test_a_reference_calls_the_operator_that_it_contains_and_changes_nothing(operator, inner):
     """So a faster inner operator serves the outer one."""
-    weight, bias, adapter = weight_of().operands(), torch.randn(N), (*adapter_of(), 2.0, 0.3, SEED)
-    x, grad, h = torch.randn(3, K), torch.randn(3, N), torch.randn(3, 5)
-    given: tuple[Any, ...] = {
-        ops.linear: (x, *weight, bias),
-        ops.linear_grad_input: (grad, *weight),
-        lora_ops.adapted_linear: (x, *weight, bias, *adapter),
-        lora_ops.adapted_linear_backward: (grad, x, h, *weight, *adapter, True),
-    }[operator]
+    *_, given = GIVEN[operator]()
     before = [part.clone() if isinstance(part, Tensor) else part for part in given]
     with Called() as called, torch.no_grad():
         operator.reference(*given)
@@ -163,10 +163,10 @@ def test_a_reference_calls_the_operator_that_it_contains_and_changes_nothing(ope
         assert torch.equal(part, copy) if isinstance(part, Tensor) else part == copy
 
 
-@dtypes
+@low_dtypes
 @double_quants
 @biases
-@x_shapes
+@pytest.mark.parametrize("rows", [(), (1,), (0,), (63,), (2, 3), (2, 0), (2, 3, 5)], ids=str)
 def test_forward_and_gradients_against_float64(dtype, double_quant, bias, rows):
     weight = weight_of(double_quant=double_quant)
     x = torch.randn(*rows, K).to(dtype).requires_grad_()
@@ -202,24 +202,8 @@ def test_first_and_second_derivatives_numerically(double_quant, bias):
     assert torch.autograd.gradcheck(lambda g: ops.linear_grad_input(g, *weight.operands()), (g,))
 
 
-@dtypes
-def test_double_backward_equals_the_dense_layer(dtype):
-    weight = weight_of()
-
-    def second(layer, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), x)[0]
-
-    x = torch.randn(3, K).to(dtype)
-    found = second(lambda x: linear(x, weight), x)
-    dense = weight.dequantize(dtype).double()
-    # Six roundings of intermediate results, each of the size that TOLERANCE allows one.
-    assert_near(found, second(lambda x: F.linear(x, dense), x.double()), 6 * TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize("origin", [torch.float32, torch.bfloat16, torch.float16], ids=["of-f32", "of-bf16", "of-f16"])
-@dtypes
+@low_dtypes
 @double_quants
 def test_forward_and_backward_see_the_same_bits(origin, dtype, double_quant):
     # The identity reads the weight out of each direction: a sum of one number and zeros is exact.
@@ -232,7 +216,7 @@ def test_forward_and_backward_see_the_same_bits(origin, dtype, double_quant):
     assert torch.equal(x.grad, forward)
 
 
-@dtypes
+@low_dtypes
 @double_quants
 def test_backward_keeps_the_packed_weight_only(dtype, double_quant):
     weight = weight_of((256, 512), double_quant)
@@ -273,65 +257,6 @@ def test_an_empty_weight(shape):
     assert torch.equal(b.grad, torch.full((shape[0],), 3.0))  # pyright: ignore[reportArgumentType]
 
 
-def test_same_input_same_bits():
-    weight, x, g = weight_of((64, 1000)), torch.randn(63, 1000), torch.randn(63, 64)
-    assert torch.equal(linear(x, weight), linear(x, weight))
-    operands = weight.operands()
-    assert torch.equal(ops.linear_grad_input(g, *operands), ops.linear_grad_input(g, *operands))
-
-
-def test_the_error_of_the_product_is_that_of_the_weight():
-    # bitsandbytes' bound: N(0, 1) inputs, weights N(0, 1) / sqrt(K), mean error under 0.115; NF4 has 0.09.
-    weight, x = torch.randn(256, 512) / np.sqrt(512), torch.randn(64, 512)
-    error = (linear(x, quantize(weight)) - x @ weight.t()).abs().mean().item()
-    assert 0.05 < error < 0.115
-
-
-def compiled_and_eager(backend: str, function: Any, *inputs: Tensor | None) -> list[list[Any]]:
-    """The result and every gradient of a function, from ``torch.compile(fullgraph=True)`` and without it."""
-    torch._dynamo.reset()  # it refuses the ninth variant of one function
-    results = []
-    for run in (torch.compile(function, backend=backend, fullgraph=True), function):
-        leaves = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in inputs]
-        y = run(*leaves)
-        y.square().sum().backward()
-        results.append([y.detach()] + [leaf.grad for leaf in leaves if leaf is not None])
-    return results
-
-
-def assert_compiles(function: Any, *inputs: Tensor | None) -> None:
-    compiled, eager = compiled_and_eager("aot_eager", function, *inputs)
-    for found, expected in zip(compiled, eager, strict=True):
-        assert torch.equal(found, expected)
-
-
-@dtypes
-@double_quants
-@biases
-def test_linear_compiles_to_one_graph_with_its_backward(dtype, double_quant, bias):
-    weight = weight_of(double_quant=double_quant)
-    b = torch.randn(N, dtype=dtype) if bias else None
-    assert_compiles(lambda x, b: linear(x * 2, weight, b).relu(), torch.randn(3, K, dtype=dtype), b)
-
-
-@dtypes
-@biases
-@dropouts
-def test_adapted_linear_compiles_to_one_graph_with_its_backward(dtype, bias, p):
-    weight = weight_of()
-    b = torch.randn(N, dtype=dtype) if bias else None
-
-    def function(x, b, A, B):
-        return lora_ops.adapted_linear(x * 2, *weight.operands(), b, A, B, 2.0, p, SEED)[0].relu()
-
-    assert_compiles(function, torch.randn(2, 3, K, dtype=dtype), b, *adapter_of())
-
-
-@dtypes
-def test_dropout_compiles_to_one_graph_with_its_backward(dtype):
-    assert_compiles(lambda x: lora_ops.dropout(x * 2, SEED, 0.3).relu(), torch.randn(3, K, dtype=dtype))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor():
@@ -341,9 +266,14 @@ def test_compiles_with_inductor():
         y = linear(x * 2, weight, b).relu()
         return y + lora_ops.adapted_linear(x, *weight.operands(), b, A, B, 2.0, 0.3, SEED)[0].relu()
 
-    inputs = torch.randn(4, K), torch.randn(N), *adapter_of()
-    compiled, eager = compiled_and_eager("inductor", function, *inputs)
-    for found, expected in zip(compiled, eager, strict=True):
+    results, inputs = [], (torch.randn(4, K), torch.randn(N), *adapter_of())
+    torch._dynamo.reset()
+    for run in (torch.compile(function, backend="inductor", fullgraph=True), function):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in inputs]
+        y = run(*leaves)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
         assert_near(found, expected.double(), TOLERANCE[torch.float32])
 
 
@@ -356,16 +286,6 @@ def test_a_call_without_a_gradient_is_the_operator():
     w = torch.randn(96, requires_grad=True)
     (y * w).sum().backward()
     assert torch.equal(w.grad, y.sum(0))  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("which", ["x", "bias"])
-def test_a_call_with_a_gradient_has_one(which):
-    q, x, bias = quantize(torch.randn(96, 128)), torch.randn(3, 128), torch.randn(96)
-    {"x": x, "bias": bias}[which].requires_grad_()
-    y = ops.linear(x, *q.operands(), bias)
-    assert y.requires_grad
-    with torch.no_grad():
-        assert not ops.linear(x, *q.operands(), bias).requires_grad
 
 
 def test_a_call_under_a_transform_is_refused_as_the_operator_is():

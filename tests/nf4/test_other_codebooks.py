@@ -8,11 +8,9 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from torch import Tensor
 
 from qloralab import QuantizedTensor, normal_float, quantize
-from qloralab.nf4 import codebook
-from qloralab.nf4.blockwise import nearest, unpack
+from qloralab.nf4.blockwise import unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values
 
 FOUR_BITS = ("nf4", "fp4", "fp4_e3m0", "int4")
@@ -21,20 +19,6 @@ NORMAL_FLOATS = tuple(f"nf{bits}" for bits in range(2, 9))
 # The magnitudes of bitsandbytes' FP4 by code, times 12: the table of its CUDA source, in exact fractions.
 FP4_TIMES_12 = (0, 1 / 16, 8, 12, 4, 6, 2, 3)
 
-# Mean and standard deviation of one draw's mean error, N(0, 1) 1024x1024: those of bitsandbytes' FP4, over 200 draws.
-# block size: (mean |error|, sigma, mean |error| / |x|, sigma)
-FP4_ERROR = {
-    32: (0.088925, 9.1e-5, 0.242443, 3.30e-4),
-    64: (0.096543, 1.11e-4, 0.260125, 3.79e-4),
-    128: (0.102969, 1.34e-4, 0.275817, 4.33e-4),
-    256: (0.108684, 1.82e-4, 0.289831, 4.97e-4),
-    512: (0.114115, 2.34e-4, 0.302881, 5.83e-4),
-    1024: (0.119333, 3.20e-4, 0.315000, 7.57e-4),
-    2048: (0.124556, 4.55e-4, 0.326607, 9.55e-4),
-    4096: (0.129536, 6.12e-4, 0.337169, 1.239e-3),
-}
-SIGMAS = 7
-
 
 def codes_of(numbers: list[float], name: str) -> list[int]:
     """The codes of numbers in [-1, 1], beside a 1 that fixes the scale."""
@@ -42,21 +26,10 @@ def codes_of(numbers: list[float], name: str) -> list[int]:
     return q.codes().tolist()[1:]
 
 
-def error(weight: Tensor, name: str | Tensor, block_size: int = 64) -> Tensor:
-    return (quantize(weight, name, block_size, double_quant=False).dequantize() - weight).abs()
-
-
 def test_the_names():
     assert set(CODEBOOKS) == {*FOUR_BITS, *NORMAL_FLOATS}
-    for name in CODEBOOKS:
-        values = codebook_values(name)
-        assert (values.dtype, values.device.type) == (torch.float32, "cpu")
-        assert len(values) == 16 if name in FOUR_BITS else 2 ** int(name[2:])
-
-
-@pytest.mark.parametrize("name", NORMAL_FLOATS)
-def test_a_normal_float_goes_by_its_width(name):
-    assert torch.equal(codebook_values(name), normal_float(int(name[2:])))
+    for name in NORMAL_FLOATS:
+        assert torch.equal(codebook_values(name), normal_float(int(name[2:])))
 
 
 def test_fp4_is_the_table_of_bitsandbytes():
@@ -64,19 +37,6 @@ def test_fp4_is_the_table_of_bitsandbytes():
     assert torch.equal(values, bnb.get_4bit_type("fp4", device="cpu"))
     assert values[:8].tolist() == (torch.tensor(FP4_TIMES_12, dtype=torch.float32) / 12).tolist()
     assert torch.equal(values[8:], -values[:8])
-
-
-def test_fp4_codes_are_those_of_bitsandbytes_but_for_its_second_zero():
-    weight = torch.randn(256, 64)
-    q = quantize(weight, "fp4", double_quant=False)
-    theirs, state = bnb.quantize_4bit(weight, quant_type="fp4")
-    ours, theirs = unpack(q.packed, q.numel()), unpack(theirs, q.numel())
-    assert torch.equal(q.scales, state.absmax)
-    zero = q.values[ours.int()] == 0
-    assert torch.equal(ours[~zero], theirs[~zero])
-    assert (ours[zero] == 0).all()
-    assert set(theirs[zero].tolist()) == {0, 8}
-    assert torch.equal(q.dequantize(), bnb.dequantize_4bit(q.packed, state))
 
 
 def test_e3m0_is_the_powers_of_two():
@@ -123,13 +83,6 @@ def test_zero_is_exact_and_positive(name):
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
-def test_both_ends_are_exact(name):
-    values = codebook_values(name)
-    high, low = codes_of([1.0, -1.0], name)
-    assert values[[high, low]].tolist() == [1.0, -1.0]
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_tie_goes_to_the_lower_value(name):
     ascending = codebook_values(name).unique()
     for below, above in itertools.pairwise(ascending):
@@ -138,40 +91,6 @@ def test_a_tie_goes_to_the_lower_value(name):
             around = [tie.nextafter(tie - 1), tie, tie.nextafter(tie + 1)]
             found = codebook_values(name)[codes_of([number.item() for number in around], name)]
             assert found.tolist() == [below, below, above]
-
-
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_the_decision_table_holds_each_value_once_in_order(name):
-    values = codebook_values(name)
-    thresholds, codes = codebook.decision_table(values)
-    ascending = values[codes.int()]
-    assert torch.equal(ascending, values.unique())
-    assert torch.equal(thresholds, ((ascending.double()[1:] + ascending.double()[:-1]) / 2).float())
-    assert torch.equal(nearest(ascending, values), codes)
-
-
-@pytest.mark.parametrize("block_size", FP4_ERROR)
-def test_error_on_normal_weights_is_that_of_fp4(block_size):
-    weight = torch.randn(1024, 1024).flatten()
-    found = error(weight, "fp4", block_size)
-    mean, sigma, relative_mean, relative_sigma = FP4_ERROR[block_size]
-    assert found.mean().item() == pytest.approx(mean, abs=SIGMAS * sigma)
-    assert (found / (weight.abs() + 1e-8)).mean().item() == pytest.approx(relative_mean, abs=SIGMAS * relative_sigma)
-
-
-def test_on_normal_weights_nf4_is_the_best_of_the_four():
-    weight = torch.randn(1024, 1024)
-    by_error = sorted(FOUR_BITS, key=lambda name: error(weight, name).square().mean().item())
-    assert by_error[0] == "nf4"
-    assert by_error[-1] == "fp4_e3m0"
-
-
-def test_each_bit_more_about_halves_the_error():
-    weight = torch.randn(512, 1024)
-    errors = [error(weight, name).mean().item() for name in NORMAL_FLOATS]
-    ratios = [wide / narrow for narrow, wide in itertools.pairwise(errors)]
-    assert all(0.35 < ratio < 0.6 for ratio in ratios)
-    assert ratios == sorted(ratios)  # the wider the type, the further out its quantiles reach, past the largest weights
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -196,15 +115,6 @@ def test_bits_per_parameter_count_the_bytes_held():
 # A codebook of one's own
 
 
-def test_a_copy_of_nf4_is_nf4_by_another_name():
-    weight = torch.randn(65, 66)
-    ours, named = quantize(weight, normal_float(4)), quantize(weight, "nf4")
-    assert ours.codebook == "custom"
-    assert torch.equal(ours.packed, named.packed)
-    assert torch.equal(ours.scales, named.scales)
-    assert torch.equal(ours.dequantize(), named.dequantize())
-
-
 @pytest.mark.parametrize("count", [4, 5, 8, 15, 17, 32, 256])
 @pytest.mark.parametrize("kind", [torch.Tensor, list, tuple], ids=["tensor", "list", "tuple"])
 def test_a_codebook_has_4_to_256_values(count, kind):
@@ -218,11 +128,6 @@ def test_a_codebook_has_4_to_256_values(count, kind):
     assert (q.bits, q.codebook, len(q.values)) == (math.ceil(math.log2(count)), "custom", count)
     stored = q.stored("w")
     assert torch.equal(QuantizedTensor.from_bitsandbytes(stored, "w").dequantize(), q.dequantize())
-
-
-def test_values_of_a_named_codebook_are_the_named_codebook():
-    weight = torch.randn(65, 66)
-    assert torch.equal(quantize(weight, normal_float(3)).dequantize(), quantize(weight, "nf3").dequantize())
 
 
 @pytest.mark.parametrize("values", [None, 4, ["a", "b", "c", "d"], [[1.0], [1.0, 2.0]], [10**400] * 4], ids=repr)
@@ -240,32 +145,16 @@ def test_codes_are_those_of_each_weight(name, shape):
     assert torch.equal(q.values[q.codes()] * scales + 0.0, q.dequantize())
 
 
-def test_a_codebook_for_a_distribution_beats_nf4_on_it():
-    weight = torch.rand(512, 512) * 2 - 1
-    assert error(weight, torch.linspace(-1, 1, 16)).mean() < 0.95 * error(weight, "nf4").mean()
-
-
-def test_changing_the_tensor_afterwards_changes_no_weight():
-    values = torch.linspace(-1, 1, 16)
+def test_a_codebook_is_taken_as_it_is_now():
+    """It may change afterwards, train, and be a view; no weight does."""
+    values = torch.linspace(-1, 1, 31).requires_grad_()
     weight = torch.randn(128)
-    q = quantize(weight, values)
-    before = q.dequantize()
-    values.zero_()
-    assert torch.equal(q.dequantize(), before)
-
-
-def test_a_codebook_that_trains_is_taken_as_it_is_now():
-    values = torch.linspace(-1, 1, 16).requires_grad_()
-    q = quantize(torch.randn(128), values)
+    q = quantize(weight, values[::2])
+    assert torch.equal(q.packed, quantize(weight, torch.linspace(-1, 1, 16)).packed)
     assert not q.values.requires_grad
-    assert not q.dequantize().requires_grad
-
-
-@pytest.mark.parametrize("step", [-1, 2], ids=["reversed", "strided"])
-def test_a_codebook_may_be_a_view(step):
-    values = torch.linspace(-1, 1, 31)[::2] if step == 2 else torch.linspace(1, -1, 16).flip(0)
-    weight = torch.randn(100)
-    assert torch.equal(quantize(weight, values).packed, quantize(weight, values.clone()).packed)
+    before = q.dequantize()
+    values.detach().zero_()
+    assert torch.equal(q.dequantize(), before)
 
 
 def test_values_short_of_the_ends_saturate():
@@ -296,22 +185,7 @@ GRID = torch.linspace(-1, 1, 16)
         (GRID * 1.01, r"lie in \[-1, 1\]"),
         (GRID.index_fill(0, torch.tensor(7), -(2.0**-25)), r"0 or at least 2\*\*-24"),
     ],
-    ids=[
-        "f64",
-        "bf16",
-        "3",
-        "2-d",
-        "257",
-        "2-d-list",
-        "inf-list",
-        "descending",
-        "equal",
-        "nan",
-        "last-nan",
-        "inf",
-        "beyond",
-        "tiny",
-    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_another_codebook_is_refused(values, message):
     with pytest.raises(ValueError, match=message):

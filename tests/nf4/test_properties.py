@@ -23,14 +23,13 @@ from torch import Tensor
 from qloralab import QuantizedTensor, quantize
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu.build import COMPILERS
-from qloralab.nf4 import double_quant
 from qloralab.nf4.blockwise import unpack
-from qloralab.nf4.codebook import CODEBOOKS, codebook_values, dynamic_map
-from qloralab.nf4.packed import SCALES_PER_BLOCK
+from qloralab.nf4.codebook import CODEBOOKS, codebook_values
+from qloralab.nf4.packed import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .weights import assert_same_bits, double_quants, dtypes
+
 BLOCK_SIZES = (32, 64, 128, 4096)
-SYMMETRIC = ("fp4", "fp4_e3m0", "int4")
 TINY = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 # The spacing of each dtype's subnormal numbers.
 UNIT = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
@@ -39,23 +38,9 @@ UNIT = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0*
 # with any larger one every code survives. Below it, two values of the codebook times the scale round to one number: it
 # is about one over the smallest distance of two values. fp4 needs one unit more in 16 bits.
 SMALLEST = {
-    "nf2": 2,
-    "nf3": 5,
-    "nf4": 11,
-    "nf5": 26,
-    "nf6": 58,
-    "nf7": 131,
-    "nf8": 287,
-    "fp4": 97,
-    "fp4_e3m0": 48,
-    "int4": 7,
-}
-# A scale that was quantized too is between two numbers of the dtype, and is rounded with the weights. This is enough.
-DECODED = 2
-
+    "nf2": 2, "nf3": 5, "nf4": 11, "nf5": 26, "nf6": 58, "nf7": 131, "nf8": 287, "fp4": 97, "fp4_e3m0": 48, "int4": 7,
+}  # fmt: skip
 codebooks = pytest.mark.parametrize("codebook", CODEBOOKS)
-symmetric = pytest.mark.parametrize("codebook", SYMMETRIC)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 
 
 @pytest.fixture(scope="module", params=["reference", "native"], autouse=True)
@@ -73,17 +58,9 @@ def examples(count: int):
 
 
 KINDS = (
-    "normal",
-    "many exponents",
-    "one huge",
-    "huge",
-    "subnormal",
-    "a few units",
-    "zeros",
-    "constant",
-    "quotients of int4",
-    "quotients of int4, extreme scales",
-)
+    "normal", "many exponents", "one huge", "huge", "subnormal", "a few units", "zeros", "constant",
+    "quotients of int4", "quotients of int4, extreme scales",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,25 +135,6 @@ def codes_of(q: QuantizedTensor) -> Tensor:
     return unpack(q.packed, q.numel()) if q.bits == 4 else q.packed.flatten()
 
 
-def absmax(weight: Tensor, block_size: int) -> Tensor:
-    """The scales before they are quantized: float32 [blocks]."""
-    return quantize(weight, block_size=block_size, double_quant=False).scales
-
-
-def by_block(parts: Tensor, q: QuantizedTensor) -> Tensor:
-    """One number for each block -> one for each weight, in its shape."""
-    return parts.repeat_interleave(q.block_size)[: q.numel()].view(q.shape)
-
-
-def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
-    for name in ("packed", "scales", "absmax2", "offset"):
-        one, other = getattr(a, name), getattr(b, name)
-        assert (one is None) == (other is None), name
-        if one is not None:
-            assert one.shape == other.shape, name
-            assert one.numpy().tobytes() == other.numpy().tobytes(), name
-
-
 def quotients(weight: Tensor, block_size: int) -> tuple[list[np.float32], list[np.float32]]:
     """weight / scale as the policy of nf4/blockwise.py has it, and the scales, by loops."""
     numbers, found, scales = weight.float().numpy().ravel(), [], []
@@ -225,6 +183,7 @@ def assert_naive(weight: Tensor, q: QuantizedTensor) -> None:
 @examples(12)
 @given(recipes(most=500), st.sampled_from(BLOCK_SIZES))
 @example(Recipe(4000, 0, torch.float32, ("quotients of int4, extreme scales",)), 32)
+@example(Recipe(9001, 0, torch.bfloat16, KINDS), 4096)
 def test_it_is_the_naive_quantization(codebook, recipe, block_size):
     weight = recipe.weight()
     assert_naive(weight, quantize(weight, codebook, block_size, double_quant=False))
@@ -249,7 +208,7 @@ def test_a_custom_codebook_may_have_tiny_values(scale):
     assert_naive(weight, quantize(weight, codebook, double_quant=False))
 
 
-@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@double_quants
 def test_the_zero_of_a_custom_codebook_may_be_negative(double_quant):
     codebook = torch.linspace(-1, 1, 16)
     codebook[7] = -0.0
@@ -303,130 +262,6 @@ def test_the_smallest_scale_that_keeps_every_code(codebook, dtype):
     assert survives(every_code(codebook, scales, dtype)).tolist() == (scales >= smallest * UNIT[dtype]).tolist()
 
 
-@codebooks
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "f16"])
-def test_a_decoded_scale_keeps_every_code(codebook, dtype):
-    units = torch.arange(DECODED * SMALLEST[codebook], 1200, 1 / 8, dtype=torch.float64)
-    scales = torch.cat([units * UNIT[dtype], torch.rand(4000) + 1]).float()  # near the smallest, and as scales are
-    assert survives(every_code(codebook, scales, dtype)).all()
-
-
-@codebooks
-@dtypes
-def test_every_mantissa_of_a_scale_keeps_every_code(codebook, dtype):
-    count = {torch.float32: 4096, torch.bfloat16: 128, torch.float16: 1024}[dtype]
-    scales = 1 + torch.arange(count) / count
-    assert torch.equal(scales.to(dtype).float(), scales)
-    assert survives(every_code(codebook, scales, dtype)).all()
-
-
-@codebooks
-@examples(12)
-@given(recipes(), st.sampled_from(BLOCK_SIZES))
-def test_quantizing_what_came_back_changes_nothing(codebook, recipe, block_size):
-    q = quantize(recipe.weight(), codebook, block_size, double_quant=False)
-    again = quantize(q.dequantize(), codebook, block_size, double_quant=False)
-    assert torch.equal(again.scales, q.scales)
-    sure = by_block((q.scales == 0) | (q.scales >= SMALLEST[codebook] * UNIT[q.dtype]), q)
-    assert torch.equal(codes_of(again)[sure], codes_of(q)[sure])
-
-
-@codebooks
-@examples(12)
-@given(recipes(), st.sampled_from(BLOCK_SIZES))
-def test_double_quantized_codes_come_back_under_positive_scales(codebook, recipe, block_size):
-    q = quantize(recipe.weight(reach=0.5), codebook, block_size)
-    again = quantize(q.dequantize(), codebook, block_size, double_quant=False)
-    decoded = q.absmax()
-    sure = decoded >= DECODED * SMALLEST[codebook] * UNIT[q.dtype]
-    assert torch.equal(codes_of(again)[by_block(sure, q)], codes_of(q)[by_block(sure, q)])
-    # Where a number of the block is the scale itself, that is the new scale. Only a block of zeros has none.
-    zeros = again.scales == 0
-    assert torch.equal(again.scales[sure & ~zeros], decoded[sure & ~zeros].to(q.dtype).float())
-    assert (codes_of(q)[by_block(zeros & sure, q)] == naive(torch.zeros(1), q.values, 64)[0][0]).all()
-
-
-# Equivariances
-
-
-@examples(50)
-@given(st.sampled_from(CODEBOOKS), recipes(), st.integers(-60, 60), st.sampled_from(BLOCK_SIZES), st.booleans())
-@example("nf4", Recipe(1000, 0, torch.float32, ("normal",)), 100, 64, True)
-@example("nf4", Recipe(1000, 0, torch.float32, ("normal",)), -100, 64, False)
-def test_a_power_of_two_goes_to_the_scales(codebook, recipe, exponent, block_size, double_quant):
-    normal = Recipe(recipe.numel, recipe.seed, torch.float32, ("normal", "constant", "zeros", "quotients of int4"))
-    weight = normal.weight().to(recipe.dtype).float()  # as many bits as the dtype has, in the range of float32
-    q, scaled = (quantize(some, codebook, block_size, double_quant) for some in (weight, weight * 2.0**exponent))
-    assert torch.equal(scaled.packed, q.packed)
-    assert torch.equal(scaled.absmax(), q.absmax() * 2.0**exponent)
-    if double_quant:
-        assert torch.equal(scaled.scales, q.scales)
-        for one, other in ((scaled.absmax2, q.absmax2), (scaled.offset, q.offset)):
-            assert one is not None
-            assert other is not None
-            assert torch.equal(one, other * 2.0**exponent)
-
-
-@examples(50)
-@given(
-    st.sampled_from(CODEBOOKS), recipes(most=20_000), st.sampled_from(BLOCK_SIZES), st.randoms(use_true_random=False)
-)
-def test_blocks_do_not_see_each_other(codebook, recipe, block_size, random):
-    weight = recipe.weight()
-    q = quantize(weight, codebook, block_size, double_quant=False)
-    blocks = list(weight.split(block_size))
-    changed = random.randrange(len(blocks))
-    blocks[changed] = (blocks[changed].float() * 0.5 + 0.1).to(weight.dtype)
-    other = quantize(torch.cat(blocks), codebook, block_size, double_quant=False)
-    kept = torch.arange(len(blocks)) != changed
-    assert torch.equal(other.scales[kept], q.scales[kept])
-    assert torch.equal(codes_of(other)[by_block(kept, q)], codes_of(q)[by_block(kept, q)])
-    alone = quantize(blocks[changed], codebook, block_size, double_quant=False)
-    assert torch.equal(codes_of(alone), codes_of(other)[by_block(~kept, q)])
-
-
-@examples(50)
-@given(st.sampled_from(CODEBOOKS), recipes(most=20_000), st.sampled_from(BLOCK_SIZES))
-def test_the_codes_do_not_depend_on_double_quantization(codebook, recipe, block_size):
-    weight = recipe.weight(reach=0.5)
-    single, twice = (quantize(weight, codebook, block_size, double_quant) for double_quant in (False, True))
-    assert torch.equal(single.packed, twice.packed)
-
-
-@examples(50)
-@given(st.sampled_from(CODEBOOKS), recipes(most=20_000), st.sampled_from(BLOCK_SIZES))
-def test_blocks_can_be_reordered(codebook, recipe, block_size):
-    weight = recipe.weight()
-    weight = torch.cat([weight, weight.new_zeros(-len(weight) % block_size)]).view(-1, block_size)
-    order = torch.randperm(len(weight))
-    q, reordered = (quantize(some, codebook, block_size, double_quant=False) for some in (weight, weight[order]))
-    assert torch.equal(reordered.scales, q.scales[order])
-    assert torch.equal(reordered.packed.view(len(weight), -1), q.packed.view(len(weight), -1)[order])
-    assert torch.equal(reordered.dequantize(), q.dequantize()[order])
-
-
-@symmetric
-@examples(20)
-@given(recipes(), st.sampled_from(BLOCK_SIZES))
-def test_a_symmetric_codebook_treats_both_signs_alike(codebook, recipe, block_size):
-    weight = recipe.weight()
-    q, mirrored = (quantize(some, codebook, block_size, double_quant=False) for some in (weight, -weight))
-    assert torch.equal(mirrored.scales, q.scales)
-    # A number on a threshold goes to the lower value: away from 0 on one side, towards it on the other.
-    ascending = codebook_values(codebook).unique()
-    thresholds = (ascending[1:] + ascending[:-1]) / 2
-    tie = torch.isin(quotient(weight, q), thresholds)
-    assert torch.equal(mirrored.dequantize()[~tie], 0 - q.dequantize()[~tie])
-
-
-def test_of_two_equally_near_values_the_lower_one_is_taken_on_both_sides_of_zero():
-    weight = torch.tensor([1.0, 1.5 / 7, -1.5 / 7])
-    assert (quantize(weight * 7, "int4", double_quant=False).dequantize()).tolist() == [7.0, 1.0, -2.0]
-
-
-# Views
-
-
 @examples(60)
 @given(st.data(), st.sampled_from(DTYPES), st.booleans())
 def test_a_view_is_quantized_as_its_copy(data, dtype, double_quant):
@@ -442,122 +277,3 @@ def test_a_view_is_quantized_as_its_copy(data, dtype, double_quant):
     assert q.shape == view.shape
     assert_same_bits(q, quantize(view.clone(memory_format=torch.contiguous_format), double_quant=double_quant))
     assert q.dequantize().is_contiguous()
-
-
-# Distances
-
-
-def quotient(weight: Tensor, q: QuantizedTensor) -> Tensor:
-    """weight / scale by the policy of nf4/blockwise.py, float32 in the shape of the weight."""
-    scale = by_block(q.scales, q)
-    by_reciprocal = weight.float() * (1 / scale)
-    exact = (scale < TINY) | (1 / scale < TINY)
-    return torch.where(scale == 0, 0, torch.where(exact, weight.float() / scale, by_reciprocal))
-
-
-@codebooks
-@examples(12)
-@given(recipes(most=20_000), st.sampled_from(BLOCK_SIZES))
-def test_no_value_is_nearer_than_the_chosen_one(codebook, recipe, block_size):
-    weight = recipe.weight()
-    q = quantize(weight, codebook, block_size, double_quant=False)
-    x, values = quotient(weight, q).double(), q.values.double()
-    chosen = (x - values[codes_of(q).int()]).abs()
-    nearest = (x[:, None] - values).abs().amin(dim=1)
-    # A midpoint is rounded to float32: by up to 2**-25, half of the spacing in [0.5, 1]. Twice that between distances.
-    assert (chosen - nearest).max() <= 2 * 2.0**-25
-
-
-@examples(60)
-@given(recipes(most=5_000), custom_codebooks(), st.sampled_from(BLOCK_SIZES))
-def test_a_weight_comes_back_within_half_a_gap_of_any_codebook(recipe, codebook, block_size):
-    assert_within_half_a_gap(recipe.weight(), quantize(recipe.weight(), codebook, block_size, double_quant=False))
-
-
-@codebooks
-@examples(12)
-@given(recipes(), st.sampled_from(BLOCK_SIZES))
-def test_a_weight_comes_back_within_half_a_gap(codebook, recipe, block_size):
-    assert_within_half_a_gap(recipe.weight(), quantize(recipe.weight(), codebook, block_size, double_quant=False))
-
-
-def assert_within_half_a_gap(weight: Tensor, q: QuantizedTensor) -> None:
-    values = q.values.double().sort().values
-    beyond = torch.stack([values[0] + 1, 1 - values[-1]]).amax()  # from the ends of the codebook to -1 and 1
-    half_gap = torch.maximum(values.diff().amax() / 2, beyond)
-    scale = by_block(q.scales, q).double()
-    error = (q.dequantize(torch.float32).double() - weight.double()).abs()
-    # The quotient is rounded twice, its threshold once, the product once: 2**-24 each.
-    assert (error <= scale * (half_gap + 4 * 2.0**-24) + 2.0**-150).all()
-
-
-@examples(60)
-@given(recipes(), st.sampled_from([32, 64]))
-def test_a_decoded_scale_is_within_half_a_gap_of_the_map_around_it(recipe, block_size):
-    weight = recipe.weight(reach=0.5)
-    exact = absmax(weight, block_size)
-    q = quantize(weight, block_size=block_size)
-    assert q.absmax2 is not None
-    assert q.offset is not None
-    second = q.absmax2.double().repeat_interleave(SCALES_PER_BLOCK)[: len(exact)]
-    values = torch.cat([torch.tensor([-1.0]), dynamic_map(), torch.tensor([1.0])]).double()  # -1 is nobody's: code 0
-    here = q.scales.int() + 1
-    gap = torch.maximum(values[here + 1] - values[here], values[here] - values[here - 1])
-    gap[q.scales == 0] = torch.maximum(gap, 2 * (values[1] + 1))[q.scales == 0]
-    error = (q.absmax().double() - exact.double()).abs()
-    # Rounded: the difference to the offset, the quotient (twice), the threshold, the product, the sum.
-    rounding = 2.0**-24 * (4 * second + q.offset.double() + exact.double()) + 2.0**-148
-    assert (error <= second * gap / 2 + rounding).all()
-
-
-@examples(60)
-@given(recipes(), st.sampled_from([32, 64]))
-@example(Recipe(129, 0, torch.float16, ("many exponents",)), 64)  # this one is refused
-def test_no_finite_weight_comes_back_infinite(recipe, block_size):
-    weight = recipe.weight()
-    assert quantize(weight, block_size=block_size, double_quant=False).dequantize().isfinite().all()
-    decoded = double_quant.dequantize_scales(*double_quant.quantize_scales(absmax(weight, block_size)))
-    if decoded.to(weight.dtype).isfinite().all():
-        assert quantize(weight, block_size=block_size).dequantize().isfinite().all()
-    else:
-        assert weight.abs().amax() > 0.9 * torch.finfo(weight.dtype).max
-        with pytest.raises(ValueError, match="pass double_quant=False"):
-            quantize(weight, block_size=block_size)
-
-
-# Blocks out of the ordinary
-
-
-@codebooks
-@dtypes
-@pytest.mark.parametrize("place", [0, 31, 63], ids=str)
-def test_one_huge_value_takes_its_block_and_no_other(codebook, dtype, place):
-    weight = torch.randn(3, 64).to(dtype)
-    expected = quantize(weight, codebook, double_quant=False)
-    weight[1, place] = torch.finfo(dtype).max
-    q = quantize(weight, codebook, double_quant=False)
-    back, before = q.dequantize(), expected.dequantize()
-    assert torch.equal(back[0], before[0])
-    assert torch.equal(back[2], before[2])
-    assert back[1, place] == torch.finfo(dtype).max
-    others = torch.arange(64) != place
-    assert (back[1, others] == 0).all()
-
-
-@codebooks
-@dtypes
-def test_the_smallest_number_there_is_is_kept(codebook, dtype):
-    weight = torch.zeros(64, dtype=dtype)
-    weight[5] = -UNIT[dtype]
-    q = quantize(weight, codebook, double_quant=False)
-    assert q.scales.item() == UNIT[dtype]
-    assert torch.equal(q.dequantize(), weight)
-
-
-@codebooks
-@pytest.mark.parametrize("numel", [1, 2, 63, 64, 65])
-@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-def test_a_constant_is_kept(codebook, numel, double_quant):
-    for value in (0.1, -3.7, 2.0**-140, 2.0**127):
-        weight = torch.full((numel,), value)
-        assert torch.equal(quantize(weight, codebook, double_quant=double_quant).dequantize(), weight)

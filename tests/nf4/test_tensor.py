@@ -1,8 +1,12 @@
-"""The container: what goes in, what it holds, what comes out, and what is refused."""
+"""What goes into the container, what it holds, what comes out and what is refused; and where a tensor would be: moves,
+copies, pickles, shared memory, torch.compile, printing."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import io
+import pickle
 
 import pytest
 import torch
@@ -11,50 +15,25 @@ from torch import Tensor
 from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import normal_float
 from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
+from qloralab.nf4.packed import DTYPES
 from qloralab.nf4.tensor import QuantizedTensor, linear, quantize
 
+from .weights import assert_same_bits, double_quants, dtypes, parts, pointers
+
 NF4 = normal_float(4)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((0,), (3, 0), (), (1,), (63,), (65,), (1000,), (7, 9), (3, 5, 7), (2, 64))
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-
-
-def parts(weight: QuantizedTensor) -> dict[str, Tensor]:
-    named = {name: getattr(weight, name) for name in ("packed", "scales", "absmax2", "offset", "values")}
-    return {name: part for name, part in named.items() if part is not None}
-
-
-def assert_same_bits(a: QuantizedTensor, b: QuantizedTensor) -> None:
-    assert parts(a).keys() == parts(b).keys()
-    for name, part in parts(a).items():
-        assert part.dtype == parts(b)[name].dtype, name
-        assert part.numpy().tobytes() == parts(b)[name].numpy().tobytes(), name
-    assert (a.shape, a.dtype, a.codebook, a.block_size) == (b.shape, b.dtype, b.codebook, b.block_size)
-
-
-def double_quantized(weight: Tensor) -> QuantizedTensor:
-    """``quantize(weight)`` without its checks."""
-    q = quantize(weight, double_quant=False)
-    codes, absmax2, offset = quantize_scales(q.scales)
-    return dataclasses.replace(q, scales=codes, absmax2=absmax2, offset=offset)
-
-
-def negative_scale() -> Tensor:
-    """A weight [257, 64] whose first block is zero and whose first decoded scale is negative."""
-    weight = torch.ones(257, 64)
-    weight[0], weight[1] = 0, 6
-    return weight
+CODEBOOKS = {name: name for name in ("nf4", "fp4", "int4", "nf3", "nf8")} | {"own": torch.linspace(-1, 1, 16)}
+codebooks = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS)
 
 
 @dtypes
-@shapes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @double_quants
 def test_it_holds_the_reference_and_gives_it_back(shape, dtype, double_quant):
-    weight = torch.randn(shape).to(dtype)
+    weight = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    before = weight.detach().clone()
     q = quantize(weight, double_quant=double_quant)
-    packed, absmax = blockwise.quantize_blockwise(weight, NF4, 64)
+    packed, absmax = blockwise.quantize_blockwise(before, NF4, 64)
     assert torch.equal(q.packed, packed)
     if double_quant:
         codes, absmax2, offset = quantize_scales(absmax)
@@ -70,46 +49,14 @@ def test_it_holds_the_reference_and_gives_it_back(shape, dtype, double_quant):
     expected = blockwise.dequantize_blockwise(packed, absmax, NF4, 64, weight.numel()).view(shape)
     assert q.dequantize().dtype == dtype
     assert torch.equal(q.dequantize(), expected.to(dtype))
-
-
-@dtypes
-@double_quants
-def test_dequantize_rounds_the_float32_product_once(dtype, double_quant):
-    q = quantize(torch.randn(64, 65), double_quant=double_quant)
-    found = q.dequantize(dtype)
-    assert found.dtype == dtype
-    assert torch.equal(found, q.dequantize(torch.float32).to(dtype))
-    if dtype == torch.bfloat16:  # the product of two bfloat16 numbers is another one, in a fifth of the cases or more
-        codes = blockwise.unpack(q.packed, q.numel()).int()
-        twice = NF4.bfloat16()[codes] * q.absmax().bfloat16().repeat_interleave(64)[: q.numel()]
-        assert (twice != found.flatten()).float().mean() > 0.15
-
-
-def test_rows_that_are_no_multiple_of_the_block_are_flattened():
-    weight = torch.randn(7, 9, 5)
-    assert_same_bits(quantize(weight), dataclasses.replace(quantize(weight.flatten()), shape=weight.shape))
-
-
-@pytest.mark.parametrize(
-    "view",
-    [lambda w: w.t(), lambda w: w[:, ::2], lambda w: w[1:, 3:], lambda w: w[:1].expand(5, -1)],
-    ids=["transposed", "strided", "offset", "expanded"],
-)
-def test_a_view_is_read_in_row_major_order(view):
-    weight = view(torch.randn(65, 66))
-    assert_same_bits(quantize(weight), quantize(weight.clone(memory_format=torch.contiguous_format)))
-
-
-@double_quants
-def test_same_weight_same_bits(double_quant):
-    weight = torch.randn(100, 100)
-    before = weight.clone()
-    assert_same_bits(quantize(weight, double_quant=double_quant), quantize(weight, double_quant=double_quant))
+    assert not any(part.requires_grad for part in [*parts(q).values(), q.dequantize()])
     assert torch.equal(weight, before)
 
 
 def test_zeros_are_plus_zero_under_a_negative_decoded_scale():
-    q = quantize(negative_scale())
+    weight = torch.ones(257, 64)
+    weight[0], weight[1] = 0, 6
+    q = quantize(weight)
     assert q.absmax()[0] < 0
     for dtype in DTYPES:
         first = q.dequantize(dtype)[0]
@@ -117,37 +64,25 @@ def test_zeros_are_plus_zero_under_a_negative_decoded_scale():
         assert not first.signbit().any()
 
 
-def test_a_parameter_is_quantized_without_a_graph():
-    q = quantize(torch.nn.Parameter(torch.randn(8, 64)))
-    assert not any(part.requires_grad for part in parts(q).values())
-    assert not q.dequantize().requires_grad
-
-
 @double_quants
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-def test_default_dtype_does_not_matter(default, double_quant):
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_torchs_defaults_do_not_matter(default, double_quant):
     weight = torch.randn(100, 100)
-    expected = quantize(weight, double_quant=double_quant)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
+    expected, before = quantize(weight, double_quant=double_quant), torch.get_default_dtype()
     try:
-        again = quantize(weight, double_quant=double_quant)
-        back = again.dequantize()
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        with torch.device(default if isinstance(default, torch.device) else "cpu"):
+            found = quantize(weight, double_quant=double_quant)
+            back = found.dequantize()
+            again = QuantizedTensor.from_bitsandbytes(found.to_bitsandbytes())
+            with pytest.raises(ValueError, match=r"weight\[99, 99\] is nan"):
+                quantize(torch.where(torch.arange(10_000, device="cpu").view(100, 100) < 9_999, weight, torch.nan))
     finally:
         torch.set_default_dtype(before)
+    assert_same_bits(found, expected)
     assert_same_bits(again, expected)
     assert torch.equal(back, expected.dequantize())
-
-
-def test_default_device_does_not_matter():
-    weight = torch.randn(100, 100)
-    with torch.device("meta"):
-        q = quantize(weight)
-        back = q.dequantize()
-        state = q.to_bitsandbytes()
-        again = QuantizedTensor.from_bitsandbytes(state)
-    assert torch.equal(back, quantize(weight).dequantize())
-    assert_same_bits(again, quantize(weight))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -172,12 +107,6 @@ def test_nan_is_refused_in_any_number_of_dimensions():
         quantize(weight.permute(2, 1, 0))
 
 
-def test_nan_is_refused_whatever_the_default_device():
-    weight = torch.tensor([1.0, float("nan")])
-    with torch.device("meta"), pytest.raises(ValueError, match=r"weight\[1\] is nan"):
-        quantize(weight)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused_by_name(dtype):
     with pytest.raises(TypeError, match=rf"^h\.0\.up is {dtype}; only float32, bfloat16 and float16"):
@@ -195,32 +124,25 @@ def test_other_block_sizes_are_refused(block_size):
         quantize(torch.ones(64), block_size=block_size)
 
 
-def test_an_unknown_codebook_is_refused():
-    with pytest.raises(ValueError, match="unknown codebook 'fp5'"):
-        quantize(torch.ones(64), codebook="fp5")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
+@dtypes
 def test_a_scale_that_would_decode_to_infinity_is_refused(dtype):
     # The residual of the full blocks is about half of that of the zero ones: it is rounded to its 8 bits, up or down.
     refused = 0
-    for zeros in range(80, 90):
+    for zeros in [0, *range(80, 90)]:  # without zeros, the one scale of all blocks is the offset
         weight = torch.full((256, 64), torch.finfo(dtype).max, dtype=dtype)
         weight[:zeros] = 0
+        single = quantize(weight, double_quant=False)
+        assert torch.equal(single.dequantize(), weight)
         try:
             assert quantize(weight, name="up").dequantize().isfinite().all()
         except ValueError as error:
             refused += 1
             assert str(error).startswith(f"up: a scale, quantized and decoded, would be infinite in {dtype}")  # noqa: PT017
-            assert not double_quantized(weight).dequantize().isfinite().all()
-        assert torch.equal(quantize(weight, double_quant=False).dequantize(), weight)
+            codes, absmax2, offset = quantize_scales(single.scales)
+            unchecked = dataclasses.replace(single, scales=codes, absmax2=absmax2, offset=offset)
+            assert not unchecked.dequantize().isfinite().all()
+            assert zeros
     assert 0 < refused < 10
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
-def test_weights_at_the_end_of_the_range_that_decode_are_quantized(dtype):
-    weight = torch.full((300, 64), torch.finfo(dtype).max, dtype=dtype)  # one scale for all, which is the offset
-    assert torch.equal(quantize(weight).dequantize(), weight)
 
 
 def test_nbytes_counts_every_level():
@@ -231,46 +153,130 @@ def test_nbytes_counts_every_level():
     assert quantize(torch.ones(0), double_quant=False).bits_per_parameter == 0
 
 
-def test_repr_says_what_it_is():
-    assert repr(quantize(torch.ones(2, 64), double_quant=False)) == (
-        "QuantizedTensor([2, 64], nf4, block_size=64, 4.500 bits per parameter, from torch.float32, device='cpu')"
-    )
-    assert repr(quantize(torch.ones(128, 128, dtype=torch.bfloat16), block_size=32)) == (
-        "QuantizedTensor([128, 128], nf4, block_size=32, double_quant, 4.256 bits per parameter, "
-        "from torch.bfloat16, device='cpu')"
-    )
-
-
-@double_quants
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_map_keeps_every_bit_under_a_cast_of_floating_point_tensors(dtype, double_quant):
-    q = quantize(torch.randn(65, 66), double_quant=double_quant)
-    assert_same_bits(q.map(lambda part: part.to(dtype) if part.is_floating_point() else part), q)
-
-
-@double_quants
-def test_map_applies_to_every_tensor_and_leaves_the_original(double_quant):
-    q = quantize(torch.randn(65, 66), double_quant=double_quant)
-    copy = q.map(torch.clone)
-    assert_same_bits(copy, q)
-    for name, part in parts(copy).items():
-        assert part.data_ptr() != parts(q)[name].data_ptr(), name
-
-
-@double_quants
-def test_to_moves_every_tensor(double_quant):
-    q = quantize(torch.randn(65, 66), double_quant=double_quant)
-    moved = q.to("meta")
-    assert moved.device.type == "meta"
-    assert {name: (part.device.type, part.dtype, part.shape) for name, part in parts(moved).items()} == {
-        name: ("meta", part.dtype, part.shape) for name, part in parts(q).items()
-    }
-    assert_same_bits(q.to("cpu"), q)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"double_quant": False}, "nf4, block_size=64, 4.500 bits per parameter"),
+        ({"codebook": "fp4", "block_size": 32}, "fp4, block_size=32, double_quant, 4.256 bits per parameter"),
+        ({"codebook": "nf3"}, "nf3, block_size=64, double_quant, 8.129 bits per parameter (3.129 ideal)"),
+        ({"codebook": CODEBOOKS["own"]}, "custom, block_size=64, double_quant, 4.129 bits per parameter"),
+    ],
+    ids=["nf4", "fp4", "nf3", "own"],
+)
+def test_repr_says_what_is_held(options, text):
+    q = quantize(torch.ones(128, 128, dtype=torch.float16), **options)
+    assert repr(q) == f"QuantizedTensor([128, 128], {text}, from torch.float16, device='cpu')"
+    assert repr(q.to("meta")) == repr(q).replace("'cpu'", "'meta'")
 
 
 def test_it_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         quantize(torch.ones(64)).block_size = 32  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@codebooks
+@double_quants
+def test_on_the_meta_device_it_has_shapes_and_no_numbers(codebook, double_quant):
+    q = quantize(torch.randn(65, 66, dtype=torch.bfloat16), codebook, double_quant=double_quant)
+    moved = q.to("meta")
+    assert moved.device == torch.device("meta")
+    assert {name: (part.device.type, part.dtype, part.shape) for name, part in parts(moved).items()} == {
+        name: ("meta", part.dtype, part.shape) for name, part in parts(q).items()
+    }
+    assert (moved.nbytes, moved.bits_per_parameter, moved.bits) == (q.nbytes, q.bits_per_parameter, q.bits)
+    assert (moved.absmax().shape, moved.absmax().dtype) == (q.absmax().shape, torch.float32)
+    assert (moved.dequantize().shape, moved.dequantize().dtype) == ((65, 66), torch.bfloat16)
+    assert linear(torch.ones(3, 66, device="meta"), moved).shape == (3, 65)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=["text", "device"])
+def test_a_move_to_where_it_is_copies_nothing(device):
+    q = quantize(torch.randn(65, 66))
+    assert pointers(parts(q.to(device))) == pointers(parts(q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8], ids=str)
+def test_a_conversion_is_refused_with_advice(dtype):
+    with pytest.raises(TypeError, match=rf"not converted; dequantize\({dtype}\)"):
+        quantize(torch.randn(64)).to(dtype)
+
+
+@pytest.mark.gpu
+@codebooks
+@double_quants
+def test_to_a_gpu_and_back_by_pinned_memory(codebook, double_quant):
+    q = quantize(torch.randn(65, 66), codebook, double_quant=double_quant)
+    pinned = q.pin_memory()
+    assert all(part.is_pinned() for part in parts(pinned).values())
+    assert not any(part.is_pinned() for part in parts(q).values())
+    moved = pinned.to("cuda", non_blocking=True)
+    assert moved.device.type == "cuda"
+    assert torch.equal(moved.dequantize().cpu(), q.dequantize())
+    assert_same_bits(moved.to("cpu"), q)
+
+
+@codebooks
+@double_quants
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, QuantizedTensor.clone], ids=["deepcopy", "clone"])
+def test_a_deep_copy_has_memory_of_its_own(duplicate, codebook, double_quant):
+    q = quantize(torch.randn(65, 66), codebook, double_quant=double_quant)
+    twin = duplicate(q)
+    assert_same_bits(twin, q)
+    assert not pointers(parts(twin)) & pointers(parts(q))
+
+
+def test_a_copy_is_the_same_and_nothing_else_equals_it():
+    q = quantize(torch.randn(65, 66))
+    first, second = copy.deepcopy([q, q])
+    assert copy.copy(q) is q
+    assert first is second
+    assert first != q
+    assert len({q, q, first}) == 2
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda weight: torch.save({"w": [weight]}, io.BytesIO())])
+def test_it_is_not_pickled(save):
+    with pytest.raises(pickle.PicklingError, match=r"not pickled.*to_bitsandbytes\(\).*state_dict\(\)"):
+        save(quantize(torch.randn(64)))
+
+
+@codebooks
+@double_quants
+def test_sharing_moves_every_part_and_changes_no_bit(codebook, double_quant):
+    q = quantize(torch.randn(65, 66), codebook, double_quant=double_quant)
+    before = copy.deepcopy(q)
+    assert not any(part.is_shared() for part in parts(q).values())
+    assert q.share_memory_() is q
+    assert all(part.is_shared() for part in parts(q).values())
+    assert_same_bits(q, before)
+
+
+@codebooks
+@double_quants
+def test_it_is_compiled_in_one_piece(codebook, double_quant):
+    q = quantize(torch.randn(33, 66), codebook, double_quant=double_quant)
+    x, bias = torch.randn(3, 66, requires_grad=True), torch.randn(33, requires_grad=True)
+
+    def use(x: Tensor, q: QuantizedTensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return linear(x, q, bias), q.dequantize(torch.bfloat16), q.absmax()
+
+    torch._dynamo.reset()
+    found, expected = torch.compile(use, fullgraph=True, backend="aot_eager")(x, q, bias), use(x, q, bias)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    dy = torch.randn(3, 33)
+    for ours, theirs in zip(*(torch.autograd.grad(y[0], (x, bias), dy) for y in (found, expected)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_compilation_serves_weights_alike():
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 66)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            q = quantize(torch.randn(33, 66))
+            assert torch.equal(compiled(x, q), linear(x, q))
 
 
 @pytest.mark.parametrize(

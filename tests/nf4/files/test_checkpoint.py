@@ -184,22 +184,14 @@ def shard(name: Any) -> Callable[[Path], bytes]:
 
 # How an index is broken -> the tensor, the field that the error names, a part of what it says.
 BROKEN: dict[str, tuple[Callable[[Path], bytes], str | None, str | None, str]] = {
-    "empty": (lambda _: b"", None, None, "is not JSON"),
     "not-json": (lambda _: b"{", None, None, "is not JSON"),
-    "not-utf-8": (lambda _: b'{"weight_map": "\xff"}', None, None, "is not JSON"),
-    "deep": (lambda _: b"[" * 200_000, None, None, "is not JSON"),
-    "a-name-twice": (lambda _: b'{"weight_map": {"w": "a", "w": "b"}}', None, None, "the name 'w' occurs twice"),
     "list": (lambda _: b"[]", None, None, "holds a JSON list, not an object"),
     "no-weight_map": (index(lambda c: c.pop("weight_map")), None, "weight_map", "is missing"),
     "weight_map-list": (index(lambda c: c.update(weight_map=["w"])), None, "weight_map", "is ['w']"),
     "weight_map-empty": (index(lambda c: c.update(weight_map={})), None, "weight_map", "is {}"),
     "metadata-list": (index(lambda c: c.update(metadata=[])), None, "metadata", "is []; expected an object"),
     "shard-number": (shard(1), "norm", "weight_map", "is 1, which is no name of a file"),
-    "shard-null": (shard(None), "norm", "weight_map", "is None, which is no name of a file"),
-    "shard-list": (shard([FIRST]), "norm", "weight_map", "which is no name of a file"),
     "shard-above": (shard("../x.safetensors"), "norm", "weight_map", "which leaves the directory"),
-    "shard-below": (shard("x/../" + FIRST), "norm", "weight_map", "which leaves the directory"),
-    "shard-absolute": (shard("/etc/x.safetensors"), "norm", "weight_map", "which leaves the directory"),
     "shard-backslash": (shard("..\\x.safetensors"), "norm", "weight_map", "which leaves the directory"),
     "shard-pickle": (shard("pytorch_model.bin"), "norm", "weight_map", "which is a pickle, which can run code"),
     "shard-parent": (shard(".."), "norm", "weight_map", "is no name of a *.safetensors file"),
@@ -216,17 +208,6 @@ def test_a_broken_index_is_refused(case, sharded):
     make, tensor, field, says = BROKEN[case]
     (sharded / INDEX_FILE).write_bytes(make(sharded))
     refused(sharded, sharded / INDEX_FILE, says, tensor, field)
-
-
-def test_an_index_that_is_no_file(sharded):
-    (sharded / INDEX_FILE).unlink()
-    (sharded / INDEX_FILE).mkdir()
-    refused(sharded, sharded / INDEX_FILE, "is not a regular file")
-
-
-def test_an_index_that_is_too_long_is_not_read(sharded):
-    os.truncate(sharded / INDEX_FILE, 1 << 40)  # a hole: the disk holds nothing of it
-    refused(sharded, sharded / INDEX_FILE, f"has {1 << 40} bytes; at most 100000000 are read")
 
 
 def test_an_index_that_does_not_fit_its_shards(sharded):
@@ -264,19 +245,11 @@ def test_what_the_checkpoint_does_not_have(directory):
         checkpoint.quantized("norm")
 
 
-# How a weight is spoiled -> the tensor and the field that the error names.
+# How a weight is spoiled (test_bitsandbytes_layout.py has every way) -> the tensor and the field that the error names.
 SPOILED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str, str | None]] = {
     "no-absmax": (lambda t: t.pop("a.w.absmax"), "a.w.absmax", None),
     "no-codes": (lambda t: t.pop("a.w"), "a.w", None),
-    "codes-too-few": (lambda t: t.update({"a.w": t["a.w"][1:].clone()}), "a.w", None),
-    "scale-nan": (lambda t: t["a.w.nested_absmax"].fill_(float("nan")), "a.w.nested_absmax", None),
-    "one-more": (lambda t: t.update({"a.w.more": torch.ones(1)}), "a.w.more", None),
-    "a-weight-below": (
-        lambda t: t.update(weights()["b.w"].to_bitsandbytes("a.w.v")),
-        "a.w.v.absmax",
-        None,
-    ),
-    "payload-not-json": (lambda t: t[PAYLOAD].fill_(0), PAYLOAD, None),
+    "a-weight-below": (lambda t: t.update(weights()["b.w"].to_bitsandbytes("a.w.v")), "a.w.v.absmax", None),
     "payload-field": (lambda t: t[PAYLOAD][35:37].fill_(ord("9")), PAYLOAD, "blocksize"),
 }
 

@@ -31,8 +31,8 @@ ROOM = 64 << 20  # bytes of address space that reading may take at once, and of 
 
 # What may well be read: bytes that are codes, another dtype to decode to, a shard that the index no longer names, ...
 MAY_PASS = {
-    "flip_bytes", "flip_bytes_of_the_header", "header_dtype", "header_name", "index_name_lost", "overwrite",
-    "payload_dtype", "payload_nested_offset", "payload_shape", "shift", "swap_tensors",
+    "flip_bytes", "flip_bytes_of_the_header", "header_dtype", "header_name", "overwrite", "payload_dtype",
+    "payload_nested_offset", "payload_shape", "swap_tensors",
 }  # fmt: skip
 
 
