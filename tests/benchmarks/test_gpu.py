@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qloralab.benchmarks import gpu
+from qloralab.benchmarks import gpu, gpu_optimizer
 from qloralab.benchmarks.case import OPERATIONS, Case, Weight
 from qloralab.benchmarks.clock import Timer, host
 from qloralab.benchmarks.gpu import POINTS, Device, Limits, ceilings, fused_up_to, main, measure, run
@@ -86,14 +86,20 @@ def by_provider(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {record["provider"]: record for record in records}
 
 
-@pytest.mark.parametrize("command", ["gpu --save", "gpu_optimizer"])
-def test_without_a_gpu_one_line_and_nothing_is_written(command, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", *f"benchmarks.{command}".split(), "--out", str(tmp_path)],
-        cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-    )  # fmt: skip
-    line = "no GPU was measured: torch.cuda.is_available() is False\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, line, "")
+NO_GPU = "no GPU was measured: torch.cuda.is_available() is False\n"
+
+
+def test_without_a_gpu_one_line_and_no_error():
+    command, environment = [sys.executable, "-m", "benchmarks.gpu"], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, NO_GPU, "")
+
+
+@pytest.mark.parametrize(("command", "options"), [(main, ["--save"]), (gpu_optimizer.main, [])])
+def test_without_a_gpu_nothing_is_written(command, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command(["--out", str(tmp_path), *options])
+    assert capsys.readouterr().out == NO_GPU
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,6 +275,10 @@ def test_what_was_not_timed_reaches_nothing(lines):
     assert lines(*tables(with_ratios(point))) == [
         ["linear", "4096x4096", "16", "failed", "", "25.0", "", "missing", "", "", "≥ 2.8", "", "≥ 1.6"]
     ]
+
+
+def test_no_table_without_points():
+    assert list(tables([])) == []
 
 
 def test_every_goal_belongs_to_a_point_and_every_point_to_an_operation():
