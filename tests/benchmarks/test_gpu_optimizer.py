@@ -32,13 +32,6 @@ def shown(records: list[dict[str, Any]]) -> str:
     return capture.get()
 
 
-def test_without_a_gpu_one_line_and_no_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    main(["--out", str(tmp_path)])
-    assert capsys.readouterr().out == "no GPU was measured: torch.cuda.is_available() is False\n"
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_parameters_are_the_same_every_time_and_differ_by_tensor():
     a, b = make([50, 50], CPU), make([50, 50], CPU)
     assert torch.equal(a[0], b[0])

@@ -70,19 +70,16 @@ def test_another_word_is_refused_at_the_first_public_name(variable, monkeypatch)
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("isa", supported_isas())
-def test_the_instruction_set_is_the_one_that_was_asked_for(isa, fresh, monkeypatch):
-    monkeypatch.setenv(processor.VARIABLE, isa)
+@pytest.mark.parametrize("choice", ["auto", "native"])
+@pytest.mark.parametrize("isa", [None, "", *supported_isas()])
+def test_the_library_is_of_the_instruction_set_that_was_asked_for(isa, choice, fresh, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, choice)
+    if isa is not None:
+        monkeypatch.setenv(processor.VARIABLE, isa)
     library = dispatch.native()
-    assert library is not None
-    assert library.isa == dispatch.isa() == isa
-
-
-@pytest.mark.parametrize("value", [None, ""])
-def test_the_instruction_set_is_the_machines_own_unless_asked(value, fresh, monkeypatch):
-    if value is not None:
-        monkeypatch.setenv(processor.VARIABLE, value)
-    assert dispatch.isa() == "native"
+    assert isinstance(library, Library)
+    assert library.isa == dispatch.isa() == (isa or "native")
+    assert dispatch.native() is library
 
 
 @pytest.mark.parametrize("choice", ["auto", "native"])
@@ -111,15 +108,6 @@ def test_the_reference_compiles_nothing(no_compiler, monkeypatch, tmp_path):
     assert dispatch.native() is None
     assert not no_compiler.exists()
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize("choice", ["auto", "native"])
-def test_the_library_where_it_compiles(choice, fresh, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, choice)
-    library = dispatch.native()
-    assert isinstance(library, Library)
-    assert dispatch.native() is library
 
 
 def test_auto_without_a_compiler_warns_once(no_compiler):
@@ -178,15 +166,12 @@ def test_use_changes_the_choice_and_gives_it_back(no_compiler):
     with dispatch.use("reference"):
         assert dispatch.mode() == "reference"
         assert dispatch.native() is None
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(dispatch.mode).result() == "reference"
         with pytest.raises(BuildError), dispatch.use("native"):
             dispatch.native()
         assert dispatch.mode() == "reference"
     assert dispatch.mode() == "auto"
-
-
-def test_use_counts_for_every_thread(fresh):
-    with dispatch.use("reference"), ThreadPoolExecutor(1) as threads:
-        assert threads.submit(dispatch.mode).result() == "reference"
 
 
 def test_use_refuses_another_word(fresh):
@@ -247,20 +232,14 @@ def test_the_report_names_every_operator(fresh, monkeypatch):
 
 
 @pytest.mark.compiler
-def test_the_report_where_it_compiles(fresh):
+@pytest.mark.parametrize(("asked", "shown"), [("", "native"), ("portable", "portable (QLORALAB_ISA=portable)")])
+def test_the_report_shows_the_instruction_set(asked, shown, fresh, monkeypatch):
+    monkeypatch.setenv(processor.VARIABLE, asked)
     for operator, (implementation, why) in by_operator().items():
         assert implementation == "native", operator
-        assert why.startswith("C compiled for native, on the threads of lib")
-
-
-@pytest.mark.compiler
-def test_the_report_shows_an_instruction_set_that_was_asked_for(fresh, monkeypatch):
-    monkeypatch.setenv(processor.VARIABLE, "portable")
-    for _, why in by_operator().values():
-        assert why.startswith("C compiled for portable (QLORALAB_ISA=portable), on the threads of lib")
+        assert why.startswith(f"C compiled for {shown}, on the threads of lib")
     with dispatch.use("native", isa="native"):
-        for _, why in by_operator().values():
-            assert why.startswith("C compiled for native, on the threads of lib")
+        assert all(why.startswith("C compiled for native, on the threads of lib") for _, why in by_operator().values())
 
 
 @pytest.mark.compiler

@@ -6,8 +6,6 @@ still there in the compiled code; the budget of the kernel asks for its FADD.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,30 +14,14 @@ from torch import Tensor
 
 from qloralab.kernels.gpu.dequantize import TILE, dequantize
 from qloralab.nf4 import double_quant, ops
-from qloralab.nf4.codebook import codebook_values, custom, dynamic_map, normal_float
-from qloralab.nf4.packed import BLOCK_SIZES
+from qloralab.nf4.codebook import codebook_values, custom, dynamic_map
+from qloralab.nf4.packed import DTYPES
 
-NF4 = normal_float(4)
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from ..cpu.cases import NF4, any_weight, block_sizes, double_quants, dtypes, same_bits
+from .conftest import Guarded, Operands
+
 CODEBOOKS = {name: codebook_values(name) for name in ("nf4", "fp4", "fp4_e3m0", "int4")}
 CODEBOOKS["custom"] = custom(torch.linspace(-0.3, 1, 16))
-
-Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Sequence[int], int]
-Guarded = Callable[..., Tensor]
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-double_quants = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-
-
-def any_weight(shape: Sequence[int], block_size: int = 64, double_quant: bool = True, values: Tensor = NF4) -> Operands:
-    """Any codes at all, and scales of either sign. The operands of a weight."""
-    numel = math.prod(shape)
-    blocks = -(-numel // block_size)
-    packed = torch.randint(256, ((numel + 1) // 2, 1), dtype=torch.uint8)
-    if not double_quant:
-        return packed, torch.randn(blocks), None, None, values, torch.Size(shape), block_size
-    codes = torch.randint(256, (blocks,), dtype=torch.uint8)
-    return packed, codes, torch.rand(-(-blocks // 256)), torch.randn(()), values, torch.Size(shape), block_size
 
 
 def check(operands: Operands, dtype: torch.dtype, guarded: Guarded, offset: int = 0) -> None:
@@ -56,14 +38,6 @@ def check(operands: Operands, dtype: torch.dtype, guarded: Guarded, offset: int 
     assert same_bits(found.cpu(), expected)
 
 
-def same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors hold the same bits; any NaN is as good as another."""
-    integer = {2: torch.int16, 4: torch.int32}[expected.itemsize]
-    nan = expected.isnan()
-    bits = (one.view(integer).masked_fill(nan, 0) for one in (found, expected))
-    return found.dtype == expected.dtype and torch.equal(found.isnan(), nan) and torch.equal(*bits)
-
-
 @dtypes
 @double_quants
 @pytest.mark.parametrize(
@@ -76,7 +50,7 @@ def test_bits_of_the_reference(shape, double_quant, dtype, guarded):
 
 
 @double_quants
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@block_sizes
 def test_block_sizes(block_size, double_quant, guarded):
     """Of rows that are no multiple of a block, more than 256 blocks of the smaller sizes, the last one short."""
     check(any_weight((41, 451), block_size, double_quant), torch.bfloat16, guarded)
@@ -124,7 +98,7 @@ def test_small_products_and_zeros(guarded):
     zeros = ops.dequantize.reference(*operands, torch.float32)
     assert (zeros == 0).sum() > 64
     assert not zeros[zeros == 0].signbit().any()
-    for dtype in DTYPES.values():
+    for dtype in DTYPES:
         check(operands, dtype, guarded)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +17,10 @@ from qloralab.kernels.gpu.lookup import table
 from qloralab.kernels.gpu.packing import TiledWeight, tile
 from qloralab.lora.dropout import keep_mask
 from qloralab.nf4 import blockwise, ops
-from qloralab.nf4.codebook import normal_float
 
-from .conftest import Operands, few
+from ..cpu.cases import NF4, WHOLE
+from .conftest import Guarded, Operands, few
 
-Guarded = Callable[..., Tensor]
-
-# Whole numbers, so that sums are exact in any order; no two codes mean the same.
-WHOLE = torch.tensor([-8.0, -7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8])
-NF4 = normal_float()
 # (M, N, K, block size, splits): one tile; odd rows and tokens; K and N across programs; each tile of tokens
 CASES = [
     (1, 128, 128, 64, None),

@@ -6,7 +6,7 @@ a GPU can show: there the same tests run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,20 +14,17 @@ from torch import Tensor
 
 from qloralab.kernels.gpu.quantize import BINS, SPAN, STRETCH, TILE, _search_of, quantize_blockwise, quantize_scales
 from qloralab.nf4 import blockwise, double_quant
-from qloralab.nf4.codebook import codebook_values, custom, decision_table, dynamic_map, normal_float
-from qloralab.nf4.packed import BLOCK_SIZES
+from qloralab.nf4.codebook import codebook_values, custom, decision_table, dynamic_map
 
-NF4 = normal_float(4)
+from ..cpu.cases import NF4, block_sizes, dtypes, neighbours
+from .conftest import Guarded
+
 TINY = 2.0**-126  # the smallest normal float32
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 CODEBOOKS = {name: codebook_values(name) for name in ("nf4", "fp4", "fp4_e3m0", "int4")}
 # Whose thresholds crowd into a few bins.
 CODEBOOKS["near one"] = custom(1 - torch.arange(15, -1, -1) / 64)
 CODEBOOKS["near zero"] = custom(torch.cat([torch.linspace(-2e-3, 2e-3, 16)[:15], torch.ones(1)]))
 
-Guarded = Callable[..., Tensor]
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 codebooks = pytest.mark.parametrize("values", CODEBOOKS.values(), ids=CODEBOOKS)
 # The interpreter's numpy, where a quotient overflows or is none.
 numpy_warnings = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -63,24 +60,15 @@ def test_bits_of_the_definition(dtype, values, fresh):
 
 
 @dtypes
-@pytest.mark.parametrize(
-    "shape",
-    [(1,), (2,), (3, 21), (TILE,), (TILE + 1,), (2, TILE - 1), (3, 5, 7, 64)],
-    ids=lambda shape: "x".join(map(str, shape)),
-)
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 21), (TILE,), (TILE + 1,), (2, TILE - 1), (3, 5, 7, 64)], ids=str)
 def test_shapes(shape, dtype, fresh):
     check(torch.randn(shape).to(dtype), fresh)
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@block_sizes
 def test_block_sizes(block_size, fresh):
-    check(torch.randn(41, 451).bfloat16(), fresh, block_size=block_size)
-    check(torch.randn(2 * TILE), fresh, block_size=block_size)
-
-
-def test_nothing_is_aligned(fresh):
-    check(torch.randn(63, 100).bfloat16(), fresh, offset=1)
-    check(torch.randn(63, 101), fresh, offset=3)
+    check(torch.randn(41, 451).bfloat16(), fresh, block_size=block_size, offset=1)
+    check(torch.randn(2 * TILE), fresh, block_size=block_size, offset=3)
 
 
 @codebooks
@@ -88,12 +76,12 @@ def test_ties_go_to_the_lower_value(values, fresh):
     """The thresholds, and the float32 numbers on both sides of each, in blocks whose scale is a power of two."""
     at, _ = decision_table(values)
     at = at[at.abs() <= 1]
-    beside = torch.cat([at, at.nextafter(torch.tensor(torch.inf)), at.nextafter(torch.tensor(-torch.inf))])
+    beside = neighbours(at)
     block = torch.zeros(64)
     block[0] = 1
     block[1 : 1 + len(beside)] = beside
     codes = check(torch.cat([block, block / 1024, block * 2.0**40]), fresh, values)
-    lower, upper = (values[codes[1 + k * len(at) : 1 + (k + 1) * len(at)].int()] for k in (0, 1))
+    lower, upper = (values[codes[1 + k * len(at) : 1 + (k + 1) * len(at)].int()] for k in (1, 2))
     assert (lower < upper).all()
 
 
@@ -106,14 +94,16 @@ def test_every_bfloat16_from_minus_1_to_1(values, fresh):
     assert len(codes.unique()) == len(decision_table(values)[1]) - int(values.min() < -1)  # -8 / 7 of int4
 
 
-def test_the_product_with_the_reciprocal(fresh):
-    """Not the quotient: where the two have different codes, the product's."""
-    scale = torch.rand(4096, 1) + 0.5
-    at = decision_table(NF4)[0] * scale  # [4096, 15]: near enough to the thresholds to tell
-    weight = torch.cat([scale, at, at.nextafter(torch.tensor(2.0)), at.nextafter(torch.tensor(-2.0))], dim=1)
+@numpy_warnings
+@pytest.mark.parametrize("scale", [1.0, 1e-39, 1.5 * 2.0**126], ids=["ordinary", "small", "large"])
+def test_the_product_with_the_reciprocal_and_at_the_ends_of_the_range_the_quotient(scale, fresh):
+    """Where the two have different codes."""
+    scales = (torch.rand(4096 if scale == 1 else 64, 1) + 0.5) * scale
+    at = decision_table(NF4)[0] * scales  # [blocks, 15]: near enough to the thresholds to tell
+    weight = torch.cat([scales, *neighbours(at).chunk(3)], dim=1)
     weight = torch.nn.functional.pad(weight, (0, 64 - weight.shape[1]))
-    quotient = blockwise.nearest(weight / scale, NF4)
-    assert (quotient != blockwise.nearest(weight * (1 / scale), NF4)).sum() > 1000
+    product, quotient = (blockwise.nearest(x, NF4) for x in (weight * (1 / scales), weight / scales))
+    assert (product != quotient).sum() > (1000 if scale == 1 else 10)
     check(weight[:1024], fresh)
 
 
@@ -123,18 +113,18 @@ def test_the_product_with_the_reciprocal(fresh):
 def test_extreme_blocks(dtype, values, fresh):
     """Scales on both sides of 2**-126 and of 2**126, the smallest and the largest of all, among ordinary ones."""
     scales = [
-        TINY,
-        2.0**126,
         2.0**-133,
         2.0**-149,
-        3e38,
+        1e-40,
+        1e-39,
+        0.99 * TINY,
+        TINY,
         1.0,
         0.0,
-        1e-39,
-        2.0**127,
-        1e-40,
+        2.0**126,
         1.01 * 2.0**126,
-        0.99 * TINY,
+        2.0**127,
+        3e38,
     ]
     scale = torch.tensor(scales).to(dtype).float()[:, None]
     weight = (torch.rand(len(scales), 64) * 2 - 1) * scale
@@ -149,18 +139,6 @@ def test_extreme_blocks_of_several_programs(fresh):
     for block in (SPAN - 1, SPAN, 2 * SPAN - 1, 2 * SPAN + 2):
         weight[block] = (torch.rand(64) - 0.5) * 1e-39
     check(weight.flatten()[:-33], fresh)
-
-
-@numpy_warnings
-@pytest.mark.parametrize("scale", [1e-39, 1.5 * 2.0**126], ids=["small", "large"])
-def test_extreme_blocks_have_the_true_quotient(scale, fresh):
-    scales = (torch.rand(64, 1) + 0.5) * scale
-    at = decision_table(NF4)[0] * scales
-    weight = torch.cat([scales, at, at.nextafter(torch.tensor(torch.inf)), at.nextafter(-scales)], dim=1)
-    weight = torch.nn.functional.pad(weight, (0, 64 - weight.shape[1]))
-    product = blockwise.nearest(weight * (1 / scales), NF4)
-    assert (product != blockwise.nearest(weight / scales, NF4)).sum() > 10
-    check(weight, fresh)
 
 
 def test_float16_below_its_normal_numbers(fresh):
@@ -232,22 +210,17 @@ def test_scales(blocks, fresh):
     check_scales(torch.randn(blocks).abs() ** 4, fresh, offset=1)
 
 
-def test_scales_that_are_all_the_same(fresh):
-    check_scales(torch.full((300,), 0.3), fresh)
-    check_scales(torch.zeros(300), fresh)
-
-
 @numpy_warnings
-@pytest.mark.parametrize("size", [1e-39, 2.0**-126, 1.2e38, 2.0**127])
-def test_extreme_scales(size, fresh):
-    check_scales(torch.rand(257) * size, fresh)
-    check_scales(torch.tensor([0.0, size]), fresh)
+@pytest.mark.parametrize("size", [0.0, 1e-39, 2.0**-126, 0.3, 1.2e38, 2.0**127])
+def test_scales_of_any_size(size, fresh):
+    for scales in (torch.full((300,), size), torch.rand(257) * size, torch.tensor([0.0, size])):
+        check_scales(scales, fresh)
 
 
 def test_ties_of_scales(fresh):
     """The thresholds of the map, and the numbers beside them; their mean is 0 and the largest of them 1."""
     at = decision_table(dynamic_map())[0]
-    some = torch.cat([at, at.nextafter(torch.tensor(2.0)), at.nextafter(torch.tensor(-2.0))])
+    some = neighbours(at)
     some = torch.nn.functional.pad(some, (0, -len(some) % 127)).view(-1, 127)
     one = torch.ones(len(some), 1)
     scales = torch.cat([one, some, -some, -one], dim=1)  # of 256, which share an absmax2
