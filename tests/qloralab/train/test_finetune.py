@@ -20,8 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from qloralab import quantize_, save_quantized
-from qloralab.checkpoint.models import load_model, load_tokenizer
+from qloralab.checkpoint.models import load_tokenizer
 from qloralab.checkpoint.quantize_checkpoint import quantize_model
 from qloralab.compute import precision, run_device
 from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
@@ -80,12 +79,10 @@ def test_each_method_learns(settings, silent, metrics_of, method):
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
 @pytest.mark.parametrize("method", [*METHODS, "4 bits"])
 def test_the_dtype_is_what_the_option_comes_to(
-    settings, model_dir, machine, tmp_path, monkeypatch, watched, method, asked
+    settings, model_dir, four_bits, machine, tmp_path, monkeypatch, watched, method, asked
 ):
     if method == "4 bits":  # a model that is in 4 bits already, whose file says another dtype
-        save_quantized(quantize_(load_model(model_dir), compute_dtype=torch.float16), tmp_path / "4bit")
-        for file in model_dir.glob("*token*"):
-            shutil.copy(file, tmp_path / "4bit")
+        four_bits(model_dir, tmp_path / "4bit", compute_dtype=torch.float16)
     options = {"model": tmp_path / "4bit"} if method == "4 bits" else {"method": method}
     expected, seen = precision(asked, run_device()), watch_products(monkeypatch)
     display, printed = watched()
