@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qloralab import quantize_, save_quantized
+from qloralab.checkpoint.models import load_model
 from qloralab.cli import main
 from qloralab.display import Display
 from qloralab.errors import UserError
@@ -98,6 +101,19 @@ def model_dir(write_model: Callable[..., Path]) -> Path:
 def model_without_template(write_model: Callable[..., Path]) -> Path:
     """The tiny model, whose tokenizer has no chat template."""
     return write_model("bare", None)
+
+
+@pytest.fixture(scope="session")
+def four_bits() -> Callable[..., Path]:
+    """Writes a model with 4-bit weights beside its tokenizer: ``four_bits(model_dir, path, skip=["down_proj"])``."""
+
+    def write(model_dir: Path, path: Path, **options: Any) -> Path:
+        save_quantized(quantize_(load_model(model_dir), **options), path)
+        for file in model_dir.glob("*token*"):
+            shutil.copy(file, path)
+        return path
+
+    return write
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

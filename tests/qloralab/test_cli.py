@@ -6,7 +6,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import re
 import signal
@@ -16,7 +15,6 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,17 +23,8 @@ from qloralab.kernels import dispatch
 from qloralab.nf4 import processor
 from qloralab.train import generate as generate_module
 
-ALPACA = {"instruction": "Colour?", "output": "It is red."}
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 LONG = "x" * 300
-READS = "; --data reads JSON Lines in UTF-8"
-
-
-def jsonl(*records: Any) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-# words behind those of a run -> what the line says; a file is there, a directory, and these in place of a model
+# words behind those of a run -> what the line says
 REFUSED_OPTIONS = {
     "--steps 0": "--steps is 0; it must be at least 1",
     "--steps x": "'--steps'",
@@ -43,47 +32,16 @@ REFUSED_OPTIONS = {
     "--stepz 3": "--stepz",
     "more": "unexpected extra argument",
     "--method dora": "'dora' is not one of 'qlora', 'lora', 'full'",
-    "--dtype float16": "'float16' is not one of 'auto', 'bfloat16', 'float32'",
     "--r 0": "r is 0; the rank of an adapter is a whole number from 1",
-    f"--seed {2**64}": f"--seed is {2**64}; it must be a number of 64 bits",
-    "--lora-dropout 1.5": "lora_dropout is 1.5; it must be in [0, 1)",
-    "--lr 0": "--lr is 0.0; it must be positive",
-    "--state-bits 16": "--state-bits is 16; it must be 32 or 8",
-    "--state-budget 16": "--state-budget is 16 MB; it must be at least 17",
-    "--accumulate 5": "--accumulate 5 is more than the 4 examples of a batch",
-    "--data none.jsonl": "none.jsonl cannot be read: No such file or directory; --data takes a JSONL",
-    "--data=": "--data is empty",
+    "--data data.jsonl": "data.jsonl:2: not JSON",
     "--data .": ". cannot be read: Is a directory",
-    "--model none": "none does not exist; --model takes a Hugging Face directory or a .gguf file",
+    "--too-long drop --max-length 9": "unknown way 'drop' to treat long examples",
+    "--held-out 20": "20 examples are too few to hold 20 out",
     "--model .": ". holds no config.json: it is not a Hugging Face model directory",
     "--adapter none": "none/adapter_config.json",
-    "--method full --adapter x": "--adapter would be ignored: --method full trains all",
-    "--adapter x --r 16": "--r would be ignored: the adapter in x has its",
-    "--out file/run": "file/run cannot be written: ",
     "--out /proc/run": "/proc/run cannot be written",
     "--out old": "old exists and is not empty; a run never writes over another",
     **{f"{option} {LONG}": LONG for option in ("--out", "--model", "--data", "--adapter")},
-}
-# content of data.jsonl, more words -> what the line says
-REFUSED_DATA = {
-    (jsonl(ALPACA) + '{"instruction": \n', ""): "data.jsonl:2: not JSON",
-    ("a,b\n1,2\n", ""): "data.jsonl:1: not JSON: Expecting value (column 1), and the file starts with 'a,b'" + READS,
-    (json.dumps([ALPACA]), ""): "a list, not a JSON object, and the file is a JSON array (`jq -c .[]` makes",
-    ("", ""): "data.jsonl holds no record",
-    ("\n \n", ""): "data.jsonl holds no record",
-    (jsonl({"question": "a"}), ""): "data.jsonl:1: the format is unknown",
-    (jsonl(CHAT), "--format alpaca"): "data.jsonl:1: no field 'instruction'",
-    (jsonl(CHAT), "--format csv"): "unknown format 'csv'; the formats are alpaca, chat, text",
-    (jsonl(*[ALPACA] * 8, {**ALPACA, "output": "b" * 300}), ""): (
-        "data.jsonl:9: 328 tokens, and the limit is 256; 1 of 9 examples are too long. "
-        "Give --max-length 328 to keep them all, or --too-long skip|cut"
-    ),
-    (jsonl({"text": "x" * 300_000}), ""): "data.jsonl:1: 300001 tokens",
-    (jsonl(ALPACA, ALPACA), "--held-out 2"): "2 examples are too few to hold 2 out",
-    (jsonl(ALPACA), "--too-long drop"): "unknown way 'drop' to treat long examples",
-    (jsonl(*[CHAT] * 9), "--model BARE"): (
-        "data.jsonl:1: a conversation, but the tokenizer has no chat template to write it with"
-    ),
 }
 # of other commands
 REFUSED_WORDS = {
@@ -93,15 +51,12 @@ REFUSED_WORDS = {
     "generate --prompt=": "the prompt is empty",
     "generate --prompt -": "the prompt is empty",
     "generate --prompt a --max-new-tokens 0": "'--max-new-tokens'",
+    "generate --prompt a --model .": ". holds no config.json",
+    "generate --prompt a --model TINY --adapter none": "none/adapter_config.json",
     "finetun": "finetun",
     f"quantize --out {LONG} --model TINY": "File name too long",
     f"parity --weights 1 --json {LONG} --model TINY": "File name too long",
     "sass --kernel linear --explain linear": "--kernel would be ignored: --explain prints",
-}
-BROKEN_MODELS = {
-    "broken": "broken cannot be read as a model: ",
-    "text.gguf": "text.gguf is not a GGUF file: it does not begin with GGUF",
-    "short.gguf": "short.gguf is truncated or damaged (8 bytes)",
 }
 
 
@@ -122,38 +77,17 @@ def options(model_dir, colours):
 
 @pytest.mark.parametrize("words", REFUSED_OPTIONS, ids=lambda words: words[:40])
 def test_an_option_that_is_refused(program, options, words):
-    Path("file").write_text("")
+    Path("data.jsonl").write_text('{"text": "a"}\n{"text": \n')
     Path("old").mkdir()
     Path("old/metrics.jsonl").write_text("earlier")
     refused(program(*options, *words.split()), REFUSED_OPTIONS[words])
     assert [(path.name, path.read_text()) for path in Path("old").iterdir()] == [("metrics.jsonl", "earlier")]
 
 
-@pytest.mark.parametrize("case", REFUSED_DATA, ids=lambda case: f"{case[0][:30]} {case[1]}")
-def test_data_that_is_refused(program, options, model_without_template, case):
-    content, words = case
-    Path("data.jsonl").write_text(content)
-    more = words.replace("BARE", str(model_without_template)).split()
-    refused(program(*options, "--data", "data.jsonl", *more), REFUSED_DATA[case])
-
-
 @pytest.mark.parametrize("words", REFUSED_WORDS, ids=lambda words: ascii(words[:40]))
 def test_words_that_are_refused(program, model_dir, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  \n")))
     refused(program(*words.replace("TINY", str(model_dir)).split()), REFUSED_WORDS[words])
-
-
-@pytest.mark.parametrize("model", BROKEN_MODELS)
-@pytest.mark.parametrize("command", ["finetune", "generate"])
-def test_a_broken_model(program, options, command, model, model_dir):
-    Path("broken").mkdir()
-    for file in model_dir.iterdir():
-        content = b"\0" * 100 if file.suffix == ".safetensors" else file.read_bytes()
-        Path("broken", file.name).write_bytes(content)
-    Path("text.gguf").write_text("hello")
-    Path("short.gguf").write_bytes(b"GGUF\3\0\0\0")
-    start = options if command == "finetune" else ["generate", "--prompt", "Colour?"]
-    refused(program(*start, "--model", model), BROKEN_MODELS[model])
 
 
 @pytest.mark.parametrize("eval_every", [1, 50])

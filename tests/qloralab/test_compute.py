@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -11,11 +10,9 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 
 from qloralab import compute
-from qloralab.compute import Precision, check_environment, precision, prepare_kernels, prepare_memory, run_device
-from qloralab.display import Display
+from qloralab.compute import Precision, check_environment, precision, prepare_kernels, prepare_memory
 from qloralab.kernels import dispatch
 from qloralab.kernels.cpu.build import BuildError
 from qloralab.nf4 import processor
@@ -37,20 +34,14 @@ def test_what_is_asked_for_is_honoured_and_said_to_be_slow_where_it_is(machine, 
     assert found.why == f"asked for{', but slow' if found.slow else ''}; the processor is made up"
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", None])
-def test_one_line_says_the_dtype_and_why(method):
-    assert Precision(torch.float32, "it is so", False).described(method) == "float32: it is so"
-
-
-def test_full_fine_tuning_has_weights_of_its_own():
+def test_one_line_says_the_dtype_and_why():
+    """Full fine-tuning has weights of its own."""
+    found = [Precision(torch.float32, "it is so", False).described(method) for method in ("qlora", "lora", None)]
+    assert found == ["float32: it is so"] * 3
     two = [Precision(dtype, "it is so", False).described("full") for dtype in (torch.bfloat16, torch.float32)]
     assert two == [
         "float32 weights, bfloat16 products (autocast): it is so", "float32, weights and products: it is so"
     ]  # fmt: skip
-
-
-def test_a_run_is_where_the_gpu_is():
-    assert run_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 LOWERED = [
@@ -100,11 +91,11 @@ def test_kernels_that_cannot_be_had_are_one_line(refusal, monkeypatch, silent, e
     assert refusal(prepare_kernels, silent) == f"QLORALAB_CPU=native, but there are no CPU kernels: {reason}"
 
 
-def test_kernels_are_opened_under_a_word_of_it(monkeypatch):
-    calls, file = [], io.StringIO()
-    monkeypatch.setattr(dispatch, "native", lambda: calls.append(file.getvalue().strip()))
-    prepare_kernels(Display(Console(file=file), patience=0.0))
-    assert file.getvalue().strip() == "…  preparing the CPU kernels"
+def test_kernels_are_opened_under_a_word_of_it(monkeypatch, watched):
+    calls, (display, printed) = [], watched(0.0)
+    monkeypatch.setattr(dispatch, "native", lambda: calls.append(1))
+    prepare_kernels(display)
+    assert printed().strip() == "…  preparing the CPU kernels"
     assert len(calls) == 1
 
 
@@ -120,14 +111,14 @@ def test_memory_is_prepared_where_c_runs_on_a_cpu(monkeypatch, silent, mode, dev
     assert len(calls) == installs
 
 
-def test_memory_without_a_cpp_compiler_is_a_note(monkeypatch):
+def test_memory_without_a_cpp_compiler_is_a_note(monkeypatch, watched):
     def fail():
         raise BuildError("no C++ compiler")
 
-    file = io.StringIO()
+    display, printed = watched()
     monkeypatch.setattr(compute.allocator, "install", fail)
     monkeypatch.setattr(compute, "run_device", lambda: CPU)
     with dispatch.use("auto"):
-        prepare_memory(Display(Console(file=file, width=200)))
-    said = " ".join(file.getvalue().split())
+        prepare_memory(display)
+    said = " ".join(printed().split())
     assert said == "note training takes up to a quarter more memory without a C++ compiler (g++)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -15,69 +14,67 @@ from qloralab.settings import ADAPTERS, DTYPES, Method, Settings
 
 
 @pytest.fixture
-def refused(refusal, tmp_path) -> Callable[..., str]:
+def make(tmp_path) -> Callable[..., Settings]:
+    return lambda **changes: Settings(**{"out": tmp_path / "run", "model": Path("model"), **changes})
+
+
+@pytest.fixture
+def refused(refusal, make) -> Callable[..., str]:
     """The one line that refuses these settings."""
-    return lambda **changes: refusal(Settings, **{"out": tmp_path / "run", "model": Path("model"), **changes})
+    return lambda **changes: refusal(make, **changes)
 
 
-def test_the_defaults_are_accepted(tmp_path):
-    settings = Settings(out=tmp_path / "run", model=Path("model"))
-    assert settings.method == "qlora"
+COUNTS = ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every")
+# option, what is refused, why, what is accepted
+RANGES = [
+    *((name, value, f"is {value}; it must be at least 1", [1]) for name in COUNTS for value in (0, -1)),
+    *(
+        (name, value, f"is {value}; it must be positive and finite", [1e-9])
+        for name in ("lr", "max_grad_norm")
+        for value in (0.0, -1e-3, float("nan"), float("inf"))
+    ),
+    *(("state_bits", bits, f"is {bits}; it must be 32 or 8", [32, 8]) for bits in (0, 4, 16, 64)),
+    *(
+        ("dtype", dtype, f"is {dtype!r}; it must be one of auto, bfloat16, float32", DTYPES)
+        for dtype in ("", "float16", "bf16", "torch.float32")
+    ),
+    ("accumulate", 5, "5 is more than the 4 examples of a batch", [4]),
+    ("data", "", "is empty; give a JSONL file or 'stdlib'", ["."]),
+    ("method", "full", "full trains all weights, without adapters", get_args(Method)),
+    ("format", "chat", "would be ignored: --data stdlib is no JSONL file; leave it out", [None]),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "why", "accepted"), RANGES)
+def test_a_value_is_refused_with_its_option(make, refused, tmp_path, name, value, why, accepted):
+    more = {"adapter": Path("a")} if name == "method" else {}  # each alone is accepted
+    start = "--adapter would be ignored: --method" if more else "--" + name.replace("_", "-")
+    assert refused(**{name: value}, **more).startswith(f"{start} {why}")
+    for one in accepted:
+        assert getattr(make(**{name: one}), name) == one
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [0, -1])
-@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"])
-def test_counts_start_at_one(refused, name, value):
-    option = "--" + name.replace("_", "-")
-    assert refused(**{name: value}) == f"{option} is {value}; it must be at least 1"
-
-
-def test_one_is_enough(tmp_path):
-    counts = dict.fromkeys(("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"), 1)
-    Settings(out=tmp_path / "run", model=Path("model"), **counts)
-
-
-@pytest.mark.parametrize("value", [0.0, -1e-3, float("nan"), float("inf")])
-@pytest.mark.parametrize(("name", "option"), [("lr", "--lr"), ("max_grad_norm", "--max-grad-norm")])
-def test_rates_are_positive(refused, name, option, value):
-    assert refused(**{name: value}) == f"{option} is {value}; it must be positive and finite"
+@pytest.mark.parametrize(("method", "rate"), [("qlora", 1e-3), ("lora", 1e-3), ("full", 1e-4)])
+def test_defaults_that_depend_on_other_settings(make, method, rate):
+    assert make(method=method).learning_rate == rate
+    assert make(method=method, lr=0.5).learning_rate == 0.5
+    assert [make(data=data).treats_too_long for data in ("stdlib", "a.jsonl")] == ["skip", "error"]
+    assert make(too_long="cut").treats_too_long == "cut"
 
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
-def test_a_seed_is_one_that_torch_takes(refused, tmp_path, seed):
+def test_a_seed_is_one_that_torch_takes(make, refused, seed):
     assert refused(seed=seed) == f"--seed is {seed}; it must be a number of 64 bits"
     nearest = min(max(seed, -(2**63)), 2**64 - 1)
-    torch.manual_seed(Settings(out=tmp_path / "run", model=Path("model"), seed=nearest).seed)
+    torch.manual_seed(make(seed=nearest).seed)
     with pytest.raises(ValueError, match="Overflow"):
         torch.manual_seed(seed)
 
 
-def test_empty_data_is_not_the_directory_here(refused):
-    assert refused(data="") == "--data is empty; give a JSONL file or 'stdlib'"
-
-
-def test_no_more_parts_than_examples(refused, tmp_path):
-    message = "--accumulate 5 is more than the 4 examples of a batch"
-    assert refused(accumulate=5, batch_size=4) == message
-    Settings(out=tmp_path / "run", model=Path("model"), accumulate=4, batch_size=4)
-
-
-@pytest.mark.parametrize("bits", [0, 4, 16, 64])
-def test_moments_have_32_or_8_bits(refused, bits):
-    assert refused(state_bits=bits) == f"--state-bits is {bits}; it must be 32 or 8"
-
-
-@pytest.mark.parametrize("dtype", ["", "float16", "bf16", "torch.float32"])
-def test_a_dtype_is_one_of_three(refused, tmp_path, dtype):
-    assert refused(dtype=dtype) == f"--dtype is {dtype!r}; it must be one of auto, bfloat16, float32"
-    for name in DTYPES:
-        Settings(out=tmp_path / "run", model=Path("model"), dtype=name)
-
-
-def test_the_smallest_budget_is_that_of_the_optimizer(refused, tmp_path):
+def test_the_smallest_budget_is_that_of_the_optimizer(make, refused):
     assert refused(state_budget=16) == "--state-budget is 16 MB; it must be at least 17"
-    settings = Settings(out=tmp_path / "run", model=Path("model"), state_budget=17)
+    settings = make(state_budget=17)
     assert settings.state_budget is not None
     param = torch.nn.Parameter(torch.zeros(1))
     PagedAdamW([param], budget=settings.state_budget * 10**6)
@@ -93,21 +90,11 @@ def test_the_smallest_budget_is_that_of_the_optimizer(refused, tmp_path):
         ({"adapter": Path("a")}, "the adapter in a has its own"),
     ],
 )
-def test_what_another_option_makes_meaningless_is_refused(refused, tmp_path, name, other, why):
+def test_what_another_option_makes_meaningless_is_refused(make, refused, name, other, why):
     """Also where it has the value that it has by default."""
     option, value = "--" + name.replace("_", "-"), ADAPTERS[name]
     assert refused(**{name: value}, **other) == f"{option} would be ignored: {why}; leave it out"
-    Settings(out=tmp_path / "run", model=Path("model"), **{name: value})
-
-
-def test_nothing_else_is_ignored(refused, tmp_path):
-    assert refused(method="full", adapter=Path("a")).startswith("--adapter would be ignored: --method full")
-    assert refused(format="chat") == "--format would be ignored: --data stdlib is no JSONL file; leave it out"
-    for method in get_args(Method):
-        Settings(out=tmp_path / "run", model=Path("model"), method=method)
-    defaults = [Settings(out=None, model=Path("model"), data=data).treats_too_long for data in ("stdlib", "a.jsonl")]
-    assert defaults == ["skip", "error"]
-    assert Settings(out=None, model=Path("model"), too_long="cut").treats_too_long == "cut"
+    make(**{name: value})
 
 
 def test_a_run_does_not_write_over_another(refused, tmp_path):
@@ -119,10 +106,3 @@ def test_a_run_does_not_write_over_another(refused, tmp_path):
     file = out / "metrics.jsonl"
     assert refused(out=file) == f"{file} is a file; give --out the name of a new directory"
     assert (out / "metrics.jsonl").read_text() == "kept"
-
-
-@pytest.mark.parametrize(("method", "rate"), [("qlora", 1e-3), ("lora", 1e-3), ("full", 1e-4)])
-def test_the_learning_rate_depends_on_the_method(tmp_path, method, rate):
-    settings = Settings(out=tmp_path / "run", model=Path("model"), method=method)
-    assert settings.learning_rate == rate
-    assert dataclasses.replace(settings, lr=0.5).learning_rate == 0.5

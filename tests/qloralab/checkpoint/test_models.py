@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-from qloralab import FormatError, LoraConfig, inject_, quantize, quantize_, save_adapter, save_quantized
+from qloralab import FormatError, LoraConfig, inject_, quantize, quantize_, save_adapter
 from qloralab.checkpoint.models import (
     check_adapter,
     check_adapter_fits,
@@ -44,6 +44,7 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new))
 
 
+UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 # How a model becomes one that cannot be read.
 BROKEN: dict[str, Callable[[Path], Any]] = {
     "truncated weights": lambda model: os.truncate(model / "model.safetensors", 2000),
@@ -55,6 +56,9 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     ),
     "config of an unknown model": lambda model: (model / "config.json").write_text('{"model_type": "no-such-model"}'),
 }
+
+
+NO_TOKENIZER = load_tokenizer, lambda model: [file.unlink() for file in model.glob("tokenizer*")]
 
 
 @pytest.fixture
@@ -74,17 +78,9 @@ def test_a_directory_holds_the_model(model_dir, dtype):
     assert all(torch.equal(found[name], tensor.to(dtype)) for name, tensor in expected.items())
 
 
-def quantized(model_dir: Path, folder: Path) -> Path:
-    """The model with 4-bit weights, and its tokenizer."""
-    save_quantized(quantize_(load_model(model_dir)), folder / "4bit")
-    for file in model_dir.glob("*token*"):
-        shutil.copy(file, folder / "4bit")
-    return folder / "4bit"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_directory_may_hold_4_bit_weights(model_dir, tmp_path, dtype, capfd):
-    path = quantized(model_dir, tmp_path)
+def test_a_directory_may_hold_4_bit_weights(model_dir, four_bits, tmp_path, dtype, capfd):
+    path = four_bits(model_dir, tmp_path / "4bit")
     assert holds_4bit(path)
     capfd.readouterr()
     model = load_model(path, dtype)
@@ -117,8 +113,10 @@ def test_4_bit_weights_are_the_same_whatever_is_computed_in(model_dir, dtype):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
 
-def test_broken_4_bit_weights(model_dir, tmp_path, refusal):
-    path = quantized(model_dir, tmp_path)
+def test_broken_4_bit_weights(model_dir, four_bits, tmp_path, refusal):
+    path = four_bits(model_dir, tmp_path / "4bit")
+    put(path, {NORM: torch.full([64], math.nan)})  # a norm beside them is looked at too
+    assert refusal(load_model, path).startswith(f"{path}: tensor {NORM} holds NaN or infinity")
     name = "model.layers.0.mlp.up_proj.weight.absmax"
     put(path, {name: None})
     with pytest.raises(FormatError) as caught:
@@ -160,10 +158,14 @@ def test_a_tokenizer_belongs_to_the_model(model_dir):
     assert "<|start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
 
 
-@pytest.mark.parametrize("spoil", BROKEN.values(), ids=BROKEN)
-def test_a_broken_directory(spoil, copied, refusal):
+@pytest.mark.parametrize(
+    ("load", "spoil"),
+    [*((load_model, spoil) for spoil in BROKEN.values()), NO_TOKENIZER],
+    ids=[*BROKEN, "no tokenizer"],
+)
+def test_a_broken_directory(load, spoil, copied, refusal):
     spoil(copied)
-    assert refusal(load_model, copied).startswith(f"{copied} cannot be read as a model: ")
+    assert refusal(load, copied).startswith(f"{copied} cannot be read as a model: ")
 
 
 def put(model: Path, others: dict[str, torch.Tensor | None]) -> None:
@@ -176,9 +178,6 @@ def put(model: Path, others: dict[str, torch.Tensor | None]) -> None:
                 tensors[name] = tensor
 
     edit_tensors(model / "model.safetensors", change)
-
-
-UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 
 @pytest.mark.parametrize(
@@ -195,17 +194,9 @@ def test_a_checkpoint_that_is_not_whole(name, tensor, message, copied, refusal):
     """Transformers would fill in random numbers."""
     put(copied, {name: tensor})
     assert refusal(load_model, copied).startswith(f"{copied}{message}")
-
-
-def test_more_than_one_tensor_is_missing(copied, refusal):
-    put(copied, {UP: None, NORM: None})
-    assert f"has no tensor {UP}, nor 1 others: " in refusal(load_model, copied)
-
-
-def test_a_norm_beside_4_bit_weights_is_looked_at_too(model_dir, tmp_path, refusal):
-    path = quantized(model_dir, tmp_path)
-    put(path, {NORM: torch.full([64], math.nan)})
-    assert refusal(load_model, path).startswith(f"{path}: tensor {NORM} holds NaN or infinity")
+    if tensor is None:
+        put(copied, {NORM: None})
+        assert f"has no tensor {UP}, nor 1 others: " in refusal(load_model, copied)
 
 
 def test_a_weight_that_cannot_be_quantized_is_one_line(model_dir, refusal):
@@ -213,12 +204,6 @@ def test_a_weight_that_cannot_be_quantized_is_one_line(model_dir, refusal):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 3e38  # finite; in float32 its scale is not to be encoded
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
     assert "mlp" in refusal(quantize_loaded_, model, torch.bfloat16)
-
-
-def test_a_directory_without_tokenizer(copied, refusal):
-    for file in copied.glob("tokenizer*"):
-        file.unlink()
-    assert refusal(load_tokenizer, copied).startswith(f"{copied} cannot be read as a model: ")
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
@@ -289,14 +274,10 @@ def test_the_directory_of_a_run_is_not_that_of_its_model_or_adapter(tmp_path, re
     check_model(run)
 
 
-def test_the_directory_of_an_adapter_is_not_that_of_a_model(tmp_path, refusal):
+def test_the_directory_of_an_adapter_is_not_that_of_a_model_nor_fits_any(model_dir, tmp_path, refusal):
     save_adapter(inject_(nn.Sequential(nn.Linear(4, 4)), LoraConfig(2, 2, task_type=None)), tmp_path)
     expected = f"{tmp_path} is the directory of an adapter, not of a model; give --model the model it is for"
     assert refusal(check_model, tmp_path) == expected
-
-
-def test_an_adapter_of_another_model_is_refused(model_dir, tmp_path, refusal):
-    save_adapter(inject_(nn.Sequential(nn.Linear(4, 4)), LoraConfig(2, 2, task_type=None)), tmp_path)
     message = refusal(load_adapter, load_model(model_dir), tmp_path)
     assert "has an adapter for 0, which the model does not have" in message
 
@@ -330,8 +311,8 @@ def test_an_adapter_is_looked_at_before_the_model_is_read(adapter, model_dir, re
     assert message in refusal(load_adapter, load_model(model_dir), adapter)
 
 
-def test_an_adapter_fits_a_model_in_4_bits(adapter, model_dir, tmp_path):
-    _, config = load_tokenizer_and_config(quantized(model_dir, tmp_path))
+def test_an_adapter_fits_a_model_in_4_bits(adapter, model_dir, four_bits, tmp_path):
+    _, config = load_tokenizer_and_config(four_bits(model_dir, tmp_path / "4bit"))
     note = check_adapter_fits(adapter, config)
     assert (
         note == f"{adapter} says that it is for {model_dir}, and this is {tmp_path / '4bit'}; their shapes are the same"
@@ -346,12 +327,6 @@ def test_an_adapter_names_its_model(adapter, model_dir, named, other):
     assert ("is for hub/large, and this is" in (check_adapter_fits(adapter, config) or "")) == other
 
 
-def test_the_default_model_is_found_without_an_import(default_gguf):
-    assert default_model() == default_gguf
-    assert is_default(default_gguf)
-    assert not is_default(Path("models/other.gguf"))
-
-
 def test_a_missing_default_model_comes_with_the_command(monkeypatch, refusal):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(default_model)
@@ -360,7 +335,10 @@ def test_a_missing_default_model_comes_with_the_command(monkeypatch, refusal):
     assert "--model" in message
 
 
-def test_a_package_without_the_file_is_a_missing_model(monkeypatch, tmp_path, refusal):
+def test_a_package_without_the_file_is_a_missing_model(default_gguf, monkeypatch, tmp_path, refusal):
+    assert default_model() == default_gguf
+    assert is_default(default_gguf)
+    assert not is_default(Path("models/other.gguf"))
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert "not installed" in refusal(default_model)

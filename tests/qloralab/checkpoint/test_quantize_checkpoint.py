@@ -93,7 +93,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES)
-def test_every_linear_layer_is_quantized_and_the_rest_copied(model, options, tmp_path, run):
+def test_every_linear_layer_is_quantized_the_rest_is_copied_and_it_opens_everywhere(model, options, tmp_path, run):
     write_llama(tmp_path / "dense", **model)
     result = run(tmp_path / "dense", **options)
     before, checkpoint = tensors_of(tmp_path / "dense"), Checkpoint(tmp_path / "out")
@@ -123,12 +123,6 @@ def test_every_linear_layer_is_quantized_and_the_rest_copied(model, options, tmp
         seconds=result.seconds,
         peak_mb=result.peak_mb,
     )
-
-
-@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES)
-def test_the_directory_opens_in_transformers_and_here(model, options, tmp_path, run):
-    write_llama(tmp_path / "dense", **model)
-    run(tmp_path / "dense", **options)
     ours, theirs = load_quantized(tmp_path / "out"), open_with_bitsandbytes(tmp_path / "out")
     assert_same(ours, theirs)
     assert_same_logits(ours, theirs)
@@ -197,12 +191,6 @@ def test_layers_whose_weight_is_read_stay_dense(tmp_path, run):
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
-def test_a_file_of_another_name_becomes_model_safetensors(dense, tmp_path, run):
-    (dense / "model.safetensors").rename(dense / "weights.safetensors")
-    run(dense)
-    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
-
-
 def test_small_files_come_along_and_nothing_else(dense, tmp_path, run):
     kept = {"tokenizer.json": "{}", "chat_template.jinja": "{{ x }}", "LICENSE": "free", "README.md": "# Ω"}
     for name, text in kept.items():
@@ -210,6 +198,7 @@ def test_small_files_come_along_and_nothing_else(dense, tmp_path, run):
     left = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.onnx", "model.gguf", ".gitattributes")
     for name in (*left, "pytorch_model.bin.index.json"):
         (dense / name).write_text("x")
+    (dense / "model.safetensors").rename(dense / "weights.safetensors")
     (dense / "original").mkdir()
     (dense / "original" / "params.json").write_text("{}")
     run(dense)
@@ -244,16 +233,6 @@ def test_an_empty_directory_is_a_place(dense, tmp_path, run):
     run(dense)
     assert (tmp_path / "out" / "config.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
-
-
-def test_missing_parents_are_made_and_removed_again(dense, tmp_path, silent, refusal, monkeypatch):
-    out = tmp_path / "a" / "b" / "out"
-    poison(dense, "model.layers.1.mlp.up_proj.weight")
-    refusal(quantize_model, dense, out, Options(), silent)
-    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
-    write_llama(dense)
-    quantize_model(dense, out, Options(), silent)
-    assert (out / "config.json").is_file()
 
 
 def poison(path: Path, name: str) -> None:
@@ -379,6 +358,13 @@ class TestRefused:
         assert re.search(r"out needs 137\.\d kB, and 12\.3 kB are free on its disk$", refusal(run, dense))
         assert asked == [dense.parent]
 
+    def test_codes_that_do_not_fill_the_storage(self, dense, run, refusal, monkeypatch):
+        def odd(*arguments):
+            raise ValueError("odd")
+
+        monkeypatch.setattr(command_module.bitsandbytes_layout, "describe", odd)
+        assert refusal(run, dense) == f"{dense}: odd"
+
     def test_a_disk_that_is_full(self, dense, run, refusal, full_disk):
         with full_disk(10_000):
             assert refusal(run, dense).endswith("out cannot be written: File too large")
@@ -417,24 +403,15 @@ def test_what_the_options_may_be(refusal):
     assert refusal(Options, block_size=48).startswith("--block-size is 48; it must be one of 32, 64, ")
 
 
-def test_codes_that_do_not_fill_the_storage(tmp_path, silent, refusal, monkeypatch):
-    write_llama(tmp_path / "dense")
-    monkeypatch.setattr(
-        command_module.bitsandbytes_layout, "describe", lambda *a: (_ for _ in ()).throw(ValueError("odd"))
-    )
-    assert refusal(quantize_model, tmp_path / "dense", tmp_path / "out", None, silent) == f"{tmp_path / 'dense'}: odd"
-
-
-def test_facts_and_a_bar(dense, tmp_path):
-    text = io.StringIO()
-    quantize_model(dense, tmp_path / "out", None, Display(Console(file=text, width=200)))
-    facts = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", text.getvalue(), re.MULTILINE))
+def test_facts_and_a_bar(dense, tmp_path, watched):
+    display, printed = watched()
+    quantize_model(dense, tmp_path / "a" / "out", None, display)
+    facts = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", printed(), re.MULTILINE))
     assert list(facts) == ["model", "4 bits", "size", "speed", "saved", "try it"]
     assert facts["model"] == "dense, 115.5 k parameters in 1 file"
     assert re.match(r"14 linear layers, 81.9 k weights at 4\.\d\d\d bits: 42\.\d kB$", facts["4 bits"])
     assert re.match(r"231\.0 kB -> 127\.\d kB$", facts["size"])
-    assert facts["try it"] == f'qloralab generate --model {tmp_path / "out"} --prompt "…"'
-    shutil.rmtree(tmp_path / "out")
+    assert facts["try it"] == f'qloralab generate --model {tmp_path / "a" / "out"} --prompt "…"'
     text = io.StringIO()
     quantize_model(dense, tmp_path / "out", None, Display(Console(file=text, width=100, force_terminal=True)))
     assert re.search(r"\d+/21 +\S*tensors", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()))
@@ -501,13 +478,10 @@ def test_finetune_and_generate_take_the_directory(program, model_dir, colours, t
     )
 
 
-def test_layers_that_are_dense_in_a_4_bit_model_stay_dense(tmp_path, dense, model_dir, colours, program):
-    model = quantize_(load_model(model_dir), skip=["down_proj"])
-    save_quantized(model, tmp_path / "mixed")
-    for file in model_dir.glob("*token*"):
-        shutil.copy(file, tmp_path / "mixed")
+def test_layers_that_are_dense_in_a_4_bit_model_stay_dense(tmp_path, model_dir, four_bits, colours, program):
+    path = four_bits(model_dir, tmp_path / "mixed", skip=["down_proj"])
     start = ["--data", colours, "--steps", 1, "--held-out", 4]
-    status, out, err = program("finetune", "--model", "mixed", "--out", "run", *start)
+    status, out, err = program("finetune", "--model", path, "--out", "run", *start)
     assert (status, err) == (0, "")
     assert "12 linear layers" in out
 

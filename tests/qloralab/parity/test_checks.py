@@ -185,20 +185,6 @@ def test_where_theirs_flushes_to_zero_ours_has_to_be_the_oracles(rows, monkeypat
     assert only(off, "weights, extremes").verdict == DIFFERS
 
 
-def test_an_offset_farther_from_the_mean_than_theirs_is_found(rows, monkeypatch):
-    right = checks.ops.quantize_scales
-
-    def off(absmax):
-        codes, absmax2, offset = right(absmax)
-        for _ in range(8):  # ulps: within the limit, but the mean of float64 is nearer
-            offset = offset.nextafter(torch.tensor(9.0))
-        return codes, absmax2, offset
-
-    monkeypatch.setattr(checks.ops, "quantize_scales", off)
-    checks.compare_weight(rows, normal(64, 256), "nf4")
-    assert only(rows, "second-level offset").verdict == DIFFERS
-
-
 def test_a_tail_of_zeros_may_have_the_scale_0(rows):
     checks.compare_weight(rows, Sample("zeros", torch.cat([torch.ones(64), torch.zeros(9)]), 64), "nf4")
     assert only(rows, "scales").allowed == {"zero tail": 1}
@@ -211,39 +197,41 @@ def test_where_bitsandbytes_misreads_rows_the_oracle_says_who_is_right(rows):
     assert row.beyond == 0
 
 
-def test_a_second_level_code_that_is_not_the_nearest_is_found(rows, monkeypatch):
-    monkeypatch.setattr(checks, "nearest", lambda x, values: (nearest(x, values).int() - 1).clamp_(0).to(torch.uint8))
-    checks.compare_weight(rows, normal(64, 4096), "nf4")
+def test_our_second_level_codes_are_never_farther(rows, monkeypatch):
+    checks.compare_weight(rows, normal(1024, 4096), "nf4")
     row = only(rows, "second-level codes")
+    assert (row.fails, row.verdict) == (False, "ours closer")
+    assert row.cases[0]["closer"] > 0
+    monkeypatch.setattr(checks, "nearest", lambda x, values: (nearest(x, values).int() - 1).clamp_(0).to(torch.uint8))
+    checks.compare_weight(off := Rows(), normal(64, 4096), "nf4")
+    row = only(off, "second-level codes")
     assert row.verdict == DIFFERS
     assert row.beyond > row.compared // 2
 
 
-def test_our_second_level_codes_are_never_farther(rows):
-    checks.compare_weight(rows, normal(1024, 4096), "nf4")
-    row = only(rows, "second-level codes")
-    assert row.fails is False
-    assert row.verdict == "ours closer"
-    assert row.cases[0]["closer"] > 0
+def farther(offset: torch.Tensor) -> torch.Tensor:
+    """By eight ulps: within the limit, but the mean of float64 is nearer."""
+    for _ in range(8):
+        offset = up(offset)
+    return offset
 
 
-def test_an_offset_or_second_level_scale_that_is_off_is_found(rows, monkeypatch):
+# A fault of the scales' second level -> the quantities that differ.
+SECOND_LEVEL = {
+    "offset, eight ulps": (lambda codes, absmax2, offset: (codes, absmax2, farther(offset)), {"offset"}),
+    # The scales may be off by what the offset is off, and that is more than 2**-20 of them.
+    "both": (lambda codes, absmax2, offset: (codes, absmax2 * (1 + 2.0**-20), offset * (1 + 2.0**-16)), {"offset"}),
+    "scales": (lambda codes, absmax2, offset: (codes, absmax2 * 1.01, offset), {"scales"}),
+}
+
+
+@pytest.mark.parametrize(("change", "differs"), SECOND_LEVEL.values(), ids=SECOND_LEVEL)
+def test_a_fault_of_the_second_level_is_found(rows, monkeypatch, change, differs):
     right = checks.ops.quantize_scales
-
-    def off(absmax):
-        codes, absmax2, offset = right(absmax)
-        return codes, absmax2 * (1 + 2.0**-20), offset * (1 + 2.0**-16)
-
-    monkeypatch.setattr(checks.ops, "quantize_scales", off)
+    monkeypatch.setattr(checks.ops, "quantize_scales", lambda absmax: change(*right(absmax)))
     checks.compare_weight(rows, normal(64, 256), "nf4")
-    assert only(rows, "second-level offset").verdict == DIFFERS
-    # It may be off by what the offset is off, and that is more than 2**-20 of it.
-    assert only(rows, "second-level scales").verdict != DIFFERS
-    monkeypatch.setattr(
-        checks.ops, "quantize_scales", lambda absmax: (lambda c, a, o: (c, a * 1.01, o))(*right(absmax))
-    )
-    checks.compare_weight(again := Rows(), normal(64, 256), "nf4")
-    assert only(again, "second-level scales").verdict == DIFFERS
+    found = {name for name in ("offset", "scales") if only(rows, f"second-level {name}").verdict == DIFFERS}
+    assert found == differs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

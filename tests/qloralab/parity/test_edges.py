@@ -42,10 +42,7 @@ def test_what_is_found_decides(monkeypatch, ours, theirs, verdict):
     assert row.verdict == verdict
     assert row.fails == (verdict == "DIFFERS")
     assert row.cases[0]["found"] == (ours, theirs)
-
-
-def test_an_edge_on_which_both_agree(monkeypatch):
-    assert found(monkeypatch, theirs="ours", observe=lambda: ("ours", "ours")).verdict == "equal"
+    assert found(monkeypatch, theirs="ours", observe=lambda: ("ours", "ours")).verdict == "equal", "both agree"
 
 
 def test_names_are_unique():

@@ -7,7 +7,6 @@ import torch
 
 from qloralab.checkpoint import models
 from qloralab.checkpoint.models import load_model
-from qloralab.errors import UserError
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.packed import BLOCK_SIZES
 from qloralab.parity.tensors import (
@@ -47,6 +46,8 @@ def test_every_tensor_is_finite_and_of_the_dtype(dtype):
         for sample in samples:
             assert sample.weight.dtype == dtype, sample
             assert sample.weight.isfinite().all(), sample
+    for sample in split_row_samples(dtype, 3):  # which bitsandbytes misreads
+        assert (sample.has_whole_rows, sample.tail, sample.weight.shape[1] % 16) == (False, 0, 0)
 
 
 def test_the_seed_decides():
@@ -96,27 +97,19 @@ def test_hostile_tensors_reach_the_ends():
     assert {sample.weight.dim() for sample in samples} == {1, 2, 3}
 
 
-def test_split_rows_are_what_bitsandbytes_misreads():
-    for sample in split_row_samples(torch.float32, 0):
-        assert not sample.has_whole_rows
-        assert sample.weight.shape[1] % 16 == 0
-        assert not sample.tail
-
-
 def test_a_sample_tells_what_it_is():
     sample = Sample("normal", torch.zeros(3, 70, dtype=torch.bfloat16), 64)
     assert (str(sample), sample.has_whole_rows, sample.tail) == ("normal bf16/64", False, 18)
 
 
-def test_the_linear_layers_of_a_model(model_dir):
+def test_the_linear_layers_of_a_model(model_dir, monkeypatch, tmp_path, refusal):
     found = linear_weights(model_dir)
     names = [name for name, _ in found]
     assert len(names) == len(set(names)) == 2 * 7 + 1  # two layers of seven, and the head
     assert "model.layers.1.mlp.down_proj.weight" in names
     assert all(weight.dtype == torch.float32 and weight.dim() == 2 for _, weight in found)
+    assert "does not exist" in refusal(linear_weights, tmp_path / "none")
 
-
-def test_a_model_with_a_nan_is_refused_by_name(model_dir, monkeypatch, refusal):
     def broken(*arguments):
         model = load_model(*arguments)
         model.model.layers[1].mlp.up_proj.weight.data[2, 3] = torch.nan
@@ -130,9 +123,3 @@ def test_weights_beyond_a_dtype_are_left_out_in_it():
     weights = [("large", torch.tensor([[1e6, 1.0]])), ("small", torch.tensor([[0.1, 1.0]]))]
     assert [sample.name for sample in real_samples(weights, torch.float16)] == ["small"]
     assert [sample.name for sample in real_samples(weights, torch.bfloat16)] == ["large", "small"]
-
-
-def test_no_model_is_one_line(tmp_path, refusal):
-    assert "does not exist" in refusal(linear_weights, tmp_path / "none")
-    with pytest.raises(UserError):
-        linear_weights(tmp_path)

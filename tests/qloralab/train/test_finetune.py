@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -20,13 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from qloralab import compute, quantize_, save_quantized
-from qloralab.checkpoint.models import load_model, load_tokenizer
+from qloralab.checkpoint.models import load_tokenizer
 from qloralab.checkpoint.quantize_checkpoint import quantize_model
+from qloralab.compute import precision, run_device
 from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.data.examples import Example, Message
 from qloralab.display import Display
-from qloralab.kernels.cpu.build import BuildError
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.settings import Method
@@ -77,44 +76,20 @@ def test_each_method_learns(settings, silent, metrics_of, method):
     assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_dtype_follows_the_machine(settings, metrics_of, machine, method, monkeypatch):
-    seen = watch_products(monkeypatch)
-    file = io.StringIO()
-    result = finetune(settings(method=method, steps=1), Display(Console(file=file), patience=60))
-    assert seen == {machine}
-    name = str(machine).removeprefix("torch.")
-    config = config_of(result.path)
-    assert (config["dtype"], config["dtype_reason"]) == (name, "the processor is made up")
-    what = {
-        "bfloat16": "float32 weights, bfloat16 products (autocast)", "float32": "float32, weights and products"
-    }[name] if method == "full" else name  # fmt: skip
-    assert f"    dtype  {what}: the processor is made up\n" in file.getvalue()
-
-
-@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
-@pytest.mark.parametrize("method", METHODS)
-def test_another_dtype_can_be_asked_for(settings, machine, method, asked, monkeypatch):
-    seen = watch_products(monkeypatch)
-    file = io.StringIO()
-    result = finetune(settings(method=method, steps=1, dtype=asked), Display(Console(file=file), patience=60))
-    assert seen == {getattr(torch, asked)}
-    assert config_of(result.path)["dtype"] == asked
-    slow = (asked, machine) == ("bfloat16", torch.float32)
-    why = f"asked for{', but slow' if slow else ''}; the processor is made up"
-    assert config_of(result.path)["dtype_reason"] == why
-    assert file.getvalue().count(f": {why}\n") == 1
-
-
-@pytest.mark.parametrize("asked", ["bfloat16", "float32"])
-def test_a_model_in_4_bits_computes_in_the_dtype_too(settings, silent, model_dir, tmp_path, asked, monkeypatch):
-    model = quantize_(load_model(model_dir), compute_dtype=torch.float16)  # what the file says is another one
-    save_quantized(model, tmp_path / "4bit")
-    for file in model_dir.glob("*token*"):
-        shutil.copy(file, tmp_path / "4bit")
-    seen = watch_products(monkeypatch)
-    finetune(settings(model=tmp_path / "4bit", steps=1, dtype=asked), silent)
-    assert seen == {getattr(torch, asked)}
+@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("method", [*METHODS, "4 bits"])
+def test_the_dtype_is_what_the_option_comes_to(
+    settings, model_dir, four_bits, machine, tmp_path, monkeypatch, watched, method, asked
+):
+    if method == "4 bits":  # a model that is in 4 bits already, whose file says another dtype
+        four_bits(model_dir, tmp_path / "4bit", compute_dtype=torch.float16)
+    options = {"model": tmp_path / "4bit"} if method == "4 bits" else {"method": method}
+    expected, seen = precision(asked, run_device()), watch_products(monkeypatch)
+    display, printed = watched()
+    config = config_of(finetune(settings(steps=1, dtype=asked, **options), display).path)
+    assert seen == {expected.dtype}
+    assert (config["dtype"], config["dtype_reason"]) == (expected.name, expected.why)
+    assert printed().count(f"    dtype  {expected.described(method)}\n") == 1
 
 
 def watch_products(monkeypatch) -> set[torch.dtype]:
@@ -141,10 +116,10 @@ def watch_products(monkeypatch) -> set[torch.dtype]:
     return seen
 
 
-def test_what_takes_time_is_said(settings):
-    file = io.StringIO()
-    finetune(settings(steps=2), Display(Console(file=file), patience=0.0, pace=0.001))
-    lines = [line.strip() for line in file.getvalue().splitlines()]
+def test_what_takes_time_is_said(settings, watched):
+    display, printed = watched(0.0, pace=0.001)
+    finetune(settings(steps=2), display)
+    lines = [line.strip() for line in printed().splitlines()]
     phases = [line.removeprefix("…  ") for line in lines if line.startswith("…") and ":" not in line]
     assert phases == [
         "reading the examples", "reading the tokenizer", "tokenizing", "reading tiny", "preparing the CPU kernels",
@@ -156,17 +131,13 @@ def test_what_takes_time_is_said(settings):
 
 
 @pytest.mark.parametrize(("tokens_per_s", "shown"), [(0.5, True), (1e9, False)])
-def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monkeypatch, tokens_per_s, shown):
-    train_step = Trainer.train_step
-    monkeypatch.setattr(
-        Trainer,
-        "train_step",
-        lambda self: dataclasses.replace(train_step(self), tokens_per_s=tokens_per_s),
-    )
-    monkeypatch.setattr(outlook.report, "implementations", lambda device: [SERVED])
-    file = io.StringIO()
-    finetune(settings(steps=20), Display(Console(file=file), patience=60, pace=0.0))
-    lines = [line.strip() for line in file.getvalue().splitlines()]
+def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monkeypatch, watched, tokens_per_s, shown):
+    step, served = Trainer.train_step, {"operator": "adapted_linear", "implementation": "native", "why": "C"}
+    monkeypatch.setattr(Trainer, "train_step", lambda self: dataclasses.replace(step(self), tokens_per_s=tokens_per_s))
+    monkeypatch.setattr(outlook.report, "implementations", lambda device: [served])
+    display, printed = watched(pace=0.0)
+    finetune(settings(steps=20), display)
+    lines = [line.strip() for line in printed().splitlines()]
     notes = [line for line in lines if line.startswith("note")]
     assert len(notes) == shown
     if shown:
@@ -176,26 +147,14 @@ def test_a_run_that_takes_long_says_so_once_after_the_first_step(settings, monke
         assert after.startswith("step  2/20")
 
 
-SERVED = {"operator": "adapted_linear", "implementation": "native", "why": "C"}
-
-
-def test_nothing_is_said_about_a_run_that_ends(settings, monkeypatch, tmp_path):
+def test_nothing_is_said_about_a_run_that_ends(settings, monkeypatch, tmp_path, watched):
     """After its only step, or after Ctrl-C."""
     monkeypatch.setattr(module, "LONG", -1.0)
     for steps, at_step in ((1, 2), (50, 1)):
         press_ctrl_c(monkeypatch, at_step)
-        file = io.StringIO()
-        finetune(settings(out=tmp_path / str(steps), steps=steps), Display(Console(file=file), patience=60))
-        assert "note" not in file.getvalue()
-
-
-def test_kernels_that_were_asked_for_and_are_not_there_are_one_line(settings, silent, refusal, monkeypatch):
-    def fail():
-        raise BuildError("no C compiler: none of cc, gcc is on PATH")
-
-    monkeypatch.setattr(compute.dispatch, "native", fail)
-    message = refusal(finetune, settings(), silent)
-    assert message == "QLORALAB_CPU=native, but there are no CPU kernels: no C compiler: none of cc, gcc is on PATH"
+        display, printed = watched()
+        finetune(settings(out=tmp_path / str(steps), steps=steps), display)
+        assert "note" not in printed()
 
 
 def test_the_same_seed_gives_the_same_run(settings, silent, results, tmp_path):
@@ -231,76 +190,52 @@ def test_a_run_goes_on_from_an_adapter(settings, silent, metrics_of, tmp_path, m
     assert json.loads((second.path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_the_config_says_what_trained(settings, silent, tmp_path):
+def test_the_config_says_what_trained(settings, silent, tmp_path, watched):
     first = finetune(settings(out=tmp_path / "first", r=4, lora_alpha=12.0, lora_dropout=0.125, steps=1), silent)
     again = settings(out=tmp_path / "second", adapter=first.path / "adapter", steps=1)
-    saved, shown = first.path / "adapter" / "adapter_config.json", io.StringIO()
+    saved, (display, printed) = first.path / "adapter" / "adapter_config.json", watched()
     saved.write_text(json.dumps(json.loads(saved.read_text()) | {"base_model_name_or_path": "another/model"}))
-    for path in (first.path, finetune(again, Display(Console(file=shown))).path):
+    for path in (first.path, finetune(again, display).path):
         config = config_of(path)
         assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12.0, 0.125)
     assert config["adapter"] == str(first.path / "adapter")
-    assert f"     note  {first.path / 'adapter'} says that it is for another/model, and this is " in shown.getvalue()
+    assert f"     note  {first.path / 'adapter'} says that it is for another/model, and this is " in printed()
 
 
-def test_a_wrong_adapter_is_one_line_and_no_run(settings, silent, refusal, tmp_path):
-    for path in (tmp_path / "none", tmp_path):
-        assert str(path / "adapter_config.json") in refusal(finetune, settings(adapter=path), silent)
-        assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("wrong", ["model", "adapter", "out"])
+@pytest.mark.parametrize("wrong", ["model", "adapter", "out", "permission"])
 def test_wrong_paths_are_refused_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path, wrong):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(prepare, "read_jsonl", lambda *values: pytest.fail("the data was read"))
-    path = tmp_path / "file" / "run" if wrong == "out" else tmp_path / "none"
-    assert refusal(finetune, settings(**{wrong: path}), silent).startswith(str(path))
+    path = tmp_path / "none"
+    expected = {
+        "model": f"{path} does not exist",
+        "adapter": f"{path}/adapter_config.json does not exist",
+        "out": f"{tmp_path}/file/run cannot be written: {tmp_path}/file is not a directory",
+        "permission": f"{path} cannot be written: no permission to write in {tmp_path}",
+    }[wrong]
+    if wrong == "permission":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
+    option = {"out": tmp_path / "file" / "run", "permission": path}.get(wrong)
+    assert refusal(finetune, settings(**({"out": option} if option else {wrong: path})), silent).startswith(expected)
+    assert not (tmp_path / "run").exists()
 
 
-def test_no_permission_to_write_is_told_before_anything_is_read(settings, silent, refusal, monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "read_jsonl", lambda *values: pytest.fail("the data was read"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not stop root
-    message = refusal(finetune, settings(out=tmp_path / "a" / "b"), silent)
-    assert message == f"{tmp_path / 'a' / 'b'} cannot be written: no permission to write in {tmp_path}"
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_a_disk_that_fills_up_is_one_line(settings, silent, refusal, full_disk, monkeypatch, method):
+    """What was saved before stays: tests of RunDirectory.save."""
+    saved, save = [], RunDirectory.save
 
-
-def test_a_model_has_its_whole_name(settings, model_dir, tmp_path):
-    model = tmp_path / "my-model-v1.5"
-    shutil.copytree(model_dir, model)
-    file = io.StringIO()
-    path = finetune(settings(model=model, steps=1), Display(Console(file=file))).path
-    assert "    model  my-model-v1.5, 95.0 k parameters" in file.getvalue()
-    assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 1 steps\n")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_disk_that_fills_up_is_one_line_and_keeps_what_was_saved(
-    settings, silent, refusal, full_disk, monkeypatch, method
-):
-    saved = {}
-
-    def save_twice(run, *values):
-        if not saved:  # the first validation's
+    def save_once(run, *values):
+        with full_disk(3_000) if saved else nullcontext():
             save(run, *values)
-            saved.update({file: file.read_bytes() for file in run.trained.iterdir()})
-            return
-        with full_disk(3_000):
-            save(run, *values)
+        saved.append(run.trained)
 
-    save = RunDirectory.save
-    monkeypatch.setattr(RunDirectory, "save", save_twice)
+    monkeypatch.setattr(RunDirectory, "save", save_once)
     chosen = settings(method=method)
     message = refusal(finetune, chosen, silent)
     assert message.startswith(f"{chosen.out} cannot be written: ")
     assert "File too large" in message
-    assert {file: file.read_bytes() for file in saved} == saved
-    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", file_parent(saved)}
-
-
-def file_parent(saved: dict[Path, bytes]) -> str:
-    """The one folder that holds these files."""
-    (folder,) = {file.parent.name for file in saved}
-    return folder
+    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", saved[0].name}
 
 
 def test_a_full_disk_under_the_metrics_is_one_line(settings, silent, refusal, full_disk, monkeypatch):
@@ -360,10 +295,12 @@ def test_ctrl_c_in_the_last_step_changes_nothing(settings, silent, results, tmp_
     assert result.val_after == expected.val_after
 
 
-def test_what_is_known_is_shown(settings):
-    file = io.StringIO()
-    path = finetune(settings(steps=2), Display(Console(file=file))).path
-    facts = dict(line.strip().split("  ", 1) for line in file.getvalue().splitlines() if " step " not in line)
+def test_what_is_known_is_shown(settings, model_dir, tmp_path, watched):
+    display, printed = watched()
+    path = finetune(settings(model=shutil.copytree(model_dir, tmp_path / "my-model-v1.5"), steps=2), display).path
+    facts = dict(line.strip().split("  ", 1) for line in printed().splitlines() if " step " not in line)
+    assert facts["model"] == "my-model-v1.5, 95.0 k parameters"
+    assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 2 steps\n")
     assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
     assert facts["4 bits"].startswith("14 linear layers, 61.4 k weights at 4.1")
     assert facts["adapters"].startswith("r = 16, alpha = 32: 29.7 k trainable parameters")
@@ -371,26 +308,23 @@ def test_what_is_known_is_shown(settings):
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
 
-def test_small_data_is_split_and_described(settings, tmp_path):
+def test_small_data_is_split_and_described(settings, tmp_path, watched):
     """A tenth is held out; what was cut, is there twice or is not used is said."""
     records = [{"text": f"Number {i}. " + "." * 60 * (i == 3), "id": i} for i in range(28)]
     data = _write(tmp_path / "data.jsonl", [*records, *records[4:6]])
-    file = io.StringIO()
-    chosen = settings(data=str(data), steps=1, held_out=None, too_long="cut", max_length=40)
-    path = finetune(chosen, Display(Console(file=file, width=200))).path
+    display, printed = watched()
+    path = finetune(settings(data=str(data), steps=1, held_out=None, too_long="cut", max_length=40), display).path
     expected = "27 examples + 3 held out; 1 cut to 40 tokens; 2 duplicates; fields that are not used: id\n"
-    assert f"     data  {data}: {expected}" in file.getvalue()
+    assert f"     data  {data}: {expected}" in printed()
     assert config_of(path)["held_out"] == 3
 
 
-def test_examples_beyond_what_the_model_was_made_for_are_counted(settings, model_dir, tmp_path):
-    model = shutil.copytree(model_dir, tmp_path / "short")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+def test_examples_beyond_what_the_model_was_made_for_are_counted(settings, write_model, tmp_path, watched):
+    model = write_model("short", max_position_embeddings=40)
     data = _write(tmp_path / "data.jsonl", [{"text": "x" * (36 + i)} for i in range(10)])  # and an end
-    file = io.StringIO()
-    finetune(settings(model=model, data=str(data), steps=1), Display(Console(file=file, width=200)))
-    assert "     note  6 examples are longer than the 40 tokens the model was made for\n" in file.getvalue()
+    display, printed = watched()
+    finetune(settings(model=model, data=str(data), steps=1), display)
+    assert "     note  6 examples are longer than the 40 tokens the model was made for\n" in printed()
 
 
 @pytest.fixture(scope="session")
@@ -434,20 +368,18 @@ def test_what_the_model_has_no_room_for_is_said_before_it_is_read(
     assert message.startswith(f"{data}:1{expected}")
 
 
-def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch):
+def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypatch, watched):
     long = [Example.from_instruction("a" * (90 * i), "An answer.", f"module.py:{i}") for i in range(8)]
     monkeypatch.setattr(prepare, "stdlib_examples", lambda: long)
-    file = io.StringIO()
-    finetune(settings(data="stdlib", steps=1, held_out=1), Display(Console(file=file)))
-    assert "standard library: 2 examples + 1 held out; 5 left out as too long" in file.getvalue()
+    display, printed = watched()
+    finetune(settings(data="stdlib", steps=1, held_out=1), display)
+    assert "standard library: 2 examples + 1 held out; 5 left out as too long" in printed()
 
 
-def test_a_directory_that_cannot_be_written(settings, silent, refusal, monkeypatch, tmp_path):
+def test_a_directory_that_became_a_file_during_the_run(settings, silent, refusal, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare, "_check_paths", lambda settings: None)
     out = tmp_path / "file" / "run"
-    expected = f"{out} cannot be written: {tmp_path / 'file'} is not a directory"
-    assert refusal(finetune, settings(out=out), silent) == expected
-    monkeypatch.setattr(prepare, "_check_paths", lambda settings: None)  # it became a file during the run
     assert refusal(finetune, settings(out=out), silent) == f"{out} cannot be written: Not a directory"
 
 
@@ -487,11 +419,7 @@ def test_an_unexpected_error_saves_what_was_trained(settings, silent, metrics_of
         finetune(chosen, silent)
     config = config_of(chosen.out)
     assert config["notes"] == ["unexpected KeyError: 'nobody expects it'"]
-    assert (config["result"]["steps"], config["result"]["interrupted"], config["result"]["val_after"]) == (
-        2,
-        True,
-        None,
-    )
+    assert [config["result"][name] for name in ("steps", "interrupted", "val_after")] == [2, True, None]
     assert [line["step"] for line in metrics_of(chosen.out)] == [0, 1, 2]
     (weights,) = (chosen.out / {"full": "model"}.get(method, "adapter")).glob("*.safetensors")
     assert all(tensor.count_nonzero() for tensor in load_file(weights).values())
@@ -509,13 +437,13 @@ def test_a_disk_that_is_full_then_hides_no_error(settings, silent, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["generate", "plot_loss", "write_samples"])
-def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, broken):
+def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, watched, broken):
     def fail(*values):
         raise IndexError("out of\nrange")
 
     monkeypatch.setattr(report, broken, fail)
-    file = io.StringIO()
-    result = finetune(settings(steps=2), Display(Console(file=file), patience=60))
+    display, printed = watched()
+    result = finetune(settings(steps=2), display)
     missing = {
         "generate": ["answers before training", "answers after training"],
         "plot_loss": ["loss.png"],
@@ -523,10 +451,9 @@ def test_a_report_that_cannot_be_made_is_a_note(settings, monkeypatch, broken):
     }[broken]
     notes = [f"no {what}: out of range" for what in missing]
     assert config_of(result.path)["notes"] == notes
-    assert [line.strip() for line in file.getvalue().splitlines() if "  note  " in line] == [
-        f"note  {n}" for n in notes
-    ]
-    saved = next(line for line in file.getvalue().splitlines() if line.startswith("    saved"))
+    lines = printed().splitlines()
+    assert [line.strip() for line in lines if "  note  " in line] == [f"note  {n}" for n in notes]
+    saved = next(line for line in lines if line.startswith("    saved"))
     assert [name for name in ("loss.png", "samples.md") if name not in saved] == [n for n in missing if "." in n]
     samples = result.path / "samples.md"
     assert ("**before**" in samples.read_text() if samples.exists() else False) == (broken == "plot_loss")

@@ -36,7 +36,9 @@ def test_the_most_likely_words(model, tokenizer):
     expected = [most_likely(model, ids, 12, tokenizer.eos_token_id) for ids in prompts]
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in expected]
-    assert generate(model, tokenizer, prompts, 12) == texts
+    seen: list[tuple[int, int]] = []
+    assert generate(model, tokenizer, prompts, 12, lambda done, total: seen.append((done, total))) == texts
+    assert seen == [(done, 12) for done in range(1, 13)]
     assert [generate(model, tokenizer, [ids], 12)[0] for ids in prompts] == texts
 
 
@@ -81,27 +83,13 @@ def test_an_answer_ends_with_the_positions_of_the_model(byte_tokenizer, refusal,
     )
 
 
-def test_progress_counts_the_tokens_of_an_answer(model, tokenizer):
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    plain, seen = generate(model, tokenizer, prompts, 7), []
-    assert generate(model, tokenizer, prompts, 7, lambda done, total: seen.append((done, total))) == plain
-    assert seen == [(done, 7) for done in range(1, 8)]
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_comes_back(model, tokenizer, training):
-    model.train(training)
-    generate(model, tokenizer, [[1, 2]], 2)
-    assert model.training == training
-    model.eval()
-
-
-def test_dropout_is_off(model, tokenizer, monkeypatch):
+def test_dropout_is_off_and_the_mode_comes_back(model, tokenizer, monkeypatch, training):
     modes = []
     monkeypatch.setattr(
         type(model), "generate", lambda self, **options: modes.append(self.training) or options["input_ids"]
     )
-    model.train()
+    model.train(training)
     assert generate(model, tokenizer, [[1, 2], [3]]) == ["", ""]
-    assert modes == [False]
+    assert (modes, model.training) == ([False], training)
     model.eval()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -127,7 +125,7 @@ def test_no_gradient_is_computed_for_nothing():
     hidden, weight, bias = (t.detach() for t in inputs(torch.float32, torch.float32))
     targets = torch.randint(WORDS, (TOKENS,))
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
-    with largest(lambda t: t.shape == (WORDS, HIDDEN) or t.shape == (TOKENS, HIDDEN)) as seen:
+    with Watch(lambda t: t.shape == (WORDS, HIDDEN) or t.shape == (TOKENS, HIDDEN)) as seen:
         found = linear_cross_entropy(hidden, weight, targets, bias)
     torch.testing.assert_close(found, expected)
     assert not found.requires_grad
@@ -167,12 +165,6 @@ class Watch(TorchDispatchMode):
             self.count += 1
             self.rows = max(self.rows, result.numel() // result.shape[-1])
         return result
-
-
-@contextmanager
-def largest(matches) -> Iterator[Watch]:
-    with Watch(matches) as watch:
-        yield watch
 
 
 SIZES = {
@@ -244,26 +236,18 @@ def test_a_label_at_the_first_token_is_no_target():
     found.backward()
 
 
-def test_logits_of_positions_without_label_are_not_computed():
-    """Forward and backward, in chunks as asked for."""
-    model = llama()
-    answer = AnswerLoss(model)
+@pytest.mark.parametrize("chunk", [8, None])
+def test_logits_are_computed_in_chunks_and_only_where_there_is_a_label(monkeypatch, chunk):
+    """Forward and backward."""
+    if chunk:
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * chunk)
+    answer = AnswerLoss(llama())
     ids, labels = batch(rows=4, length=30)
-    with largest(lambda t: t.shape[-1:] == (WORDS,)) as seen:
+    with Watch(lambda t: t.shape[-1:] == (WORDS,)) as seen:
         found, count = answer(ids, labels)
         found.backward()
-    assert seen.count
-    assert count == 30
-    assert seen.rows == count < ids.numel()
-
-
-def test_logits_are_computed_in_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * 8)
-    model = llama()
-    answer = AnswerLoss(model)
-    with largest(lambda t: t.shape[-1:] == (WORDS,)) as seen:
-        answer(*batch())[0].backward()
-    assert seen.rows == 8
+    assert count == 30 < ids.numel()
+    assert seen.rows == (chunk or count)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import platform
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from qloralab.checkpoint.models import load_model, load_tokenizer
+from qloralab.lora.config import LoraConfig
+from qloralab.lora.inject import inject_, trainable
 from qloralab.nf4.processor import processor_class
 from qloralab.settings import Settings
 from qloralab.train.run_directory import Metrics, RunDirectory, versions
@@ -23,6 +31,99 @@ def run(tmp_path):
     run = RunDirectory(Settings(out=tmp_path / "deep" / "run", model=Path("model"), lora_alpha=8.0))
     yield run
     run.close()
+
+
+class Trained:
+    """A model that trains, and the run directory that it is saved in."""
+
+    def __init__(self, method: Any, model_dir: Path, out: Path):
+        self.run = RunDirectory(Settings(out=out, model=model_dir, method=method))
+        self.model, self.tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+        if method != "full":
+            inject_(self.model, LoraConfig(r=4, lora_alpha=8))
+
+    def save(self) -> None:
+        self.run.save(self.model, self.tokenizer)
+
+    def contents(self) -> dict[Path, bytes | None]:
+        """What is in the directory, hidden names and folders included."""
+        return {path: path.read_bytes() if path.is_file() else None for path in self.run.path.rglob("*")}
+
+    @torch.no_grad()
+    def train(self) -> dict[Path, bytes | None]:
+        """After a save; what that left."""
+        self.save()
+        for parameter in trainable(self.model):
+            parameter += 1
+        return self.contents()
+
+
+@pytest.fixture
+def trained(tmp_path, model_dir):
+    made: list[Trained] = []
+
+    def make(method: str) -> Trained:
+        made.append(Trained(method, model_dir, tmp_path))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.run.close()
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.parametrize("size", [100, 3_000], ids=["at once", "halfway"])
+def test_a_full_disk_leaves_what_was_saved_before(trained, full_disk, method, size):
+    one = trained(method)
+    before = one.train()
+    with full_disk(size), pytest.raises((OSError, SafetensorError), match="File too large"):
+        one.save()
+    assert one.contents() == before
+    one.save()
+    weights = next(one.run.trained.glob("*.safetensors"))
+    assert weights.read_bytes() != before[weights]
+    assert one.contents().keys() == before.keys()
+
+
+def test_a_disk_that_holds_the_adapter_but_not_its_config(trained, monkeypatch):
+    def full(*values, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = trained("qlora")
+    before = one.contents()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        one.save()
+    assert one.contents() == {**before, one.run.trained: None}
+
+
+def test_ctrl_c_during_a_save_leaves_what_was_saved_before(trained):
+    def interrupt(path):  # the weights are written by then
+        raise KeyboardInterrupt
+
+    one = trained("full")
+    before = one.train()
+    one.tokenizer = SimpleNamespace(save_pretrained=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one.save()
+    assert one.contents() == before
+
+
+@pytest.mark.parametrize("fails", ["old", "model"])
+def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(trained, monkeypatch, fails):
+    one = trained("full")
+    before, rename = one.train(), Path.rename
+
+    def failing(self, target):
+        assert any(one.run.path.glob("*model*/model.safetensors")), "a moment without a model"
+        if target.name.endswith(fails) and self.name.startswith((".model.part", "model")):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        one.save()
+    assert one.contents() == before
 
 
 def test_the_config_says_the_settings_again(run):
@@ -50,15 +151,11 @@ def test_the_processor_is_the_class_that_was_asked_for(monkeypatch):
     assert versions()["processor"] == "portable"
 
 
-def test_the_config_has_what_else_it_is_given(tmp_path):
+def test_fields_are_added_to_the_config(tmp_path):
     run = RunDirectory(Settings(out=tmp_path / "run", model=Path("model"), dtype="float32"), dtype_reason="asked for")
     run.close()
-    config = json.loads((run.path / "config.json").read_text())
-    assert (config["dtype"], config["dtype_reason"]) == ("float32", "asked for")
-
-
-def test_fields_are_added_to_the_config(run):
     before = json.loads((run.path / "config.json").read_text())
+    assert (before["dtype"], before["dtype_reason"]) == ("float32", "asked for")
     run.update_config(result={"steps": 3})
     run.update_config(more=1)
     assert json.loads((run.path / "config.json").read_text()) == {**before, "result": {"steps": 3}, "more": 1}
