@@ -15,20 +15,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..checkpoint.limits import Limits
-from ..checkpoint.models import (
-    DENSE_DTYPE,
-    check_adapter,
-    check_adapter_fits,
-    check_model,
-    holds_4bit,
-    load_adapter,
-    load_model,
-    load_tokenizer_and_config,
-    model_name,
-    quantize_loaded_,
-)
-from ..compute import precision, prepare_kernels, run_device
+from qloralab.nf4.data_type import data_type
+
+from ..checkpoint.models import check_model, holds_4bit
+from ..checkpoint.opened import Source
+from ..compute import precision, run_device
 from ..data.chat_template import ChatTemplate
 from ..data.encoding import prompt_text
 from ..display import Display
@@ -65,31 +56,15 @@ def answer(
     packed = holds_4bit(model)
     if packed and not quantized:
         raise UserError(f"{model} holds 4-bit weights; --dense needs the dense model")
-    if adapter is not None:
-        check_adapter(adapter)
     if chosen.slow:
         display.fact("dtype", chosen.described())
-    to_quantize = quantized and not packed
-    with display.busy("reading the tokenizer"):
-        tokenizer, config = load_tokenizer_and_config(model)
-        limits = Limits.of_directory(model)
-    if adapter is not None and (other_model := check_adapter_fits(adapter, config)):
-        display.fact("note", other_model)
-    ids = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=False).input_ids
-    if limits:
-        limits.check([("the prompt", ids)], tokenizer)
-    with display.busy(f"reading {model_name(model)}"):
-        loaded = load_model(model, DENSE_DTYPE if to_quantize else chosen.dtype)
-    if quantized:
-        prepare_kernels(display)
-    if to_quantize:
-        with display.busy("quantizing", "weights") as progress:
-            quantize_loaded_(loaded, chosen.dtype, progress)
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-    loaded.to(run_device())
+    source = Source.of(model, data_type("nf4") if quantized and not packed else None, adapter, display)
+    ids = source.tokenizer(prompt_text(prompt, source.tokenizer), add_special_tokens=False).input_ids
+    if source.limits:
+        source.limits.check([("the prompt", ids)], source.tokenizer)
+    loaded = source.open(chosen, display)
     with display.busy("answering", "tokens") as progress:
-        return generate(loaded, tokenizer, [ids], max_new_tokens, progress)[0].strip()
+        return generate(loaded, source.tokenizer, [ids], max_new_tokens, progress)[0].strip()
 
 
 @torch.no_grad()
