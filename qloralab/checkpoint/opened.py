@@ -1,4 +1,4 @@
-"""Opening a model to look at or to ask: its tokenizer, its weights dense or in a data type, an adapter, on the device."""
+"""Opening a model to look at or to ask: weights dense or in a data type, an adapter, on the device of the run."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from qloralab.nf4.data_type import data_type
 
+from ..checkpoint.limits import Limits
 from ..checkpoint.models import check_model, holds_4bit
 from ..checkpoint.opened import Source
 from ..compute import precision, run_device
