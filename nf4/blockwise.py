@@ -97,7 +97,7 @@ def packed_bytes(numel: int, values: Tensor) -> int:
 def pack(codes: Tensor, values: Tensor) -> Tensor:
     """Pack 4-bit codes, uint8 [n], into bytes, uint8 [(n + 1) // 2, 1]; the first of two goes into the high nibble."""
     if len(codes) % 2:
-        codes = torch.cat([codes, nearest(values.new_zeros(1), values)])
+        codes = torch.cat([codes, nearest(values.new_zeros(1), values[-1] if values.dim() == 2 else values)])
     high, low = codes.view(-1, 2).unbind(1)
     return (high << 4 | low)[:, None]
 
@@ -116,6 +116,6 @@ def in_blocks(x: Tensor, block_size: int) -> Tensor:
 def divide(x: Tensor, absmax: Tensor) -> Tensor:
     """x / absmax as the policy above has it: by the reciprocal where that is normal, 0 where absmax is 0."""
     reciprocal = 1 / absmax
-    exact = (absmax < _SMALLEST_NORMAL) | (reciprocal < _SMALLEST_NORMAL)
+    exact = (absmax.abs() < _SMALLEST_NORMAL) | (reciprocal.abs() < _SMALLEST_NORMAL)  # signed scales: data_type.py
     quotient = torch.where(exact, x / absmax, x * reciprocal)
     return quotient.masked_fill_(absmax == 0, 0.0)

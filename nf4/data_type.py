@@ -15,7 +15,7 @@ rule               proposes
 absmax             ``max |w|``: for codebooks that reach from -1 to 1
 largest            ``max |w|`` over the largest magnitude of the codebook: no weight is cut off
 signed             the weight of largest magnitude itself, with its sign (BOF4-S, arXiv 2505.06653)
-least_squares      the best of 9 multiples of ``largest``, improved by Lloyd's iteration
+least_squares      two scales: absmax, and the best of 9 multiples of ``largest``, improved by Lloyd's iteration
 four_over_six      two scales: the largest weight falls on 6, or on 4, of E2M1 (arXiv 2512.02010)
 =================  =====================================================================================================
 
@@ -23,7 +23,8 @@ four_over_six      two scales: the largest weight falls on 6, or on 4, of E2M1 (
 encoding           bits a scale  is
 =================  ============  =======================================================================================
 float32            32            as it is
-double             8.125         double quantization (``double_quant.py``); of a signed scale, the sign and 7 bits
+double             8.125         double quantization (``double_quant.py``)
+double_signed      8.125         double quantization of scales with a sign (below)
 e4m3               8             an 8-bit float times one float32 of the tensor, the largest at 448 (NVFP4)
 e4m3_384           8             the same with the largest at 384, so that 4/6 of it is a number of E4M3 too
 e8m0               8             a power of two: the exponent of ``max |w|`` less that of the largest value (OCP MX 1.0)
@@ -36,8 +37,8 @@ kernels do not know: other than 16 values, a codebook per row, blocks of 16.
 
 A data type of one's own::
 
-    ternary = DataType("ternary", (-1.0, -0.0625, 0.0, 1.0), scale="least_squares", block_size=32)
-    qloralab.quantize(weight, ternary)
+    two_bits = DataType("two_bits", (-1.0, -1 / 3, 1 / 3, 1.0), scale="least_squares", block_size=32)
+    qloralab.quantize(weight, two_bits)
 
 ``scale`` and ``encoding`` may be functions of one's own as well: see ``Rule`` and ``Encoding``.
 """
@@ -139,7 +140,13 @@ class DataType:
 
     @property
     def double_quant(self) -> bool:
-        return self.encoding == "double"
+        """Whether the scales are quantized as those of bitsandbytes are, or those with a sign in their way."""
+        return self.encoding in ("double", "double_signed")
+
+    @property
+    def scale_encoding(self) -> Encoding:
+        """The encoding itself, also where ``encoding`` is the name of one."""
+        return ENCODINGS[self.encoding] if isinstance(self.encoding, str) else self.encoding
 
     def settings(self) -> dict[str, Any]:
         """As JSON keeps it; a function of one's own by its name."""
@@ -148,7 +155,8 @@ class DataType:
 
 
 def _name(value: object) -> str:
-    return getattr(value, "__name__", type(value).__name__)
+    """What to call a rule or an encoding: its name in the table, or that of one's own."""
+    return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
 
 
 def data_type(
@@ -174,9 +182,10 @@ def data_type(
         check_block_size(block_size)
         found = dataclasses.replace(found, block_size=block_size)
     if double_quant is not None:
-        if found.encoding not in ("float32", "double"):
-            raise ValueError(f"{found.name} encodes its scales as {found.encoding}; leave double_quant out")
-        found = dataclasses.replace(found, encoding="double" if double_quant else "float32")
+        if found.encoding not in ("float32", "double", "double_signed"):
+            raise ValueError(f"{found.name} encodes its scales as {_name(found.encoding)}; leave double_quant out")
+        double = "double_signed" if found.scale == "signed" else "double"
+        found = dataclasses.replace(found, encoding=double if double_quant else "float32")
     return found
 
 
@@ -199,7 +208,7 @@ def quantize_blocks(weight: Tensor, data_type: DataType) -> tuple[Tensor, Tensor
     """
     flat = weight.float().flatten()
     blocks = in_blocks(flat, data_type.block_size)  # [blocks, block_size]
-    encoding = ENCODINGS[data_type.encoding] if isinstance(data_type.encoding, str) else data_type.encoding
+    encoding = data_type.scale_encoding
     rule = RULES[data_type.scale] if isinstance(data_type.scale, str) else data_type.scale
     values = data_type.values
     shared = flat.new_ones(1) if values is None else values.to(weight.device)
@@ -210,14 +219,21 @@ def quantize_blocks(weight: Tensor, data_type: DataType) -> tuple[Tensor, Tensor
     stored = scales if encoding.alone else encoding.decoded(scales[None], shared)[0]
     x = divide(blocks, scales[:, None]).flatten()[: len(flat)]
     if values is None:
-        rows = len(weight) if data_type.codebook == "kmeans_rows" and weight.dim() > 1 else 1
-        importance = (scales**2)[:, None].expand_as(blocks).flatten()[: len(flat)]
-        fitted = kmeans(x.view(rows, -1), importance.view(rows, -1))
-        codes = nearest_of_rows(x.view(rows, -1), fitted).flatten()
-        shared = fitted if rows > 1 else fitted[0]
+        rows = codebook_rows(weight, data_type)
+        x = x.view(rows or 1, -1 if len(flat) else 0)
+        importance = divide(scales, scales.abs().max()).square() if len(flat) else scales  # of the largest scale: 1
+        importance = importance[:, None].expand_as(blocks).flatten()[: len(flat)].view_as(x)
+        fitted = kmeans(x, importance)
+        codes = nearest_of_rows(x, fitted).flatten()
+        shared = fitted if rows else fitted[0]
     else:
         codes = nearest(x, shared)
     return (pack(codes, shared) if is_packed(shared) else codes[:, None]), stored, shared
+
+
+def codebook_rows(weight: Tensor, data_type: DataType) -> int:
+    """How many codebooks a weight gets, one for each row; 0 where there is one for the tensor."""
+    return len(weight) if data_type.codebook == "kmeans_rows" and weight.dim() > 1 and weight.numel() else 0
 
 
 def _least_error(blocks: Tensor, proposals: Tensor, values: Tensor) -> Tensor:
@@ -226,15 +242,15 @@ def _least_error(blocks: Tensor, proposals: Tensor, values: Tensor) -> Tensor:
         return proposals[0]
     kept, slab = [], max(_SLAB // blocks.shape[1], 1)
     for some, scales in zip(blocks.split(slab), proposals.split(slab, dim=1), strict=True):
-        errors = torch.stack([squared_error(some, scale, values) for scale in scales])
+        errors = torch.stack([squared_error(some, scale, values) for scale in scales]).nan_to_num(torch.inf)
         kept.append(scales.gather(0, errors.argmin(0)[None])[0])
     return torch.cat(kept)
 
 
 def squared_error(blocks: Tensor, scales: Tensor, values: Tensor) -> Tensor:
-    """The squared error of each block with a scale: float32 [blocks]."""
+    """The squared error of each block with a scale: float64 [blocks], for the squares of all that float32 holds."""
     codes = nearest(divide(blocks, scales[:, None]), values)
-    return (values[codes.int()] * scales[:, None] - blocks).square().sum(dim=1)
+    return (values[codes.int()] * scales[:, None] - blocks).double().square().sum(dim=1)
 
 
 def _absmax(blocks: Tensor, values: Tensor) -> Tensor:
@@ -250,13 +266,17 @@ def _signed(blocks: Tensor, values: Tensor) -> Tensor:
 
 
 def _least_squares(blocks: Tensor, values: Tensor) -> Tensor:
+    # values[codes] * blocks must not overflow: the blocks are divided by powers of two, which rounds nothing
+    absmax = _absmax(blocks, values)[0]
+    power = torch.ldexp(torch.ones_like(absmax), torch.frexp(absmax).exponent.clamp(-126, 127))
+    blocks = blocks / power[:, None]
     proposals = _largest(blocks, values) * torch.linspace(0.6, 1.2, 9, device=blocks.device)[:, None]
     scales = _least_error(blocks, proposals, values)
     for _ in range(4):  # Lloyd's iteration: the codes for a scale, the scale for the codes
         found = values[nearest(divide(blocks, scales[:, None]), values).int()]
         square = found.square().sum(dim=1)
         scales = torch.where(square > 0, (found * blocks).sum(dim=1) / square, scales)
-    return scales[None]
+    return torch.stack([absmax, scales * power])
 
 
 def _four_over_six(blocks: Tensor, values: Tensor) -> Tensor:
@@ -278,30 +298,30 @@ def _float32(scales: Tensor, values: Tensor) -> Tensor:
 
 
 def _double(scales: Tensor, values: Tensor) -> Tensor:
-    found = scales[0]
-    return (signed_double(found) if (found < 0).any() else dequantize_scales(*quantize_scales(found)))[None]
+    return dequantize_scales(*quantize_scales(scales[0]))[None]
 
 
-def signed_double(scales: Tensor) -> Tensor:
-    """Double quantization of scales with a sign, as they come back: float32 [blocks].
+def _double_signed(scales: Tensor, values: Tensor) -> Tensor:
+    """Double quantization of scales with a sign, [1, blocks].
 
     The scales of BOF4-S are spread around two means, m and -m, so one offset serves none of them. Of a byte, one bit
     holds the sign, and 7 bits the magnitude: less its mean over the tensor, in blocks of 256, evenly spaced::
 
         a       = |s| - mean(|s|)
-        level   = round(63 * a / max |a|)                    -63 to 63
+        level   = round(63 * a / max |a|)                    -63 to 63; the 128th level is a scale of 0
         s'      = sign(s) * (level / 63 * max |a| + mean(|s|))
 
-    Even spacing, because the magnitudes that matter are those far from the mean: the dynamic map of double quantization
-    spends its values on those near it, and its 128 values from 0.1 to 1 are not closer together than these.
+    So no scale is off by more than max |a| / 126. The dynamic map of double quantization has one bit more for the
+    magnitude and half of its values in the lowest tenth of the range; its error is about as large (a test compares).
     """
+    scales = scales[0]
     magnitude = scales.abs()
     offset = magnitude.double().mean().float()
     blocks = in_blocks(magnitude - offset, SCALES_PER_BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     level = (63 * divide(blocks, largest)).round() / 63
     decoded = (level * largest).flatten()[: len(scales)] + offset
-    return torch.where(scales == 0, 0.0, decoded.clamp_min(0.0)).copysign(scales)
+    return torch.where(scales == 0, 0.0, decoded.clamp_min(0.0)).copysign(scales)[None]
 
 
 def _e4m3(largest: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -316,13 +336,15 @@ def _e4m3(largest: float) -> Callable[[Tensor, Tensor], Tensor]:
 def _e8m0(scales: Tensor, values: Tensor) -> Tensor:
     largest = values.abs().max()
     exponent = torch.frexp(scales * largest).exponent - torch.frexp(largest).exponent
-    return torch.where(scales == 0, 0.0, torch.ldexp(torch.ones_like(scales), exponent))
+    power = torch.ldexp(torch.ones_like(scales), exponent.clamp_min(-127))  # the least that E8M0 has
+    return torch.where(scales == 0, 0.0, power)
 
 
 _NESTED = 8 + 32 / SCALES_PER_BLOCK
 ENCODINGS = {
     "float32": Encoding(32, _float32),
     "double": Encoding(_NESTED, _double, alone=False),
+    "double_signed": Encoding(_NESTED, _double_signed, alone=False),
     "e4m3": Encoding(8, _e4m3(448.0)),
     "e4m3_384": Encoding(8, _e4m3(384.0)),
     "e8m0": Encoding(8, _e8m0),
@@ -330,7 +352,7 @@ ENCODINGS = {
 
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _OTHERS = (
-    DataType("bof4-s", "bof4-s", scale="signed", encoding="double"),
+    DataType("bof4-s", "bof4-s", scale="signed", encoding="double_signed"),
     DataType("nf4-ls", "nf4", scale="least_squares", encoding="double"),
     DataType("int4-ls", "int4", scale="least_squares", encoding="double"),
     DataType("kmeans4", "kmeans", encoding="double"),

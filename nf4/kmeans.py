@@ -16,7 +16,7 @@ _ROWS = 1 << 22  # numbers that are sorted at a time
 
 
 def kmeans(x: Tensor, importance: Tensor) -> Tensor:
-    """Lloyd's iteration, from NF4: 16 values that make ``sum(importance * (x - value)**2)`` small, row by row.
+    """Lloyd's iteration from NF4: 16 values that make ``sum(importance * (x - value)**2)`` small, row by row.
 
     Args:
         x: float32 [rows, n], in [-1, 1].

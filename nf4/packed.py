@@ -85,4 +85,4 @@ class Packed(NamedTuple):
 
 def has_16_values(values: Tensor) -> bool:
     """Whether a codebook is one that kernels take: float32 [16], contiguous."""
-    return values.dtype == torch.float32 and values.numel() == 16 and values.is_contiguous()
+    return values.dtype == torch.float32 and values.shape == (16,) and values.is_contiguous()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blockwise import is_packed, unpack
+from .blockwise import is_packed, packed_bytes, unpack
 from .codebook import CUSTOM, Codebook
-from .data_type import ENCODINGS, DataType, data_type, quantize_blocks
+from .data_type import DataType, codebook_rows, data_type, quantize_blocks
 from .double_quant import absmax, dequantize_scales
 from .files import bitsandbytes_layout
 from .packed import DTYPES, Packed
@@ -73,6 +73,12 @@ class QuantizedTensor:
     def double_quant(self) -> bool:
         """Whether the scales are quantized too."""
         return self.absmax2 is not None
+
+    @property
+    def kind(self) -> str:
+        """The codebook, in words that tell nf4 with an encoding of its own for the scales from the nf4 of files."""
+        own = self.scale_bits is not None and self.codebook in bitsandbytes_layout.KNOWN
+        return f"{self.codebook} with scales of its own" if own else self.codebook
 
     @property
     def bits(self) -> int:
@@ -154,9 +160,9 @@ class QuantizedTensor:
         Raises:
             ValueError: bitsandbytes does not know the codebook, or the bytes do not fill elements of storage.
         """
-        if self.codebook not in bitsandbytes_layout.KNOWN:
+        if self.kind not in bitsandbytes_layout.KNOWN:
             raise ValueError(
-                f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
+                f"{prefix} is {self.kind}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
             )
         return self.stored(prefix, storage)
 
@@ -217,7 +223,9 @@ def quantize(
     double_quant: bool | None = None,
     name: str = "weight",
 ) -> QuantizedTensor:
-    """Quantize a tensor to 4 bits (QLoRA, section 3), on its device.
+    """Quantize a tensor (QLoRA, section 3), on its device: to 4 bits, or to those of another data type.
+
+    That no kernel serves what is made is logged once for each data type, by the logger "qloralab".
 
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
@@ -266,15 +274,30 @@ def _quantize_plain(weight: Tensor, kind: DataType, name: str) -> QuantizedTenso
 
 def _quantize_any(weight: Tensor, kind: DataType, name: str) -> QuantizedTensor:
     """By the definition of ``data_type.py``."""
-    if not weight.isfinite().all():
-        _raise_not_finite(weight, name)
-    packed, scales, values = quantize_blocks(weight, kind)
-    if not (scales.to(weight.dtype).isfinite().all()):
-        raise ValueError(f"{name}: a scale of {kind.name} would be infinite in {weight.dtype}")
-    encoding = ENCODINGS[kind.encoding] if isinstance(kind.encoding, str) else kind.encoding
-    return QuantizedTensor(
-        packed, scales, None, None, values, weight.shape, weight.dtype, kind.name, kind.block_size, encoding.bits
-    )
+    if weight.is_meta:
+        packed, scales, values = _described(weight, kind)
+    else:
+        if not weight.isfinite().all():
+            _raise_not_finite(weight, name)
+        packed, scales, values = quantize_blocks(weight, kind)
+    made = QuantizedTensor(
+        packed, scales, None, None, values, weight.shape, weight.dtype, kind.name, kind.block_size,
+        kind.scale_encoding.bits,
+    )  # fmt: skip
+    if not weight.is_meta and not made.dequantize().isfinite().all():
+        raise ValueError(
+            f"{name}: weights near the end of the range of {weight.dtype} would be infinite in {kind.name}"
+        )
+    return made
+
+
+def _described(weight: Tensor, kind: DataType) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and values of a weight on the meta device, which has only a shape."""
+    rows, values = codebook_rows(weight, kind), kind.values
+    values = weight.new_empty((rows, 16) if rows else (16,), dtype=torch.float32) if values is None else values
+    packed = weight.new_empty((packed_bytes(weight.numel(), values), 1), dtype=torch.uint8)
+    scales = weight.new_empty(-(-weight.numel() // kind.block_size), dtype=torch.float32)
+    return packed, scales, values.to(weight.device)
 
 
 def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, name: str) -> None:

@@ -1,7 +1,7 @@
 """Data types as the command line names them: ``nf4``, ``bof4-s``, or one of the user's own, ``module:NAME``.
 
-``my_types.py:TERNARY`` is the object ``TERNARY`` of that file; ``package.module:TERNARY`` of a module that Python
-finds. It is a ``DataType``, or the 4 to 256 values of a codebook.
+``my_types.py:MINE`` is the object ``MINE`` of that file; ``package.module:MINE`` of a module that Python
+finds. It is a ``DataType``, or the 4 to 256 values of a codebook, whose data type is then called MINE.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def named_data_type(text: str, block_size: int | None = None, double_quant: bool
             f"there is no data type {text!r}; give one of {', '.join(DATA_TYPES)}, or your own as FILE.py:NAME"
         )
     try:
+        if not isinstance(found, str | DataType):
+            found = DataType(text.rpartition(":")[2], found, encoding="double")
         return data_type(found, block_size, double_quant)
     except (TypeError, ValueError) as error:
         raise UserError(f"{text}: {error}") from None

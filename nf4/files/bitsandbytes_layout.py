@@ -88,7 +88,8 @@ def to_state_dict(
         offset = weight.offset.item()
     payload = _payload(codebook, weight.block_size, dtype, weight.shape, offset, scale_bits)
     tensors.append(torch.tensor(list(payload), dtype=torch.uint8, device="cpu").to(weight.packed.device))
-    return dict(zip(_names(prefix, codebook, offset is not None), tensors, strict=True))
+    names_ = _names(prefix, codebook, offset is not None, scale_bits is not None)
+    return dict(zip(names_, tensors, strict=True))
 
 
 def describe(
@@ -138,7 +139,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed,
     state = _read_payload(tensors[key], key)
     codebook, nested = state["quant_type"], "nested_offset" in state
     numel, blocks = math.prod(state["shape"]), -(-math.prod(state["shape"]) // state["blocksize"])
-    names_ = _names(prefix, codebook, nested)
+    names_ = _names(prefix, codebook, nested, "scale_bits" in state)
     _, absmax, quant_map, *second = names_[:-1]
 
     scale_bits = state.get("scale_bits")
@@ -175,10 +176,16 @@ def weights(tensors: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(prefix for prefix, separator, _ in found if separator))
 
 
-def _names(prefix: str, codebook: str, nested: bool) -> list[str]:
-    """The full names of the tensors of a weight: the codes first, the payload last."""
+def _names(prefix: str, codebook: str, nested: bool, ours: bool = False) -> list[str]:
+    """The full names of the tensors of a weight: the codes first, the payload last.
+
+    Args:
+        prefix, codebook: of the weight.
+        nested: whether the scales are quantized too.
+        ours: whether they have an encoding that bitsandbytes does not know, whatever the name of the codebook is.
+    """
     second = [".nested_absmax", ".nested_quant_map"] if nested else []
-    writer = "bitsandbytes" if codebook in KNOWN else "qloralab"
+    writer = "bitsandbytes" if codebook in KNOWN and not ours else "qloralab"
     return [prefix + end for end in ("", ".absmax", ".quant_map", *second, f"{_QUANT_STATE}{writer}__{codebook}")]
 
 
@@ -238,7 +245,9 @@ def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
 
     writer, _, codebook = name.rpartition(".")[2].partition("__")
     known = _WRITERS.get(writer, _OURS)
-    if "scale_bits" in state and writer == "qloralab":
+    if "scale_bits" in state:
+        if writer != "qloralab":
+            raise FormatError("is no field of bitsandbytes", tensor=name, field="scale_bits")
         check("scale_bits", (int, float), lambda value: 0 <= value <= 64, "how many bits a scale takes")
         check("quant_type", str, bool, "the name of a data type")
         if "nested_offset" in state:
