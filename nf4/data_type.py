@@ -59,9 +59,10 @@ from .kmeans import kmeans, nearest_of_rows
 from .packed import BLOCK_SIZES, SCALES_PER_BLOCK
 
 ANY_BLOCK_SIZE = (16, *BLOCK_SIZES)
-_SLAB = 1 << 20  # weights whose errors are computed at a time
+_SLAB = 1 << 18  # weights whose scales are searched at a time
 
-# blocks float32 [blocks, block_size], values float32 [n] -> proposed scales, float32 [proposals, blocks]
+# blocks float32 [blocks, block_size], values float32 [n] -> proposed scales, float32 [proposals, blocks]; each block by
+# itself, because a large weight comes in parts
 Rule = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -212,7 +213,8 @@ def quantize_blocks(weight: Tensor, data_type: DataType) -> tuple[Tensor, Tensor
     rule = RULES[data_type.scale] if isinstance(data_type.scale, str) else data_type.scale
     values = data_type.values
     shared = flat.new_ones(1) if values is None else values.to(weight.device)
-    proposals = rule(blocks, shared)
+    slab = max(_SLAB // data_type.block_size, 1)
+    proposals = torch.cat([rule(some, shared) for some in blocks.split(slab)], dim=1)
     if encoding.alone:
         proposals = encoding.decoded(proposals, shared)
     scales = _least_error(blocks, proposals, shared)
@@ -250,7 +252,11 @@ def _least_error(blocks: Tensor, proposals: Tensor, values: Tensor) -> Tensor:
 def squared_error(blocks: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     """The squared error of each block with a scale: float64 [blocks], for the squares of all that float32 holds."""
     codes = nearest(divide(blocks, scales[:, None]), values)
-    return (values[codes.int()] * scales[:, None] - blocks).double().square().sum(dim=1)
+    return (_chosen(values, codes) * scales[:, None] - blocks).double().square().sum(dim=1)
+
+
+def _chosen(values: Tensor, codes: Tensor) -> Tensor:
+    return values.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _absmax(blocks: Tensor, values: Tensor) -> Tensor:
@@ -273,7 +279,7 @@ def _least_squares(blocks: Tensor, values: Tensor) -> Tensor:
     proposals = _largest(blocks, values) * torch.linspace(0.6, 1.2, 9, device=blocks.device)[:, None]
     scales = _least_error(blocks, proposals, values)
     for _ in range(4):  # Lloyd's iteration: the codes for a scale, the scale for the codes
-        found = values[nearest(divide(blocks, scales[:, None]), values).int()]
+        found = _chosen(values, nearest(divide(blocks, scales[:, None]), values))
         square = found.square().sum(dim=1)
         scales = torch.where(square > 0, (found * blocks).sum(dim=1) / square, scales)
     return torch.stack([absmax, scales * power])

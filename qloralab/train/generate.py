@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qloralab.nf4.data_type import data_type
-
 from ..checkpoint.limits import Limits
 from ..checkpoint.models import check_model, holds_4bit
 from ..checkpoint.opened import Source
 from ..compute import precision, run_device
 from ..data.chat_template import ChatTemplate
 from ..data.encoding import prompt_text
+from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
-from ..settings import Dtype
+from ..settings import DATA_TYPE, Dtype
 
 
 def answer(
@@ -36,6 +35,7 @@ def answer(
     quantized: bool,
     dtype: Dtype = "auto",
     display: Display | None = None,
+    data_type: str | None = None,
 ) -> str:
     """Load a model and an adapter and answer a prompt, in the model's chat format.
 
@@ -47,6 +47,7 @@ def answer(
         quantized: hold the weights in 4 bits, as they were when a QLoRA adapter was trained; otherwise dense, in dtype.
         dtype: that is computed in.
         display: shows what is going on; by default on standard error.
+        data_type: of the weights, by name (``named_data_type``); None: nf4, or what the model holds.
 
     Raises:
         UserError, FormatError: the model or the adapter cannot be used.
@@ -57,9 +58,13 @@ def answer(
     packed = holds_4bit(model)
     if packed and not quantized:
         raise UserError(f"{model} holds 4-bit weights; --dense needs the dense model")
+    if data_type is not None and (packed or not quantized):
+        why = f"{model} holds 4-bit weights" if packed else "--dense quantizes no weights"
+        raise UserError(f"--data-type would be ignored: {why}; leave it out")
+    kind = None if packed or not quantized else named_data_type(data_type or DATA_TYPE)
     if chosen.slow:
         display.fact("dtype", chosen.described())
-    source = Source.of(model, data_type("nf4") if quantized and not packed else None, adapter, display)
+    source = Source.of(model, kind, adapter, display)
     ids = source.tokenizer(prompt_text(prompt, source.tokenizer), add_special_tokens=False).input_ids
     if source.limits:
         source.limits.check([("the prompt", ids)], source.tokenizer)
