@@ -216,5 +216,5 @@ class _Run:
             None,
             None,
             None,
-        ):  # generate has none of them
+        ):
             fact("try it", f'qloralab generate {what}{how} --prompt "…"')

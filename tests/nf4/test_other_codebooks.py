@@ -15,7 +15,8 @@ from qloralab.nf4 import codebook
 from qloralab.nf4.blockwise import nearest, unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values
 
-FOUR_BITS = ("nf4", "fp4", "fp4_e3m0", "int4")
+OF_THE_PAPER = ("nf4", "fp4", "fp4_e3m0", "int4")
+FOUR_BITS = (*OF_THE_PAPER, "af4", "bof4")
 NORMAL_FLOATS = tuple(f"nf{bits}" for bits in range(2, 9))
 
 # The magnitudes of bitsandbytes' FP4 by code, times 12: the table of its CUDA source, in exact fractions.
@@ -34,11 +35,12 @@ FP4_ERROR = {
     4096: (0.129536, 6.12e-4, 0.337169, 1.239e-3),
 }
 SIGMAS = 7
+ONE_BLOCK = 4096  # holds every list of numbers below
 
 
 def codes_of(numbers: list[float], name: str) -> list[int]:
     """The codes of numbers in [-1, 1], beside a 1 that fixes the scale."""
-    q = quantize(torch.tensor([1.0, *numbers]), name, 4096, double_quant=False)  # one block
+    q = quantize(torch.tensor([1.0, *numbers]), name, ONE_BLOCK, double_quant=False)
     return q.codes().tolist()[1:]
 
 
@@ -104,7 +106,7 @@ def test_int4_never_chooses_minus_8():
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_value_of_the_codebook_gets_its_own_code(name):
-    values = codebook_values(name)
+    values = codebook_values(name, ONE_BLOCK)
     within = values.abs() <= 1
     expected = torch.arange(len(values))
     if name.startswith("fp4"):
@@ -119,7 +121,8 @@ def test_zero_is_exact_and_positive(name):
     (code,) = codes_of([0.0], name)
     assert codes_of([-0.0, 1e-30, -1e-30], name) == [code] * 3
     assert values[code] == 0
-    assert code == (0 if name in ("fp4", "fp4_e3m0", "int4") else 2 ** (int(name[2:]) - 1) - 1)
+    ascending = 7 if name in FOUR_BITS else 2 ** (int(name[2:]) - 1) - 1
+    assert code == (0 if name in ("fp4", "fp4_e3m0", "int4") else ascending)
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -131,12 +134,12 @@ def test_both_ends_are_exact(name):
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_tie_goes_to_the_lower_value(name):
-    ascending = codebook_values(name).unique()
+    ascending = codebook_values(name, ONE_BLOCK).unique()
     for below, above in itertools.pairwise(ascending):
         tie = (below + above) / 2
         if tie >= -1:
             around = [tie.nextafter(tie - 1), tie, tie.nextafter(tie + 1)]
-            found = codebook_values(name)[codes_of([number.item() for number in around], name)]
+            found = codebook_values(name, ONE_BLOCK)[codes_of([number.item() for number in around], name)]
             assert found.tolist() == [below, below, above]
 
 
@@ -161,7 +164,7 @@ def test_error_on_normal_weights_is_that_of_fp4(block_size):
 
 def test_on_normal_weights_nf4_is_the_best_of_the_four():
     weight = torch.randn(1024, 1024)
-    by_error = sorted(FOUR_BITS, key=lambda name: error(weight, name).square().mean().item())
+    by_error = sorted(OF_THE_PAPER, key=lambda name: error(weight, name).square().mean().item())
     assert by_error[0] == "nf4"
     assert by_error[-1] == "fp4_e3m0"
 
@@ -320,5 +323,5 @@ def test_another_codebook_is_refused(values, message):
 
 @pytest.mark.parametrize("name", ["nf1", "nf9", "NF4", "", "custom", "int8", "fp4_e2m1"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"unknown codebook '{name}'; known: nf4, fp4, fp4_e3m0, int4, nf2"):
+    with pytest.raises(ValueError, match=rf"unknown data type '{name}'; known: nf4, fp4, fp4_e3m0, int4, nf2"):
         quantize(torch.ones(64), name)

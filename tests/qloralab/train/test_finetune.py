@@ -365,8 +365,8 @@ def test_what_is_known_is_shown(settings):
     path = finetune(settings(steps=2), Display(Console(file=file))).path
     facts = dict(line.strip().split("  ", 1) for line in file.getvalue().splitlines() if " step " not in line)
     assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
-    assert facts["4 bits"].startswith("14 linear layers, 61.4 k weights at 4.1")
-    assert facts["adapters"].startswith("r = 16, alpha = 32: 29.7 k trainable parameters")
+    assert facts["quantized"].startswith("nf4, 14 linear layers, 61.4 k weights at 4.1")
+    assert facts["adapters"].startswith("r = 16, alpha = 32, 14 layers: 29.7 k trainable parameters")
     model = config_of(path)["model"]
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
