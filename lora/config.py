@@ -26,6 +26,8 @@ class LoraConfig:
         bias: "none": biases stay frozen. PEFT's other values are not supported.
         task_type: passed through to PEFT's file.
         use_rslora: rank-stabilized scaling (arXiv 2312.03732).
+        init_lora_weights: how A starts; B starts at zero. True: Kaiming-uniform, U(-b, b) with b = 1 / sqrt(in).
+            "gaussian": N(0, 1 / r**2). Of PEFT's values, those that leave the weight beside the adapter as it is.
 
     Raises:
         ValueError: a field has a value that it cannot have.
@@ -38,6 +40,7 @@ class LoraConfig:
     bias: str = "none"
     task_type: str | None = "CAUSAL_LM"
     use_rslora: bool = False
+    init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -48,6 +51,8 @@ class LoraConfig:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}; it must be in [0, 1)")
         if self.bias != "none":
             raise ValueError(f"bias is {self.bias!r}; only 'none' is supported, biases stay frozen")
+        if self.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(f"init_lora_weights is {self.init_lora_weights!r}; only True and 'gaussian' are supported")
         if not self.target_modules:
             raise ValueError("target_modules is empty; name at least one module, or 'all-linear'")
 

@@ -174,7 +174,6 @@ def _peft_config(model: nn.Module, paths: dict[LoRALinear, list[str]]) -> dict[s
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
         "modules_to_save": None,
         "peft_type": "LORA",
         "target_modules": _target_modules(modules, {name for name, *_ in paths.values()}),
@@ -206,7 +205,8 @@ def _read_config(path: Path) -> LoraConfig:
     for field in ("r", "lora_alpha"):
         if field not in fields:
             raise FormatError("is missing", file=path, field=field)
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    # How the values of a file once started makes no difference to them.
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights"}
     try:
         return LoraConfig(**{name: value for name, value in fields.items() if name in known})
     except (ValueError, TypeError) as error:

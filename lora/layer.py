@@ -2,8 +2,8 @@
 
     y = base(x) + scaling * B A dropout(x)          A [r, in], B [out, r]
 
-A starts Kaiming-uniform and B at zero, so that training starts from the base model. A and B are float32, because
-their updates are small against their values; the products are taken in the dtype of the layer's output, usually
+A starts Kaiming-uniform or Gaussian and B at zero, so that training starts from the base model. A and B are float32,
+because their updates are small against their values; the products are taken in the dtype of the layer's output, usually
 bfloat16. PEFT takes them in float32 instead and so copies each input to float32.
 
 On a quantized base, all of it is one operator, ``adapted_linear`` of ``ops.py``; the base's own ``forward`` does
@@ -51,7 +51,10 @@ class LoRALinear(Adapted):
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.r, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / config.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @property
     def weight(self):

@@ -54,12 +54,17 @@ def dequantize_blockwise(packed: Tensor, absmax: Tensor, values: Tensor, block_s
     """The float32 weights that the codes and scales stand for.
 
     Args:
-        packed, absmax, values, block_size: as for ``quantize_blockwise``.
+        packed, absmax, block_size: as for ``quantize_blockwise``.
+        values: the codebook, float32 [2**bits]; or [rows, 2**bits], one for each row of the weight.
         numel: how many weights there are.
 
     Returns:
         float32 [numel].
     """
+    if values.dim() == 2:  # a codebook for each row
+        codes = unpack(packed, numel) if is_packed(values) else packed.flatten()
+        weights = values.gather(1, codes.view(len(values), -1).long()).flatten()
+        return (in_blocks(weights, block_size) * absmax[:, None]).add_(0.0).flatten()[:numel]
     per_byte = 2 if is_packed(values) else 1
     bytes_ = pad(packed.flatten(), (0, len(absmax) * block_size // per_byte - len(packed)))
     if is_packed(values):
@@ -81,7 +86,7 @@ def nearest(x: Tensor, values: Tensor) -> Tensor:
 
 def is_packed(values: Tensor) -> bool:
     """Whether the codes of a codebook lie two to a byte: those of 4 bits do."""
-    return len(values) == 16
+    return values.shape[-1] == 16
 
 
 def packed_bytes(numel: int, values: Tensor) -> int:
@@ -92,7 +97,7 @@ def packed_bytes(numel: int, values: Tensor) -> int:
 def pack(codes: Tensor, values: Tensor) -> Tensor:
     """Pack 4-bit codes, uint8 [n], into bytes, uint8 [(n + 1) // 2, 1]; the first of two goes into the high nibble."""
     if len(codes) % 2:
-        codes = torch.cat([codes, nearest(values.new_zeros(1), values)])
+        codes = torch.cat([codes, nearest(values.new_zeros(1), values[-1] if values.dim() == 2 else values)])
     high, low = codes.view(-1, 2).unbind(1)
     return (high << 4 | low)[:, None]
 
@@ -111,6 +116,6 @@ def in_blocks(x: Tensor, block_size: int) -> Tensor:
 def divide(x: Tensor, absmax: Tensor) -> Tensor:
     """x / absmax as the policy above has it: by the reciprocal where that is normal, 0 where absmax is 0."""
     reciprocal = 1 / absmax
-    exact = (absmax < _SMALLEST_NORMAL) | (reciprocal < _SMALLEST_NORMAL)
+    exact = (absmax.abs() < _SMALLEST_NORMAL) | (reciprocal.abs() < _SMALLEST_NORMAL)  # signed scales: data_type.py
     quotient = torch.where(exact, x / absmax, x * reciprocal)
     return quotient.masked_fill_(absmax == 0, 0.0)

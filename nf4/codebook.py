@@ -34,7 +34,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import block_optimal
+
 CUSTOM = "custom"  # the name of a codebook that the user gives
+FITTED = ("kmeans", "kmeans_rows")  # codebooks that are fitted to a weight, or to each of its rows (``kmeans.py``)
 Codebook = str | Tensor | Sequence[float]  # as functions take it: a name, or values for ``custom``
 _SMALLEST = 2.0**-24  # so that its products with scales are as large as kernels/cpu/weight.h expects
 
@@ -110,6 +113,13 @@ def int4() -> Tensor:
     return _float32([*range(8), *range(-8, 0)]) / 7
 
 
+def e2m1() -> Tensor:
+    """The 4-bit floating-point numbers of MXFP4 and NVFP4 (OCP MX 1.0, 5.3.3) over 8, float32 [16]: code = sign << 3 |
+    e << 1 | m. The magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6 over 8, which a float32 holds exactly."""
+    magnitudes = [m / 2 if e == 0 else (1 + m / 2) * 2.0 ** (e - 1) for e in range(4) for m in range(2)]
+    return _with_sign_bit(_float32(magnitudes) / 8)
+
+
 def _float32(numbers: Sequence[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
@@ -118,13 +128,22 @@ def _with_sign_bit(magnitudes: Tensor) -> Tensor:
     return torch.cat([magnitudes, 0.0 - magnitudes])  # 0 - 0 is +0
 
 
-_NAMED = {"nf4": normal_float, "fp4": fp4, "fp4_e3m0": fp4_e3m0, "int4": int4}
+_NAMED = {"nf4": normal_float, "fp4": fp4, "fp4_e3m0": fp4_e3m0, "int4": int4, "e2m1": e2m1}
 _NAMED |= {f"nf{bits}": partial(normal_float, bits) for bits in (2, 3, 5, 6, 7, 8)}
-CODEBOOKS = tuple(_NAMED)
+_OF_BLOCKS = {"af4": block_optimal.af4, "bof4": block_optimal.bof4, "bof4-s": block_optimal.bof4_s}
+OTHERS = ("e2m1", "bof4-s")  # need another rule for the scale than absmax (``data_type.py``)
+CODEBOOKS = tuple(name for name in (*_NAMED, *_OF_BLOCKS) if name not in OTHERS)
 
 
-def codebook_values(name: str) -> Tensor:
-    """The values of a codebook of ``CODEBOOKS``, float32 [2**bits]; another name raises ValueError."""
+def codebook_values(name: str, block_size: int = 64) -> Tensor:
+    """The values of a codebook of ``CODEBOOKS`` or ``OTHERS``, float32 [2**bits]; another name raises ValueError.
+
+    Args:
+        name: of the codebook.
+        block_size: of the blocks it is used with; the values of af4, bof4 and bof4-s depend on it.
+    """
+    if name in _OF_BLOCKS:
+        return _OF_BLOCKS[name](block_size)
     if name not in _NAMED:
         raise ValueError(f"unknown codebook {name!r}; known: {', '.join(CODEBOOKS)}")
     return _NAMED[name]()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .codebook import Codebook
+from .data_type import DataType
 from .dense_shares import log_dense, output_heads
 from .files.module_names import ends_with
 from .files.pretrained import saves_itself_
@@ -51,9 +52,9 @@ def left_out(model: nn.Module, skip: Sequence[str] | None = None) -> dict[str, s
 
 def quantize_(
     model: Model,
-    codebook: Codebook = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
+    codebook: Codebook | DataType = "nf4",
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     skip: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -201,7 +202,7 @@ def _check(weight: nn.Parameter, *options, name: str) -> None:
         if weight.is_meta or not weight.numel():
             return
         low, high = weight.detach().aminmax()
-        if max(-low, high) < 0.9 * torch.finfo(weight.dtype).max:  # nor is NaN; double quantization adds 1 % at most
+        if max(-low, high) < 0.4 * torch.finfo(weight.dtype).max:  # nor is NaN; no scale is over twice the largest
             return
     quantize(weight, *options, name=name)
 

@@ -27,7 +27,8 @@ class Packed(NamedTuple):
         scales: the scale of each block: float32 [blocks], or uint8 [blocks] when the scales are quantized too.
         absmax2: float32 [ceil(blocks / 256)], the second-level scales, or None.
         offset: float32 [], the mean that was subtracted from the scales, or None.
-        values: float32 [2**bits], the codebook in the order of the codes; a user's own may have fewer.
+        values: float32 [2**bits], the codebook in the order of the codes; a user's own may have fewer. Float32 [rows,
+            2**bits] where each row of the weight has its own.
         shape: of the weight, [N, K] where it is multiplied.
         block_size: consecutive weights that share a scale.
     """
@@ -84,4 +85,4 @@ class Packed(NamedTuple):
 
 def has_16_values(values: Tensor) -> bool:
     """Whether a codebook is one that kernels take: float32 [16], contiguous."""
-    return values.dtype == torch.float32 and values.numel() == 16 and values.is_contiguous()
+    return values.dtype == torch.float32 and values.shape == (16,) and values.is_contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .blockwise import is_packed, unpack
-from .codebook import CUSTOM, Codebook, codebook_values, custom
+from .blockwise import is_packed, packed_bytes, unpack
+from .codebook import CUSTOM, Codebook
+from .data_type import DataType, codebook_rows, data_type, quantize_blocks
 from .double_quant import absmax, dequantize_scales
 from .files import bitsandbytes_layout
-from .packed import BLOCK_SIZES, DTYPES, Packed
+from .packed import DTYPES, Packed
+
+_log = logging.getLogger("qloralab")
+_told: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +34,9 @@ class QuantizedTensor:
     Attributes:
         packed, scales, absmax2, offset, values, shape, block_size: see ``Packed``.
         dtype: of the weight that was quantized; ``dequantize`` returns it.
-        codebook: name of the codebook; "custom" for one that the user gave.
+        codebook: name of the data type, or of the codebook; "custom" for values that the user gave.
+        scale_bits: what a scale takes in the data type's encoding, where ``scales`` holds the float32 number that it
+            decodes to; None where ``scales`` and what belongs to it are the encoding.
     """
 
     packed: Tensor
@@ -41,6 +48,7 @@ class QuantizedTensor:
     dtype: torch.dtype
     codebook: str
     block_size: int
+    scale_bits: float | None = None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in full: the float32 product of value and scale, rounded once to dtype, by default that of the
@@ -52,7 +60,8 @@ class QuantizedTensor:
         return absmax(self.operands())
 
     def codes(self) -> Tensor:
-        """The codes: int32, the shape of the weight. ``values[codes()]`` is the weight without its scales."""
+        """The codes: int32, the shape of the weight. ``values[codes()]`` is the weight without its scales, where there
+        is one codebook."""
         codes = unpack(self.packed, self.numel()) if is_packed(self.values) else self.packed.flatten()
         return codes.int().view(self.shape)
 
@@ -66,9 +75,15 @@ class QuantizedTensor:
         return self.absmax2 is not None
 
     @property
+    def kind(self) -> str:
+        """The codebook, in words that tell nf4 with an encoding of its own for the scales from the nf4 of files."""
+        own = self.scale_bits is not None and self.codebook in bitsandbytes_layout.KNOWN
+        return f"{self.codebook} with scales of its own" if own else self.codebook
+
+    @property
     def bits(self) -> int:
         """Of a code: 2 to 8."""
-        return (len(self.values) - 1).bit_length()
+        return (self.values.shape[-1] - 1).bit_length()
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +91,9 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the scales of both levels included (the codebook is not)."""
-        return sum(part.nbytes for part in self.operands().tensors[:-1] if part is not None)
+        """Bytes held, the scales of both levels included; the codebook only where each row has its own."""
+        parts = self.operands().tensors[: 5 if self.values.dim() == 2 else 4]
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def bits_per_parameter(self) -> float:
@@ -86,9 +102,12 @@ class QuantizedTensor:
 
     @property
     def ideal_bits_per_parameter(self) -> float:
-        """The same were the codes packed without a gap: 3.127 for "nf3", of which 8.127 are held, a byte for a code."""
-        numel = self.shape.numel()
-        return (8 * (self.nbytes - self.packed.nbytes) + self.bits * numel) / max(numel, 1)
+        """The same were codes packed without a gap, scales kept in their encoding and the codebooks of rows in float16:
+        3.127 for "nf3", of which 8.127 are held, a byte for a code; 4.25 for "mxfp4", of which 5 are."""
+        rest = 8 * (self.nbytes - self.packed.nbytes)
+        if self.scale_bits is not None:
+            rest = self.scale_bits * len(self.scales) + (16 * self.values.numel() if self.values.dim() == 2 else 0)
+        return (rest + self.bits * self.numel()) / max(self.numel(), 1)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -141,15 +160,17 @@ class QuantizedTensor:
         Raises:
             ValueError: bitsandbytes does not know the codebook, or the bytes do not fill elements of storage.
         """
-        if self.codebook not in bitsandbytes_layout.KNOWN:
+        if self.kind not in bitsandbytes_layout.KNOWN:
             raise ValueError(
-                f"{prefix} is {self.codebook}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
+                f"{prefix} is {self.kind}; bitsandbytes knows {' and '.join(bitsandbytes_layout.KNOWN)} only"
             )
         return self.stored(prefix, storage)
 
     def stored(self, prefix: str, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
         """The same for any codebook; bitsandbytes refuses by name the tensors of one that it does not know."""
-        return bitsandbytes_layout.to_state_dict(self.operands(), self.dtype, self.codebook, prefix, storage)
+        return bitsandbytes_layout.to_state_dict(
+            self.operands(), self.dtype, self.codebook, prefix, storage, self.scale_bits
+        )
 
     @classmethod
     def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], prefix: str = "weight") -> QuantizedTensor:
@@ -162,8 +183,8 @@ class QuantizedTensor:
         Raises:
             FormatError: the tensors are missing or do not fit each other.
         """
-        weight, dtype, codebook = bitsandbytes_layout.from_state_dict(tensors, prefix)
-        return cls(**weight._asdict(), dtype=dtype, codebook=codebook)
+        weight, dtype, codebook, scale_bits = bitsandbytes_layout.from_state_dict(tensors, prefix)
+        return cls(**weight._asdict(), dtype=dtype, codebook=codebook, scale_bits=scale_bits)
 
     def __copy__(self) -> QuantizedTensor:
         return self  # nothing of it can be changed
@@ -179,7 +200,8 @@ class QuantizedTensor:
 
     def __repr__(self) -> str:
         second = ", double_quant" if self.double_quant else ""
-        ideal = "" if is_packed(self.values) else f" ({self.ideal_bits_per_parameter:.3f} ideal)"
+        held = self.scale_bits is None and is_packed(self.values)
+        ideal = "" if held else f" ({self.ideal_bits_per_parameter:.3f} ideal)"
         return (
             f"QuantizedTensor({list(self.shape)}, {self.codebook}, block_size={self.block_size}{second}, "
             f"{self.bits_per_parameter:.3f} bits per parameter{ideal}, from {self.dtype}, device={str(self.device)!r})"
@@ -196,24 +218,28 @@ ForkingPickler.register(QuantizedTensor, _send)
 
 def quantize(
     weight: Tensor,
-    codebook: Codebook = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
+    codebook: Codebook | DataType = "nf4",
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     name: str = "weight",
 ) -> QuantizedTensor:
-    """Quantize a tensor to 4 bits (QLoRA, section 3), on its device.
+    """Quantize a tensor (QLoRA, section 3), on its device: to 4 bits, or to those of another data type.
+
+    That no kernel serves what is made is logged once for each data type, by the logger "qloralab".
 
     Args:
         weight: float32, bfloat16 or float16, any shape and stride; any number of elements.
-        codebook: "nf4"; for comparison "fp4", "fp4_e3m0", "int4", and "nf2" to "nf8", which take a byte a code; or a
-            codebook of one's own: a float32 tensor or a list of 4 to 256 ascending values in [-1, 1], each 0 or at
-            least 2**-24 in magnitude. Other than 16 of them take a byte a code.
-        block_size: consecutive elements that share a scale: a power of two from 32 to 4096.
-        double_quant: quantize the scales too, to 8 bits in blocks of 256.
+        codebook: "nf4"; another data type, by its name (``qloralab.DATA_TYPES``) or as a ``DataType``; or a codebook of
+            one's own: a float32 tensor or a list of 4 to 256 ascending values in [-1, 1], each 0 or at least 2**-24 in
+            magnitude. Other than 16 values take a byte a code.
+        block_size: consecutive elements that share a scale: a power of two from 16 to 4096. By default the data type's
+            own, which is 64 but for those that say otherwise.
+        double_quant: quantize the scales too, to 8 bits in blocks of 256. By default so, but for data types whose
+            scales have another encoding.
         name: of the tensor, for error messages.
 
     Raises:
-        TypeError: weight is float64, complex, an integer or no tensor; codebook is neither a name nor numbers.
+        TypeError: weight is float64, complex, an integer or no tensor; codebook is no data type, name or numbers.
         ValueError: weight holds a NaN or an infinity (the message gives the first index); an option has no such
             value; or a scale that is quantized too would be infinite in the weight's dtype, because the weights reach
             to the end of its range.
@@ -221,19 +247,57 @@ def quantize(
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{name} is {kind}; only float32, bfloat16 and float16 tensors are quantized")
-    if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    values = (codebook_values(codebook) if isinstance(codebook, str) else custom(codebook)).to(weight.device)
-    weight = weight.detach()
-    packed, scales = ops.quantize_blockwise(weight, values, block_size)
+    kind, weight = data_type(codebook, block_size, double_quant), weight.detach()
+    made = _quantize_plain(weight, kind, name) if kind.is_plain else _quantize_any(weight, kind, name)
+    if weight.numel() and not made.operands().is_regular(torch.float32) and kind.name not in _told:
+        _told.add(kind.name)
+        _log.warning("%s: no kernel has it; products run in plain PyTorch", kind.name)
+    return made
+
+
+def _quantize_plain(weight: Tensor, kind: DataType, name: str) -> QuantizedTensor:
+    """By the operators, which C and Triton serve."""
+    assert kind.values is not None
+    values = kind.values.to(weight.device)
+    packed, scales = ops.quantize_blockwise(weight, values, kind.block_size)
     if scales.numel() and not weight.is_meta and not scales.amax() < float("inf"):  # nor is NaN
         _raise_not_finite(weight, name)
     absmax2 = offset = None
-    if double_quant:
+    if kind.double_quant:
         scales, absmax2, offset = ops.quantize_scales(scales)
         _check_decoded(scales, absmax2, offset, weight.dtype, name)
-    codebook = codebook if isinstance(codebook, str) else CUSTOM
-    return QuantizedTensor(packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook, block_size)
+    codebook = kind.codebook if isinstance(kind.codebook, str) else CUSTOM
+    return QuantizedTensor(
+        packed, scales, absmax2, offset, values, weight.shape, weight.dtype, codebook, kind.block_size
+    )
+
+
+def _quantize_any(weight: Tensor, kind: DataType, name: str) -> QuantizedTensor:
+    """By the definition of ``data_type.py``."""
+    if weight.is_meta:
+        packed, scales, values = _described(weight, kind)
+    else:
+        if not weight.isfinite().all():
+            _raise_not_finite(weight, name)
+        packed, scales, values = quantize_blocks(weight, kind)
+    made = QuantizedTensor(
+        packed, scales, None, None, values, weight.shape, weight.dtype, kind.name, kind.block_size,
+        kind.scale_encoding.bits,
+    )  # fmt: skip
+    if not weight.is_meta and not made.dequantize().isfinite().all():
+        raise ValueError(
+            f"{name}: weights near the end of the range of {weight.dtype} would be infinite in {kind.name}"
+        )
+    return made
+
+
+def _described(weight: Tensor, kind: DataType) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and values of a weight on the meta device, which has only a shape."""
+    rows, values = codebook_rows(weight, kind), kind.values
+    values = weight.new_empty((rows, 16) if rows else (16,), dtype=torch.float32) if values is None else values
+    packed = weight.new_empty((packed_bytes(weight.numel(), values), 1), dtype=torch.uint8)
+    scales = weight.new_empty(-(-weight.numel() // kind.block_size), dtype=torch.float32)
+    return packed, scales, values.to(weight.device)
 
 
 def _check_decoded(codes: Tensor, absmax2: Tensor, offset: Tensor, dtype: torch.dtype, name: str) -> None:

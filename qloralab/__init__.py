@@ -19,6 +19,8 @@ if _TYPE_CHECKING:  # "as" says that a name is public
     from qloralab.lora.inject import load_adapter_ as load_adapter_
     from qloralab.lora.inject import trainable as trainable
     from qloralab.nf4.codebook import normal_float as normal_float
+    from qloralab.nf4.data_type import DATA_TYPES as DATA_TYPES
+    from qloralab.nf4.data_type import DataType as DataType
     from qloralab.nf4.files.errors import FormatError as FormatError
     from qloralab.nf4.model import linear_names as linear_names
     from qloralab.nf4.model import quantize_ as quantize_
@@ -48,6 +50,7 @@ _NAMES = {
     "lora.files": "save_adapter",
     "lora.inject": "inject_ load_adapter_ trainable",
     "nf4.codebook": "normal_float",
+    "nf4.data_type": "DATA_TYPES DataType",
     "nf4.files.errors": "FormatError",
     "nf4.model": "linear_names quantize_",
     "nf4.tensor": "QuantizedTensor linear quantize",

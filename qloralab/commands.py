@@ -89,8 +89,10 @@ def finetune(**options: Any) -> None:
     with _loading(sys.stdout):
         from .checkpoint.models import default_model
         from .train.finetune import finetune as run
+        from .train.seeds import finetune_seeds
 
-    if run(Settings(**{**options, "model": options["model"] or default_model()})).interrupted:
+    settings = Settings(**{**options, "model": options["model"] or default_model()})
+    if (run(settings) if settings.seeds is None else finetune_seeds(settings)).interrupted:
         raise typer.Exit(STATUS)
 
 
@@ -110,6 +112,9 @@ def generate(
     quantized: Annotated[
         bool, typer.Option("--quantized/--dense", help="Weights in 4 bits, as in QLoRA, or as in LoRA.")
     ] = True,
+    data_type: Annotated[
+        str | None, typer.Option(help="Of the weights: a name, or your own as FILE.py:NAME.", show_default="nf4")
+    ] = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Answer a prompt with a model and an adapter."""
@@ -120,7 +125,7 @@ def generate(
         from .checkpoint.models import default_model
         from .train.generate import answer
 
-    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype))
+    typer.echo(answer(model or default_model(), adapter, text, max_new_tokens, quantized, dtype, data_type=data_type))
     if lost := getattr(sys.stdout, "failure", None):
         raise UserError(f"the answer cannot be written: {lost}")
 

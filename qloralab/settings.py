@@ -16,6 +16,9 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
+DATA_TYPE = "nf4"
+QUANTIZATION = ("data_type", "block_size", "double_quant", "skip")  # what only a run that quantizes has
+Init = Literal["kaiming", "gaussian"]
 
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
 _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
@@ -44,6 +47,19 @@ class Settings:
         "qlora"
     )
     dtype: DtypeOption = "auto"
+    data_type: Annotated[
+        str | None, Option(help="Of the weights: a name, or your own as FILE.py:NAME.", show_default=DATA_TYPE)
+    ] = None
+    block_size: Annotated[
+        int | None, Option(help="Weights that share a scale: a power of two, 16 to 4096.", show_default="data type's")
+    ] = None
+    double_quant: Annotated[
+        bool | None,
+        Option("--double-quant/--no-double-quant", help="Scales in 8 bits, or float32.", show_default="data type's"),
+    ] = None
+    skip: Annotated[
+        str | None, Option(help="Layers whose weights stay dense: names or paths, by commas.", show_default="none")
+    ] = None
     out: Annotated[Path | None, Option(help="Run directory, new or empty.", show_default="runs/DATE-TIME")]
     adapter: Annotated[
         Path | None, Option(help="To start from; it sets r, alpha, dropout.", show_default="none: new ones")
@@ -63,6 +79,11 @@ class Settings:
     lora_dropout: Annotated[
         float | None, Option(help="Dropout before the adapters.", show_default=str(ADAPTERS["lora_dropout"]))
     ] = None
+    target_modules: Annotated[
+        str | None, Option(help="Layers with adapters: names or paths, by commas.", show_default="all linear layers")
+    ] = None
+    rslora: Annotated[bool, Option("--rslora", help="Scale adapters by alpha / sqrt(r) (rsLoRA).")] = False
+    init: Annotated[Init | None, Option(help="How A of new adapters starts.", show_default="kaiming")] = None
     max_grad_norm: Annotated[float, Option(help="Gradients are clipped to this norm.")] = 0.3
     held_out: Annotated[
         int | None, Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
@@ -76,11 +97,14 @@ class Settings:
         False
     )
     seed: Annotated[int, Option(help="Of split, order, adapters and dropout.")] = 0
+    seeds: Annotated[
+        int | None, Option(help="Runs, each with the next seed; their mean and interval.", show_default="one run")
+    ] = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_that_none_is_ignored()
-        if not -(2**63) <= self.seed < 2**64:
+        if not -(2**63) <= self.seed <= self.last_seed < 2**64:
             raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
         if not self.data:
             raise UserError(f"--data is empty; give a JSONL file or {STDLIB!r}")
@@ -96,6 +120,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} is {value}; it must be at least 1")
+        if self.seeds is not None and self.seeds < 2:
+            raise UserError(f"--seeds is {self.seeds}; an interval takes at least 2 runs")
+        for name in ("target_modules", "skip"):
+            value = getattr(self, name)
+            if value is not None and not all(map(str.strip, value.split(","))):
+                raise UserError(f"{_option(name)} is {value!r}; it takes names with commas between them")
+        if self.init not in (None, *get_args(Init)):
+            raise UserError(f"--init is {self.init!r}; it must be one of {', '.join(get_args(Init))}")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
         for option, value in (("--lr", self.learning_rate), ("--max-grad-norm", self.max_grad_norm)):
@@ -109,13 +141,15 @@ class Settings:
             raise UserError(f"--state-budget is {self.state_budget} MB; it must be at least {LEAST_STATE_BUDGET}")
 
     def _check_that_none_is_ignored(self) -> None:
+        adapters = (*ADAPTERS, "target_modules", "rslora", "init")
         for ignores, names, why in (
-            (self.method == "full", ("adapter", *ADAPTERS), "--method full trains all weights, without adapters"),
-            (self.adapter is not None, tuple(ADAPTERS), f"the adapter in {self.adapter} has its own"),
+            (self.method == "full", ("adapter", *adapters), "--method full trains all weights, without adapters"),
+            (self.adapter is not None, adapters, f"the adapter in {self.adapter} has its own"),
+            (self.method != "qlora", QUANTIZATION, f"--method {self.method} quantizes no weights"),
             (self.data == STDLIB, ("format",), f"--data {STDLIB} is no JSONL file"),
         ):
             for name in names if ignores else ():
-                if getattr(self, name) is not None:
+                if getattr(self, name) not in (None, False) or (name == "double_quant" and self.double_quant is False):
                     raise UserError(f"{_option(name)} would be ignored: {why}; leave it out")
 
     @property
@@ -125,15 +159,31 @@ class Settings:
 
     @property
     def new_adapters(self) -> dict[str, Any]:
-        """r, lora_alpha and lora_dropout, or their defaults."""
+        """The arguments of ``LoraConfig`` for new adapters."""
         given = {name: getattr(self, name) for name in ADAPTERS}
-        return {name: ADAPTERS[name] if value is None else value for name, value in given.items()}
+        fields = {name: ADAPTERS[name] if value is None else value for name, value in given.items()}
+        fields |= {"use_rslora": self.rslora, "init_lora_weights": "gaussian" if self.init == "gaussian" else True}
+        return fields if self.target_modules is None else fields | {"target_modules": _names(self.target_modules)}
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The names in skip."""
+        return () if self.skip is None else _names(self.skip)
+
+    @property
+    def last_seed(self) -> int:
+        """The seed of the last run."""
+        return self.seed + (self.seeds or 1) - 1
 
     @property
     def treats_too_long(self) -> str:
         """too_long, or its default. The standard library is there to be sampled."""
         default = "skip" if self.data == STDLIB else "error"
         return default if self.too_long is None else self.too_long
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _option(name: str) -> str:

@@ -18,6 +18,10 @@ tensor does.
 
 bitsandbytes knows the codebooks nf4 and fp4. The others have the same layout here, with ``qloralab__NAME`` at the end
 of the payload's name: bitsandbytes refuses them by name instead of misreading them.
+
+A data type whose scales have an encoding of its own (``nf4/data_type.py``) has ``"scale_bits"`` in its payload: what a
+scale takes there. ``w.absmax`` holds the float32 numbers that they decode to, negative ones among them, and
+``w.quant_map`` any values in [-2, 2], float32 [rows, 16] where each row has its own.
 """
 
 from __future__ import annotations
@@ -56,7 +60,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def to_state_dict(
-    weight: Packed, dtype: torch.dtype, codebook: str, prefix: str, storage: torch.dtype = torch.uint8
+    weight: Packed,
+    dtype: torch.dtype,
+    codebook: str,
+    prefix: str,
+    storage: torch.dtype = torch.uint8,
+    scale_bits: float | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the layout above, by full name.
 
@@ -66,6 +75,7 @@ def to_state_dict(
         codebook: name of the codebook.
         prefix: full name of the weight.
         storage: one of ``STORAGE``, for the codes.
+        scale_bits: of a data type whose scales have an encoding of its own; see above.
 
     Raises:
         ValueError: the bytes of the codes do not fill a whole number of elements of storage, or it is none of them.
@@ -76,9 +86,10 @@ def to_state_dict(
     if weight.absmax2 is not None and weight.offset is not None:
         tensors += [weight.absmax2, dynamic_map().to(weight.packed.device)]
         offset = weight.offset.item()
-    payload = _payload(codebook, weight.block_size, dtype, weight.shape, offset)
+    payload = _payload(codebook, weight.block_size, dtype, weight.shape, offset, scale_bits)
     tensors.append(torch.tensor(list(payload), dtype=torch.uint8, device="cpu").to(weight.packed.device))
-    return dict(zip(_names(prefix, codebook, offset is not None), tensors, strict=True))
+    names_ = _names(prefix, codebook, offset is not None, scale_bits is not None)
+    return dict(zip(names_, tensors, strict=True))
 
 
 def describe(
@@ -104,7 +115,7 @@ def describe(
     Raises:
         ValueError: see ``to_state_dict``.
     """
-    shape, values = tuple(shape), codebook_values(codebook)
+    shape, values = tuple(shape), codebook_values(codebook, block_size)
     numel = math.prod(shape)
     bytes_ = packed_bytes(numel, values)
     _check_storage(bytes_, storage, prefix)
@@ -117,8 +128,9 @@ def describe(
     return dict(zip(_names(prefix, codebook, double_quant), parts, strict=True))
 
 
-def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed, torch.dtype, str]:
-    """A weight, the dtype of what was quantized and the name of its codebook, from the layout above; all are checked.
+def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed, torch.dtype, str, float | None]:
+    """A weight, the dtype of what was quantized, the name of its codebook or data type and the bits of a scale that has
+    an encoding of its own, from the layout above; all are checked.
 
     Raises:
         FormatError: a tensor or field is missing, has the wrong dtype or size, or a value that no writer produces.
@@ -127,10 +139,11 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed,
     state = _read_payload(tensors[key], key)
     codebook, nested = state["quant_type"], "nested_offset" in state
     numel, blocks = math.prod(state["shape"]), -(-math.prod(state["shape"]) // state["blocksize"])
-    names_ = _names(prefix, codebook, nested)
+    names_ = _names(prefix, codebook, nested, "scale_bits" in state)
     _, absmax, quant_map, *second = names_[:-1]
 
-    values = _codebook(tensors, quant_map, codebook)
+    scale_bits = state.get("scale_bits")
+    values = _codebook(tensors, quant_map, state)
     packed = _codes(tensors, prefix, numel, values)
     described = _describe_scales(numel, tuple(values.shape), state["blocksize"], nested)
     found = {name: _tensor(tensors, name, *what) for name, what in zip(names_[1:-1], described, strict=True)}
@@ -143,13 +156,13 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Packed,
             raise FormatError("makes a scale infinite, with the offset", tensor=second[0])
         _check_same(found[second[1]], dynamic_map(), second[1], "the 8-bit dynamic map")
     else:
-        _check_scales(found[absmax], absmax)
+        _check_scales(found[absmax], absmax, signed=scale_bits is not None)
     for other in names(tensors, prefix):
         if other not in names_:
             raise FormatError("does not belong to a weight with this payload", tensor=other)
     shape, block_size = torch.Size(state["shape"]), state["blocksize"]
     weight = Packed(packed, found[absmax], absmax2, offset, values, shape, block_size)
-    return weight, _DTYPES[state["dtype"]], codebook
+    return weight, _DTYPES[state["dtype"]], codebook, scale_bits
 
 
 def names(tensors: Iterable[str], prefix: str) -> list[str]:
@@ -163,10 +176,16 @@ def weights(tensors: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(prefix for prefix, separator, _ in found if separator))
 
 
-def _names(prefix: str, codebook: str, nested: bool) -> list[str]:
-    """The full names of the tensors of a weight: the codes first, the payload last."""
+def _names(prefix: str, codebook: str, nested: bool, ours: bool = False) -> list[str]:
+    """The full names of the tensors of a weight: the codes first, the payload last.
+
+    Args:
+        prefix, codebook: of the weight.
+        nested: whether the scales are quantized too.
+        ours: whether they have an encoding that bitsandbytes does not know, whatever the name of the codebook is.
+    """
     second = [".nested_absmax", ".nested_quant_map"] if nested else []
-    writer = "bitsandbytes" if codebook in KNOWN else "qloralab"
+    writer = "bitsandbytes" if codebook in KNOWN and not ours else "qloralab"
     return [prefix + end for end in ("", ".absmax", ".quant_map", *second, f"{_QUANT_STATE}{writer}__{codebook}")]
 
 
@@ -177,8 +196,19 @@ def _describe_scales(numel: int, values: tuple[int, ...], block_size: int, neste
     return [(torch.uint8 if nested else torch.float32, (blocks,)), (torch.float32, values), *second]
 
 
-def _payload(codebook: str, block_size: int, dtype: torch.dtype, shape: Iterable[int], offset: float | None) -> bytes:
-    state = {"quant_type": codebook, "blocksize": block_size, "dtype": dtype_name(dtype), "shape": list(shape)}
+def _payload(
+    codebook: str,
+    block_size: int,
+    dtype: torch.dtype,
+    shape: Iterable[int],
+    offset: float | None,
+    scale_bits: float | None = None,
+) -> bytes:
+    state: dict[str, Any] = {
+        "quant_type": codebook, "blocksize": block_size, "dtype": dtype_name(dtype), "shape": list(shape)
+    }  # fmt: skip
+    if scale_bits is not None:
+        state["scale_bits"] = scale_bits
     if offset is not None:
         state |= {"nested_blocksize": SCALES_PER_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     return json.dumps(state).encode()
@@ -215,11 +245,22 @@ def _read_payload(payload: Tensor, name: str) -> dict[str, Any]:
 
     writer, _, codebook = name.rpartition(".")[2].partition("__")
     known = _WRITERS.get(writer, _OURS)
-    check("quant_type", str, lambda value: value in known, f"one of {', '.join(known)}")
+    if "scale_bits" in state:
+        if writer != "qloralab":
+            raise FormatError("is no field of bitsandbytes", tensor=name, field="scale_bits")
+        check("scale_bits", (int, float), lambda value: 0 <= value <= 64, "how many bits a scale takes")
+        check("quant_type", str, bool, "the name of a data type")
+        if "nested_offset" in state:
+            raise FormatError(
+                "is there beside nested_offset; scales have one encoding", tensor=name, field="scale_bits"
+            )
+    else:
+        check("quant_type", str, lambda value: value in known, f"one of {', '.join(known)}")
     if state["quant_type"] != codebook:
         message = f"is {state['quant_type']!r}, which is not what the name of its tensor says"
         raise FormatError(message, tensor=name, field="quant_type")
-    check("blocksize", int, lambda value: value in BLOCK_SIZES, "a power of two from 32 to 4096")
+    smallest = 16 if "scale_bits" in state else BLOCK_SIZES[0]
+    check("blocksize", int, lambda value: value in (smallest, *BLOCK_SIZES), f"a power of two from {smallest} to 4096")
     check("dtype", str, lambda value: value in _DTYPES, f"one of {', '.join(_DTYPES)}")
     check("shape", list, _is_shape, "a list of sizes")
     if "nested_offset" in state:
@@ -234,19 +275,32 @@ def _is_shape(value: list) -> bool:
     return len(value) <= MAX_DIMS and are_sizes(value) and math.prod(value) < 2**63
 
 
-def _check_scales(found: Tensor, name: str) -> None:
-    if not ((found >= 0) & (found < math.inf)).all():
-        raise FormatError("holds a scale that is NaN, infinite or negative", tensor=name)
+def _check_scales(found: Tensor, name: str, signed: bool = False) -> None:
+    if not ((found.abs() if signed else found) < math.inf).all() or (not signed and (found < 0).any()):
+        which = "NaN or infinite" if signed else "NaN, infinite or negative"
+        raise FormatError(f"holds a scale that is {which}", tensor=name)
 
 
-def _codebook(tensors: Mapping[str, Tensor], name: str, codebook: str) -> Tensor:
+def _codebook(tensors: Mapping[str, Tensor], name: str, state: Mapping[str, Any]) -> Tensor:
+    """The values, checked against those of the codebook, where it is one with a name."""
+    codebook, shape = state["quant_type"], state["shape"]
+    if "scale_bits" in state:
+        found = tuple(tensors[name].shape) if name in tensors else (16,)
+        rows = found[:-1] in ((), tuple(shape[:1]) if len(shape) > 1 else ())
+        if not rows or not 4 <= found[-1] <= 256:
+            expected = "[4 to 256], or as many for each row of the weight"
+            raise FormatError(f"is {list(found)}; expected {expected}", tensor=name)
+        values = _tensor(tensors, name, torch.float32, found)
+        if not (values.abs() <= 2).all():  # int4 has -8 / 7
+            raise FormatError("holds a value that is NaN or outside [-2, 2]", tensor=name)
+        return values
     if codebook == CUSTOM:
         values = _tensor(tensors, name, torch.float32, (tensors[name].numel() if name in tensors else 16,))
         try:
             return custom(values)
         except ValueError as error:
             raise FormatError(str(error), tensor=name) from None
-    expected = codebook_values(codebook)
+    expected = codebook_values(codebook, state["blocksize"])
     values = _tensor(tensors, name, torch.float32, tuple(expected.shape))
     _check_same(values, expected, name, f"the {codebook} codebook")
     return values
@@ -262,8 +316,8 @@ def _codes(tensors: Mapping[str, Tensor], name: str, numel: int, values: Tensor)
         expected = f"{numel} weights take {bytes_} bytes, in a column of uint8 or of another dtype"
         raise FormatError(f"is {stored.dtype} {list(stored.shape)}; {expected}", tensor=name)
     packed = stored if stored.dtype == torch.uint8 else stored.flatten().view(torch.uint8)[:, None]
-    if not is_packed(values) and numel and int(packed.max()) >= len(values):
-        raise FormatError(f"holds a code above {len(values) - 1}", tensor=name)
+    if not is_packed(values) and numel and int(packed.max()) >= values.shape[-1]:
+        raise FormatError(f"holds a code above {values.shape[-1] - 1}", tensor=name)
     return packed
 
 

@@ -51,7 +51,7 @@ def describe(model: Any) -> QuantizationConfig:
     kinds: dict[tuple[str, bool, torch.dtype], str] = {}
     for name, layer in layers.items():
         compute_dtype = COMPUTE_DTYPE if layer.follows_device else layer.compute_dtype
-        kinds[layer.weight.codebook, layer.weight.double_quant, compute_dtype] = name
+        kinds[layer.weight.kind, layer.weight.double_quant, compute_dtype] = name
     if len(kinds) > 1:
         (a, first), (b, second), *_ = kinds.items()
         raise ValueError(

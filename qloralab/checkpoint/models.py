@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qloralab.kernels.cpu import operators as _cpu_kernels  # noqa: F401  # serv
 from qloralab.kernels.gpu import operators as _gpu_kernels  # noqa: F401  # and these on CUDA tensors
 from qloralab.lora.files import CONFIG_FILE, read_adapter
 from qloralab.lora.inject import load_adapter_
+from qloralab.nf4.data_type import DataType
 from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.quantization_config import FIELD, is_bitsandbytes
 from qloralab.nf4.model import quantize_
@@ -121,22 +122,30 @@ def _check_finite(path: Path, model: Any) -> None:
             raise UserError(f"{path}: tensor {name} holds NaN or infinity, so the model computes nothing")
 
 
-def quantize_loaded_(model: Any, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None) -> Any:
+def quantize_loaded_(
+    model: Any,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+    data_type: DataType | str = "nf4",
+    skip: Sequence[str] = (),
+) -> Any:
     """Hold the linear layers of a model in 4 bits, and everything else in the dtype that is computed in; in place.
 
     Args:
         model: dense, in ``DENSE_DTYPE``.
         dtype: of the products and of what stays dense: embeddings, norms, the head.
         progress: see ``quantize_``.
+        data_type: of the linear layers.
+        skip: modules that stay dense.
 
     Returns:
         the model.
 
     Raises:
-        UserError: a weight cannot be quantized.
+        UserError: a weight cannot be quantized, or there is no module to skip.
     """
     try:
-        quantize_(model, compute_dtype=dtype, progress=progress)
+        quantize_(model, data_type, compute_dtype=dtype, skip=skip, progress=progress)
     except ValueError as error:
         raise UserError(str(error)) from error
     # A cast would also round buffers that are float32 on purpose, so there is none to the dtype it has.

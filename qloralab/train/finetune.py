@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,7 +18,7 @@ from ..display import Display
 from ..errors import UserError
 from ..interrupt import StopRequest
 from ..resident import peak_mb, resident_mb
-from ..settings import ADAPTERS, Settings
+from ..settings import ADAPTERS, DATA_TYPE, Settings
 from .outlook import LONG, note, seconds_left
 from .prepare import Prepared, prepare
 from .report import Reports
@@ -82,7 +83,15 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
 def _directory(settings: Settings, prepared: Prepared) -> RunDirectory:
     """A new run directory, whose config tells what the settings came to."""
     chosen, layers = prepared.precision, [*adapters(prepared.model).values()]
-    used = {name: getattr(layers[0].config, name) for name in ADAPTERS} if layers else {}
+    used: dict[str, Any] = {}
+    if layers:
+        config = layers[0].config
+        used = {name: getattr(config, name) for name in ADAPTERS} | {"rslora": config.use_rslora}
+        if not settings.adapter:  # whose file does not tell how it started
+            used |= {"target_modules": config.target_modules, "init": settings.init or "kaiming"}
+    if (kind := prepared.data_type) is not None:
+        used |= {"data_type": settings.data_type or DATA_TYPE, "quantization": kind.settings()}
+        used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
     held_out = len(prepared.held_out)
     return RunDirectory(settings, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used)
 
@@ -201,5 +210,11 @@ class _Run:
         fact("saved", ", ".join(map(str, [saved, *filter(Path.exists, reports)])))
         model = "" if is_default(settings.model) else f"--model {settings.model} "
         what = f"--model {saved}" if settings.method == "full" else f"{model}--adapter {saved}"
-        dense = "" if settings.method == "qlora" else " --dense"
-        fact("try it", f'qloralab generate {what}{dense} --prompt "…"')
+        how = "" if settings.method == "qlora" else " --dense"
+        how = how if settings.data_type is None else f" --data-type {settings.data_type}"
+        if (settings.block_size, settings.double_quant, settings.skip) == (
+            None,
+            None,
+            None,
+        ):
+            fact("try it", f'qloralab generate {what}{how} --prompt "…"')

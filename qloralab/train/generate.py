@@ -16,24 +16,15 @@ import torch
 from rich.console import Console
 
 from ..checkpoint.limits import Limits
-from ..checkpoint.models import (
-    DENSE_DTYPE,
-    check_adapter,
-    check_adapter_fits,
-    check_model,
-    holds_4bit,
-    load_adapter,
-    load_model,
-    load_tokenizer_and_config,
-    model_name,
-    quantize_loaded_,
-)
-from ..compute import precision, prepare_kernels, run_device
+from ..checkpoint.models import check_model, holds_4bit
+from ..checkpoint.opened import Source
+from ..compute import precision, run_device
 from ..data.chat_template import ChatTemplate
 from ..data.encoding import prompt_text
+from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
-from ..settings import Dtype
+from ..settings import DATA_TYPE, Dtype
 
 
 def answer(
@@ -44,6 +35,7 @@ def answer(
     quantized: bool,
     dtype: Dtype = "auto",
     display: Display | None = None,
+    data_type: str | None = None,
 ) -> str:
     """Load a model and an adapter and answer a prompt, in the model's chat format.
 
@@ -55,6 +47,7 @@ def answer(
         quantized: hold the weights in 4 bits, as they were when a QLoRA adapter was trained; otherwise dense, in dtype.
         dtype: that is computed in.
         display: shows what is going on; by default on standard error.
+        data_type: of the weights, by name (``named_data_type``); None: nf4, or what the model holds.
 
     Raises:
         UserError, FormatError: the model or the adapter cannot be used.
@@ -65,31 +58,19 @@ def answer(
     packed = holds_4bit(model)
     if packed and not quantized:
         raise UserError(f"{model} holds 4-bit weights; --dense needs the dense model")
-    if adapter is not None:
-        check_adapter(adapter)
+    if data_type is not None and (packed or not quantized):
+        why = f"{model} holds 4-bit weights" if packed else "--dense quantizes no weights"
+        raise UserError(f"--data-type would be ignored: {why}; leave it out")
+    kind = None if packed or not quantized else named_data_type(data_type or DATA_TYPE)
     if chosen.slow:
         display.fact("dtype", chosen.described())
-    to_quantize = quantized and not packed
-    with display.busy("reading the tokenizer"):
-        tokenizer, config = load_tokenizer_and_config(model)
-        limits = Limits.of_directory(model)
-    if adapter is not None and (other_model := check_adapter_fits(adapter, config)):
-        display.fact("note", other_model)
-    ids = tokenizer(prompt_text(prompt, tokenizer), add_special_tokens=False).input_ids
-    if limits:
-        limits.check([("the prompt", ids)], tokenizer)
-    with display.busy(f"reading {model_name(model)}"):
-        loaded = load_model(model, DENSE_DTYPE if to_quantize else chosen.dtype)
-    if quantized:
-        prepare_kernels(display)
-    if to_quantize:
-        with display.busy("quantizing", "weights") as progress:
-            quantize_loaded_(loaded, chosen.dtype, progress)
-    if adapter is not None:
-        load_adapter(loaded, adapter)
-    loaded.to(run_device())
+    source = Source.of(model, kind, adapter, display)
+    ids = source.tokenizer(prompt_text(prompt, source.tokenizer), add_special_tokens=False).input_ids
+    if source.limits:
+        source.limits.check([("the prompt", ids)], source.tokenizer)
+    loaded = source.open(chosen, display)
     with display.busy("answering", "tokens") as progress:
-        return generate(loaded, tokenizer, [ids], max_new_tokens, progress)[0].strip()
+        return generate(loaded, source.tokenizer, [ids], max_new_tokens, progress)[0].strip()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_, trainable
+from qloralab.nf4.data_type import DataType
 from qloralab.nf4.dense_shares import described
 from qloralab.nf4.linear import QuantizedLinear
 
@@ -35,9 +36,10 @@ from ..data.batches import split
 from ..data.encoding import Encoded, encode_all
 from ..data.examples import Example, read_jsonl
 from ..data.stdlib_corpus import stdlib_examples
+from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
-from ..settings import STDLIB, Settings
+from ..settings import DATA_TYPE, QUANTIZATION, STDLIB, Settings
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Prepared:
         tokenizer: of the model.
         train, held_out: the examples to train on, and those to validate with.
         precision: what is computed in, and why.
+        data_type: of the weights that this run quantizes; None where it quantizes none.
     """
 
     model: Any
@@ -56,6 +59,7 @@ class Prepared:
     train: list[Encoded]
     held_out: list[Encoded]
     precision: Precision
+    data_type: DataType | None
 
 
 def prepare(settings: Settings, display: Display) -> Prepared:
@@ -67,6 +71,7 @@ def prepare(settings: Settings, display: Display) -> Prepared:
     config = _lora_config(settings)
     chosen = precision(settings.dtype, run_device())
     _check_paths(settings)
+    data_type = _data_type(settings)
     with display.busy("reading the examples"):
         examples = stdlib_examples() if settings.data == STDLIB else read_jsonl(settings.data, settings.format)
     with display.busy("reading the tokenizer"):
@@ -76,9 +81,9 @@ def prepare(settings: Settings, display: Display) -> Prepared:
         display.fact("note", other_model)
     train, held_out = _encode(examples, tokenizer, limits, settings, display)
     torch.manual_seed(settings.seed)
-    model = _prepare_model(settings, config, chosen, display)
+    model = _prepare_model(settings, config, data_type, chosen, display)
     _check_limits(Limits.of(model), [*train, *held_out], tokenizer, display)
-    return Prepared(model, tokenizer, train, held_out, chosen)
+    return Prepared(model, tokenizer, train, held_out, chosen, data_type)
 
 
 def _lora_config(settings: Settings) -> LoraConfig:
@@ -86,6 +91,19 @@ def _lora_config(settings: Settings) -> LoraConfig:
         return LoraConfig(**settings.new_adapters)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _data_type(settings: Settings) -> DataType | None:
+    """What the weights are quantized to, or None where they are not."""
+    if settings.method != "qlora":
+        return None
+    if not holds_4bit(settings.model):
+        return named_data_type(settings.data_type or DATA_TYPE, settings.block_size, settings.double_quant)
+    for name in QUANTIZATION:
+        if getattr(settings, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} would be ignored: {settings.model} holds 4-bit weights; leave it out")
+    return None
 
 
 def _check_paths(settings: Settings) -> None:
@@ -141,20 +159,21 @@ def _check_limits(limits: Limits, encoded: Sequence[Encoded], tokenizer: Any, di
         )
 
 
-def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, display: Display) -> Any:
+def _prepare_model(
+    settings: Settings, config: LoraConfig, data_type: DataType | None, chosen: Precision, display: Display
+) -> Any:
     """The model that trains: read, in 4 bits and with adapters where the method has them, on the device."""
     name = model_name(settings.model)
-    to_quantize = settings.method == "qlora" and not holds_4bit(settings.model)
     with display.busy(f"reading {name}"):
         dtype = torch.float32 if settings.method == "full" else chosen.dtype
-        model = load_model(settings.model, DENSE_DTYPE if to_quantize else dtype)
+        model = load_model(settings.model, dtype if data_type is None else DENSE_DTYPE)
     display.fact("model", f"{name}, {count_text(parameter_count(model))} parameters")
     display.fact("dtype", chosen.described(settings.method))
     prepare_kernels(display)
     prepare_memory(display)
-    if to_quantize:  # in a model with 4-bit weights, what is dense is to stay dense
+    if data_type is not None:  # in a model with 4-bit weights, what is dense is to stay dense
         with display.busy("quantizing", "weights") as progress:
-            quantize_loaded_(model, chosen.dtype, progress)
+            quantize_loaded_(model, chosen.dtype, progress, data_type, settings.skipped)
     if settings.method == "qlora":
         _tell_weights(model, display)
     if settings.method != "full":
@@ -169,8 +188,12 @@ def _prepare_model(settings: Settings, config: LoraConfig, chosen: Precision, di
 def _tell_weights(model: Any, display: Display) -> None:
     weights = [module.weight for module in model.modules() if isinstance(module, QuantizedLinear)]
     count, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
+    ideal = sum(w.ideal_bits_per_parameter * w.numel() for w in weights) / count
     bits = f"{count_text(count)} weights at {8 * size / count:.3f} bits: {size_text(size)}"
-    display.fact("4 bits", f"{len(weights)} linear layers, {bits}")
+    if round(ideal, 3) != round(8 * size / count, 3):
+        bits += f" ({ideal:.3f} bits were they packed)"
+    kinds = ", ".join(sorted({w.codebook for w in weights}))
+    display.fact("quantized", f"{kinds}, {len(weights)} linear layers, {bits}")
     display.fact("dense", described(model))
 
 
@@ -183,7 +206,9 @@ def _adapt(model: Any, adapter: Path | None, config: LoraConfig, display: Displa
             inject_(model, config)
         except ValueError as error:
             raise UserError(str(error)) from error
-    used = next(iter(adapters(model).values())).config
+    layers = adapters(model)
+    used = next(iter(layers.values())).config
     count = count_text(sum(p.numel() for p in trainable(model)))
     start = f", from {adapter}" if adapter else ""
-    display.fact("adapters", f"r = {used.r}, alpha = {used.lora_alpha:g}: {count} trainable parameters{start}")
+    scaling = f"r = {used.r}, alpha = {used.lora_alpha:g}{' over sqrt(r)' if used.use_rslora else ''}"
+    display.fact("adapters", f"{scaling}, {len(layers)} layers: {count} trainable parameters{start}")

@@ -1,7 +1,7 @@
 """What a run leaves behind.
 
 =================  =================================================================================================
-config.json        the settings, the dtype that they came to and why; the versions and the machine that ran them
+config.json        the settings, what they came to and why; the versions and the machine that ran them
 metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_norm, tokens_per_s, rss_mb
 loss.png           the curves
 samples.md         held-out prompts, answered before and after

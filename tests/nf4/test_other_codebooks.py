@@ -13,16 +13,18 @@ from qloralab import QuantizedTensor, normal_float, quantize
 from qloralab.nf4.blockwise import unpack
 from qloralab.nf4.codebook import CODEBOOKS, codebook_values
 
-FOUR_BITS = ("nf4", "fp4", "fp4_e3m0", "int4")
+OF_THE_PAPER = ("nf4", "fp4", "fp4_e3m0", "int4")
+FOUR_BITS = (*OF_THE_PAPER, "af4", "bof4")
 NORMAL_FLOATS = tuple(f"nf{bits}" for bits in range(2, 9))
 
 # The magnitudes of bitsandbytes' FP4 by code, times 12: the table of its CUDA source, in exact fractions.
 FP4_TIMES_12 = (0, 1 / 16, 8, 12, 4, 6, 2, 3)
+ONE_BLOCK = 4096  # holds every list of numbers below
 
 
 def codes_of(numbers: list[float], name: str) -> list[int]:
     """The codes of numbers in [-1, 1], beside a 1 that fixes the scale."""
-    q = quantize(torch.tensor([1.0, *numbers]), name, 4096, double_quant=False)  # one block
+    q = quantize(torch.tensor([1.0, *numbers]), name, ONE_BLOCK, double_quant=False)
     return q.codes().tolist()[1:]
 
 
@@ -64,7 +66,7 @@ def test_int4_never_chooses_minus_8():
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_value_of_the_codebook_gets_its_own_code(name):
-    values = codebook_values(name)
+    values = codebook_values(name, ONE_BLOCK)
     within = values.abs() <= 1
     expected = torch.arange(len(values))
     if name.startswith("fp4"):
@@ -79,17 +81,18 @@ def test_zero_is_exact_and_positive(name):
     (code,) = codes_of([0.0], name)
     assert codes_of([-0.0, 1e-30, -1e-30], name) == [code] * 3
     assert values[code] == 0
-    assert code == (0 if name in ("fp4", "fp4_e3m0", "int4") else 2 ** (int(name[2:]) - 1) - 1)
+    ascending = 7 if name in FOUR_BITS else 2 ** (int(name[2:]) - 1) - 1
+    assert code == (0 if name in ("fp4", "fp4_e3m0", "int4") else ascending)
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_a_tie_goes_to_the_lower_value(name):
-    ascending = codebook_values(name).unique()
+    ascending = codebook_values(name, ONE_BLOCK).unique()
     for below, above in itertools.pairwise(ascending):
         tie = (below + above) / 2
         if tie >= -1:
             around = [tie.nextafter(tie - 1), tie, tie.nextafter(tie + 1)]
-            found = codebook_values(name)[codes_of([number.item() for number in around], name)]
+            found = codebook_values(name, ONE_BLOCK)[codes_of([number.item() for number in around], name)]
             assert found.tolist() == [below, below, above]
 
 
@@ -194,5 +197,5 @@ def test_another_codebook_is_refused(values, message):
 
 @pytest.mark.parametrize("name", ["nf1", "nf9", "NF4", "", "custom", "int8", "fp4_e2m1"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"unknown codebook '{name}'; known: nf4, fp4, fp4_e3m0, int4, nf2"):
+    with pytest.raises(ValueError, match=rf"unknown data type '{name}'; known: nf4, fp4, fp4_e3m0, int4, nf2"):
         quantize(torch.ones(64), name)

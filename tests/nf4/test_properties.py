@@ -39,6 +39,7 @@ UNIT = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0*
 # is about one over the smallest distance of two values. fp4 needs one unit more in 16 bits.
 SMALLEST = {
     "nf2": 2, "nf3": 5, "nf4": 11, "nf5": 26, "nf6": 58, "nf7": 131, "nf8": 287, "fp4": 97, "fp4_e3m0": 48, "int4": 7,
+    "af4": 14, "bof4": 11,
 }  # fmt: skip
 codebooks = pytest.mark.parametrize("codebook", CODEBOOKS)
 
@@ -240,7 +241,7 @@ def test_every_implementation_gives_the_bits_of_the_reference(codebook, recipe, 
 
 def every_code(codebook: str, scales: Tensor, dtype: torch.dtype) -> QuantizedTensor:
     """A block of 256 for each scale, float32 [n]: every code that a number can get, the rest zeros."""
-    values = codebook_values(codebook)
+    values = codebook_values(codebook, 256)
     values = values[values.abs() <= 1]  # int4 has -8/7, which is never chosen
     block = quantize(torch.nn.functional.pad(values, (0, 256 - len(values))), codebook, 256, double_quant=False)
     packed = block.packed.repeat(len(scales), 1)

@@ -302,8 +302,8 @@ def test_what_is_known_is_shown(settings, model_dir, tmp_path, watched):
     assert facts["model"] == "my-model-v1.5, 95.0 k parameters"
     assert (path / "samples.md").read_text().startswith("# my-model-v1.5, qlora, 2 steps\n")
     assert facts["data"].endswith("colours.jsonl: 16 examples + 4 held out")
-    assert facts["4 bits"].startswith("14 linear layers, 61.4 k weights at 4.1")
-    assert facts["adapters"].startswith("r = 16, alpha = 32: 29.7 k trainable parameters")
+    assert facts["quantized"].startswith("nf4, 14 linear layers, 61.4 k weights at 4.1")
+    assert facts["adapters"].startswith("r = 16, alpha = 32, 14 layers: 29.7 k trainable parameters")
     model = config_of(path)["model"]
     assert facts["try it"].strip() == f'qloralab generate --model {model} --adapter {path / "adapter"} --prompt "…"'
 
