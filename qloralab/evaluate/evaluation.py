@@ -101,7 +101,7 @@ class Evaluation:
         return float(sums.sum() / self.tokens.sum())
 
     def estimates(self) -> dict[str, Estimate]:
-        """The figures by name, each with its interval: nll, perplexity, and kl and agreement where there is a reference."""
+        """The figures by name, each with its interval: nll, perplexity; kl, agreement where there is a reference."""
         return _estimates([self], lambda one: one)
 
     def _sums(self) -> dict[str, Floats]:

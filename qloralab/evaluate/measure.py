@@ -1,8 +1,8 @@
 """Running a model over documents, beside the model that it is to be like.
 
 What a model says of one token is its log-probability for each word of the vocabulary: 49,152 floats for SmolLM2, and
-100 MB for 512 tokens. Only four sums of them are kept. So the head is applied to a chunk of positions at a time, by both
-models for the same positions, and each chunk leaves behind what it adds to the sums of its windows::
+100 MB for 512 tokens. Only three sums of them are kept. So the head is applied to a chunk of positions at a time, by
+both models for the same positions, and each chunk leaves behind what it adds to the sums of its windows::
 
     log p, log q = log_softmax(logits)                   [chunk, vocabulary], float32; q: the reference
     nll  += -log p[token]
