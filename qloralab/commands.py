@@ -18,6 +18,7 @@ import typer
 
 from . import __version__
 from .errors import UserError
+from .evaluate.settings import EvalSettings
 from .interrupt import STATUS, stopping_at_once
 from .settings import MODEL_OPTION, DtypeOption, Settings
 
@@ -63,9 +64,9 @@ def _commands(
         typer.echo(context.get_help())
 
 
-def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Make the fields of ``Settings`` the options of a command."""
-    types = get_type_hints(Settings, include_extras=True)
+def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the fields of a dataclass of settings the options of a command."""
+    types = get_type_hints(settings, include_extras=True)
     options = [
         inspect.Parameter(
             field.name,
@@ -73,14 +74,18 @@ def _takes_settings(command: Callable[..., None]) -> Callable[..., None]:
             default=None if field.default is dataclasses.MISSING else field.default,
             annotation=types[field.name],
         )
-        for field in dataclasses.fields(Settings)
+        for field in dataclasses.fields(settings)
     ]
-    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-    return command
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 @app.command()
-@_takes_settings
+@_takes(Settings)
 def finetune(**options: Any) -> None:
     """Fine-tune a language model.
 
@@ -142,6 +147,20 @@ def _text(prompt: str | None) -> str:
     if not text.strip():
         raise UserError("the prompt is empty")
     return text
+
+
+@app.command("eval")
+@_takes(EvalSettings)
+def evaluate(**options: Any) -> None:
+    """Evaluate a model on a text.
+
+    Perplexity, KL divergence and top-1 agreement with the dense model, with 95 % intervals over the documents.
+    """
+    with _loading(sys.stdout):
+        from .checkpoint.models import default_model
+        from .evaluate.run import evaluate_model
+
+    evaluate_model(EvalSettings(**{**options, "model": options["model"] or default_model()}))
 
 
 @app.command()
