@@ -59,7 +59,7 @@ def inputs(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_values_and_gradients_are_those_of_cross_entropy(dtype, weight_dtype, bias, rows, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * rows + 3)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * WORDS * rows + 3)
     tensors = inputs(dtype, weight_dtype)[: 2 + bias]
     targets = torch.randint(WORDS, (TOKENS,))
     exact = [t.detach().double().requires_grad_() for t in tensors]
@@ -258,7 +258,7 @@ def test_logits_of_positions_without_label_are_not_computed():
 
 
 def test_logits_are_computed_in_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * 8)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * WORDS * 8)
     model = llama()
     answer = AnswerLoss(model)
     with largest(lambda t: t.shape[-1:] == (WORDS,)) as seen:
