@@ -20,7 +20,7 @@ from . import __version__
 from .errors import UserError
 from .evaluate.settings import EvalSettings
 from .interrupt import STATUS, stopping_at_once
-from .settings import MODEL_OPTION, DtypeOption, Settings
+from .settings import MODEL_OPTION, DtypeOption, Method, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
@@ -189,6 +189,40 @@ def quantize(
     check_environment()
     options = Options(codebook, block_size, double_quant, storage_dtype(storage))
     quantize_model(model or default_model(), out, options)
+
+
+@app.command()
+def memory(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Directory, GGUF file, config.json, or llama-7b, -13b, -33b, -65b.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="As finetune has it.")] = "qlora",
+    data_type: Annotated[str, typer.Option(help="Of the 4-bit weights.")] = "nf4",
+    dtype: DtypeOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Examples that are computed at once.", min=1)] = 4,
+    max_length: Annotated[int, typer.Option(help="Tokens of each.", min=1)] = 256,
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.", min=1)] = 16,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
+    state_bits: Annotated[int, typer.Option(help="Of AdamW's moments: 32 or 8.")] = 32,
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+) -> None:
+    """Predict the memory of a run, without reading a weight."""
+    if state_bits not in (32, 8):
+        raise UserError(f"--state-bits is {state_bits}; it must be 32 or 8")
+    with _loading(sys.stderr):
+        from rich.console import Console
+
+        from .memory.report import memory as predict_and_show
+
+    sizes = {"batch_size": batch_size, "max_length": max_length, "r": r}
+    predict_and_show(
+        model, method, data_type, dtype, json, Console(), checkpointing=checkpointing, state_bits=state_bits, **sizes
+    )
 
 
 @app.command()

@@ -27,7 +27,7 @@ from qloralab.nf4.processor import emulates
 from ..data.encoding import NO_LABEL
 from ..errors import UserError
 
-_CHUNK_BYTES = 32 * 2**20  # of float32 logits
+CHUNK_BYTES = 32 * 2**20  # of float32 logits
 
 
 class AnswerLoss:
@@ -135,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.float32 if emulates(hidden) else hidden.dtype  # of the products
         used = weight.to(hidden.dtype).to(dtype)
         used_bias = None if bias is None else bias.to(hidden.dtype).to(dtype)
-        rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
+        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), rows):
             h, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
             logits = F.linear(h, used, used_bias).float()

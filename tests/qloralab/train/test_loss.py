@@ -57,7 +57,7 @@ def inputs(dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
 )
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_values_and_gradients_are_those_of_cross_entropy(dtype, weight_dtype, bias, rows, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * rows + 3)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * WORDS * rows + 3)
     tensors = inputs(dtype, weight_dtype)[: 2 + bias]
     targets = torch.randint(WORDS, (TOKENS,))
     exact = [t.detach().double().requires_grad_() for t in tensors]
@@ -240,7 +240,7 @@ def test_a_label_at_the_first_token_is_no_target():
 def test_logits_are_computed_in_chunks_and_only_where_there_is_a_label(monkeypatch, chunk):
     """Forward and backward."""
     if chunk:
-        monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * WORDS * chunk)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4 * WORDS * chunk)
     answer = AnswerLoss(llama())
     ids, labels = batch(rows=4, length=30)
     with Watch(lambda t: t.shape[-1:] == (WORDS,)) as seen:

@@ -1,0 +1,1 @@
+"""``qloralab memory``: what a run will take, before anything is read or bought."""
