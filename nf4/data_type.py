@@ -318,7 +318,7 @@ def _double_signed(scales: Tensor, values: Tensor) -> Tensor:
         s'      = sign(s) * (level / 63 * max |a| + mean(|s|))
 
     So no scale is off by more than max |a| / 126. The sign costs a bit, and with it the scales about 2.5 times the
-    squared error that they would have unsigned; the weights do not feel it: their error rises by less than a thousandth.
+    squared error that they would have unsigned. The error of the weights rises by less than a thousandth.
     """
     scales = scales[0]
     magnitude = scales.abs()

@@ -251,6 +251,23 @@ def parity(
 
 
 @app.command()
+def doctor(
+    json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
+) -> None:
+    """Say what this machine has and what serves each operator, and test it.
+
+    Exit status 1 when a test fails.
+    """
+    with _loading(sys.stderr):
+        from rich.console import Console
+
+        from .doctor import doctor as look_and_show
+
+    if not look_and_show(json, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def sass(
     target: Annotated[str, typer.Option(help="Architecture: sm_80, sm_90, sm_100 or sm_120.")] = "sm_90",
     kernel: Annotated[
