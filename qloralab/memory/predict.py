@@ -178,9 +178,30 @@ def _saved_for_backward(model: Any, job: Job) -> tuple[int, int]:
         return tensor
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model.base_model(**batch, use_cache=False).last_hidden_state
     return sum(storage.nbytes() for storage in saved.values()), hidden.nbytes
+
+
+class _Attention(torch.autograd.Function):
+    """What the fused attention of CPUs and GPUs saves; on the meta device PyTorch would lay out all the scores."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    module, name = torch.nn.functional, "scaled_dot_product_attention"
+    theirs = getattr(module, name)
+    setattr(module, name, lambda query, key, value, *_, **__: _Attention.apply(query, key, value))
+    try:
+        yield
+    finally:
+        setattr(module, name, theirs)
 
 
 def _sizes(config: Any) -> tuple[int, int]:

@@ -25,7 +25,9 @@ def test_it_tells_the_machine_the_operators_and_the_tests(tmp_path):
 @pytest.mark.parametrize("wrong", ["quantize: bits", "dequantize: bits", "linear: error", "AdamW: error"])
 def test_a_wrong_result_is_found(monkeypatch, wrong):
     """Where the reference is chosen, its results are what they were; otherwise one of them is off by a little."""
-    name = {"quantize": "_codes", "dequantize": "_weights", "linear": "_product", "AdamW": "_update"}[wrong.split(":")[0]]
+    name = {"quantize": "_codes", "dequantize": "_weights", "linear": "_product", "AdamW": "_update"}[
+        wrong.split(":")[0]
+    ]
     right = getattr(doctor, name)
 
     def off(dtype):
