@@ -318,7 +318,7 @@ def _double_signed(scales: Tensor, values: Tensor) -> Tensor:
         s'      = sign(s) * (level / 63 * max |a| + mean(|s|))
 
     So no scale is off by more than max |a| / 126. The sign costs a bit: the squared error of the scales is about 2.5
-    times that of unsigned ones. That of the weights rises by less than a thousandth.
+    times that of unsigned ones. That of the weights rises by about a thousandth.
     """
     scales = scales[0]
     magnitude = scales.abs()
