@@ -317,8 +317,8 @@ def _double_signed(scales: Tensor, values: Tensor) -> Tensor:
         level   = round(63 * a / max |a|)                    -63 to 63; the 128th level is a scale of 0
         s'      = sign(s) * (level / 63 * max |a| + mean(|s|))
 
-    So no scale is off by more than max |a| / 126. The sign costs a bit, and with it the scales about 2.5 times the
-    squared error that they would have unsigned. The error of the weights rises by less than a thousandth.
+    So no scale is off by more than max |a| / 126. The sign costs a bit: the squared error of the scales is about 2.5
+    times that of unsigned ones. That of the weights rises by about a thousandth.
     """
     scales = scales[0]
     magnitude = scales.abs()

@@ -193,7 +193,7 @@ def test_double_quantization_of_signed_scales():
     assert 2 < (found - scales).square().mean() / other < 3  # what the bit of the sign costs
     weight = torch.randn(4000, 64)
     encoded, exact = (errors(weight, data_type("bof4-s", double_quant=double), 64).sum() for double in (True, False))
-    assert exact < encoded < 1.001 * exact
+    assert exact < encoded < 1.002 * exact
 
 
 def test_one_offset_would_not_serve_signed_scales():

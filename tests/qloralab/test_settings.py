@@ -106,3 +106,43 @@ def test_a_run_does_not_write_over_another(refused, tmp_path):
     file = out / "metrics.jsonl"
     assert refused(out=file) == f"{file} is a file; give --out the name of a new directory"
     assert (out / "metrics.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data_type", "nf4"), ("block_size", 64), ("double_quant", False), ("skip", "lm_head")]
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_qlora_quantizes(refused, name, value, method):
+    option = "--" + name.replace("_", "-")
+    expected = f"{option} would be ignored: --method {method} quantizes no weights; leave it out"
+    assert refused(**{name: value}, method=method) == expected
+
+
+@pytest.mark.parametrize(("name", "value"), [("target_modules", "q_proj"), ("rslora", True), ("init", "gaussian")])
+@pytest.mark.parametrize("other", [{"method": "full"}, {"adapter": Path("a")}], ids=["full", "adapter"])
+def test_only_new_adapters_have_a_shape(refused, name, value, other):
+    option = "--" + name.replace("_", "-")
+    assert refused(**{name: value}, **other).startswith(f"{option} would be ignored: ")
+
+
+def test_names_stand_between_commas(refused, tmp_path):
+    settings = Settings(out=tmp_path / "run", model=Path("m"), target_modules="q_proj, up_proj", skip="layers.0")
+    assert settings.new_adapters["target_modules"] == ("q_proj", "up_proj")
+    assert settings.skipped == ("layers.0",)
+    for name in ("target_modules", "skip"):
+        option = "--" + name.replace("_", "-")
+        for value in ("", "a,,b", "a,"):
+            assert refused(**{name: value}) == f"{option} is {value!r}; it takes names with commas between them"
+
+
+def test_an_interval_takes_two_runs(refused, tmp_path):
+    assert refused(seeds=1) == "--seeds is 1; an interval takes at least 2 runs"
+    assert refused(seeds=2, seed=2**64 - 1) == f"--seed is {2**64 - 1}; it must be a number of 64 bits"
+    assert Settings(out=tmp_path / "run", model=Path("m"), seed=3, seeds=5).last_seed == 7
+
+
+def test_adapters_start_in_one_of_two_ways(refused, tmp_path):
+    assert refused(init="pissa") == "--init is 'pissa'; it must be one of kaiming, gaussian"
+    made = [Settings(out=None, model=Path("m"), init=init).new_adapters for init in (None, "kaiming", "gaussian")]
+    assert [one["init_lora_weights"] for one in made] == [True, True, "gaussian"]
+    assert Settings(out=None, model=Path("m"), rslora=True).new_adapters["use_rslora"] is True
