@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qloralab.nf4.model import linear_names
+
 from ..checkpoint.limits import Limits
 from ..data.batches import collate
 from ..data.encoding import NO_LABEL, Encoded
@@ -50,7 +52,9 @@ class Pieces:
         """The first pieces of a text, at most ``count``."""
         found = [piece for one in documents for piece in windows(one, WINDOW, WINDOW - 1)]
         if not found:
-            raise UserError("the text has no token to predict: a document needs at least two, and the first does not count")
+            raise UserError(
+                "the text has no token to predict: a document needs at least two, and the first does not count"
+            )
         return cls(found[:count])
 
     @property
@@ -150,7 +154,7 @@ class Runner:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
                 nonlocal done
                 (x,) = inputs
-                x = x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2)  # of experts' tokens none is padding's
+                x = x[mask] if x.dim() == 3 else x  # experts get rows of tokens, padding's among them
                 weight = module.get_parameter("weight")
                 y = exact(x, weight)
                 sizes[path] = sizes.get(path, 0.0) + float(y.square().sum(dtype=torch.float64))
@@ -169,7 +173,7 @@ class Runner:
         try:
             for batch in self._batches:
                 mask = batch["attention_mask"].bool()
-                self.model.base_model(input_ids=batch["input_ids"], use_cache=False)
+                self._decoder(input_ids=batch["input_ids"], use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,11 +182,21 @@ class Runner:
         }
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The dense linear layers that QLoRA quantizes, by path; of layers that share a weight the first."""
+    found: dict[int, tuple[str, nn.Linear]] = {}
+    for path in linear_names(model):
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            found.setdefault(id(layer.weight), (path, layer))
+    return dict(found.values())
+
+
 class Swapped:
     """Weights put in the place of dense ones; on leaving the context all are as they were, bit for bit.
 
     Args:
-        layers: by path. Layers that share a weight change together.
+        layers: by path, one for each weight: layers that share it change together.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]):

@@ -29,7 +29,9 @@ from qloralab.nf4.tensor import QuantizedTensor
 
 SAMPLE = 1 << 20  # weights of which the distribution function is taken; drawn where there are more
 # Probabilities of the quantiles of a Q-Q picture: evenly spaced, and closer together in the tails.
-PROBABILITIES = tuple(float(p) for p in np.unique(np.round([*np.geomspace(1e-5, 0.02, 12), *np.linspace(0.04, 0.5, 13)], 7)))
+PROBABILITIES = tuple(
+    float(p) for p in np.unique(np.round([*np.geomspace(1e-5, 0.02, 12), *np.linspace(0.04, 0.5, 13)], 7))
+)
 PROBABILITIES = (*PROBABILITIES, *(1 - p for p in reversed(PROBABILITIES[:-1])))
 
 
@@ -153,7 +155,9 @@ def entropy(histogram: Tensor) -> float:
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
     """``|found - exact|**2 / |exact|**2``, both [...]; 0 where both are 0."""
-    return ratio(float((found - exact).square().sum(dtype=torch.float64)), float(exact.square().sum(dtype=torch.float64)))
+    return ratio(
+        float((found - exact).square().sum(dtype=torch.float64)), float(exact.square().sum(dtype=torch.float64))
+    )
 
 
 def ratio(error: float, size: float) -> float:

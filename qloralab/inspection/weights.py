@@ -44,7 +44,9 @@ class Weight:
 
     def dense(self) -> Tensor:
         """float32 [N, K]."""
-        return self.tensor.dequantize(torch.float32) if isinstance(self.tensor, QuantizedTensor) else self.tensor.float()
+        return (
+            self.tensor.dequantize(torch.float32) if isinstance(self.tensor, QuantizedTensor) else self.tensor.float()
+        )
 
 
 class Weights:
