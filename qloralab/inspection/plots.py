@@ -89,7 +89,7 @@ def _errors(plt: Any, layers: Sequence[Layer], title: str) -> None:
                     axes.plot(
                         x, y, "o--", color=colour, markersize=2.5, linewidth=0.9, alpha=0.7, label=f"{name}, output"
                     )
-            axes.set_ylabel("%")
+        panels[0][0].set_ylabel("% of the sum of squares")
 
 
 @contextmanager
@@ -107,6 +107,7 @@ def _panels(plt: Any, names: Sequence[str], title: str) -> Iterator[list[tuple[A
     for axes, kind in zip(panels, kinds, strict=False):
         axes.set_title(kind, fontsize=9, parse_math=False)
         axes.set_xlabel("block" if len(kinds) > 1 else "layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         _plain(axes)
     for axes in panels[len(kinds) :]:
@@ -142,18 +143,21 @@ def _quantiles(plt: Any, layers: Sequence[Layer], title: str) -> None:
     from scipy.special import ndtri
 
     normal = ndtri(np.array(PROBABILITIES))
-    found = [(layer.name, layer.distribution) for layer in layers if layer.distribution]
-    kinds = groups([name for name, _ in found], "kind")
+    found = [(layer, layer.distribution) for layer in layers if layer.distribution]
+    kinds = groups([layer.name for layer, _ in found], "kind")
     kind_of = {name: kind for kind, names in kinds.items() for name in names}
     few = len(kinds) <= len(_COLOURS)
     colours = dict(zip(kinds, _colours(len(kinds)), strict=True)) if few else dict.fromkeys(kinds, "#9bb7d4")
     _, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
     told: set[str] = set()
-    for name, one in found:
-        kind = kind_of[name]
+    for layer, one in found:
+        kind, beyond = kind_of[layer.name], 1 / (layer.shape[0] * layer.shape[1])  # no weight stands for less
+        shown = (beyond <= np.array(PROBABILITIES)) & (np.array(PROBABILITIES) <= 1 - beyond)
         label = kind if few and kind not in told else None
         told.add(kind)
-        axes.plot(normal, one.quantiles, color=colours[kind], linewidth=0.6, alpha=0.55, label=label)
+        axes.plot(
+            normal[shown], np.array(one.quantiles)[shown], color=colours[kind], linewidth=0.6, alpha=0.55, label=label
+        )
     axes.plot(normal, normal, color="black", linewidth=1.2, linestyle="--", label="normal")
     axes.set(xlabel="quantile of N(0, 1)", ylabel="quantile of the weights, in standard deviations")
     most = np.percentile([max(abs(one.quantiles[0]), abs(one.quantiles[-1])) for _, one in found], 90)
@@ -203,6 +207,7 @@ def _adapter(plt: Any, adapter: Adapter, title: str) -> None:
     right.set_ylabel(f"effective rank, of r = {adapter.config.r}")
     for axes in (left, right):
         axes.set_xlabel("layer" if len(kinds) == 1 else "block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         _plain(axes)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

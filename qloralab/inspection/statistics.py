@@ -5,7 +5,7 @@
     excess kurtosis   E[(w - mean)**4] / std**4 - 3              0 for a normal distribution, 3 for Laplace's
     of rows           the same of each row by itself, as a mean. Rows of different spread make a tensor heavy-tailed
                       whose rows are normal; blocks lie within rows, so this is the number that matters to NF4
-    KS distance       max |F(w) - Phi((w - mean) / std)|         Kolmogorov-Smirnov, against the normal distribution with
+    KS distance       max |F(w) - Phi((w - mean) / std)|         Kolmogorov-Smirnov, from the normal distribution with
                       the weight's own mean and standard deviation: the largest gap between two distribution functions
 
 It is a distance, no test: of a million weights, any deviation is significant, and which ones matter is the question.
@@ -29,10 +29,8 @@ from qloralab.nf4.tensor import QuantizedTensor
 
 SAMPLE = 1 << 20  # weights of which the distribution function is taken; drawn where there are more
 # Probabilities of the quantiles of a Q-Q picture: evenly spaced, and closer together in the tails.
-PROBABILITIES = tuple(
-    float(p) for p in np.unique(np.round([*np.geomspace(1e-5, 0.02, 12), *np.linspace(0.04, 0.5, 13)], 7))
-)
-PROBABILITIES = (*PROBABILITIES, *(1 - p for p in reversed(PROBABILITIES[:-1])))
+_TO_THE_MEDIAN = (*np.geomspace(1e-5, 0.02, 12).round(7).tolist(), *np.linspace(0.04, 0.5, 13).round(7).tolist())
+PROBABILITIES = (*_TO_THE_MEDIAN, *(1 - p for p in reversed(_TO_THE_MEDIAN[:-1])))
 
 
 @dataclass(frozen=True)

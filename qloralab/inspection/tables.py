@@ -1,4 +1,4 @@
-"""An inspection as a person reads it. The modules that make the numbers say what they are, and so does docs/inspect.md."""
+"""An inspection as a person reads it. What the numbers are, docs/inspect.md says, and the modules that make them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .layers import Layer, Quantized
 
 if TYPE_CHECKING:
     from .run import Inspection
+
+
+_WIDE = 100  # columns that have room for shapes
 
 
 def show(found: Inspection, display: Display) -> None:
@@ -45,8 +48,8 @@ def show(found: Inspection, display: Display) -> None:
         _print(display, "How normal the weights are, by kind of layer (means)", _normality(layers))
     shown = _ranked(layers, settings.top)
     if shown:
-        title = f"Layers of largest and least error of {next(iter(layers[0].quantized))}"
-        _print(display, title, _of_layers(shown))
+        title = f"Layers of largest and least error of {next(iter(layers[0].quantized))} (errors in %)"
+        _print(display, title, _of_layers(shown, display.console.width >= _WIDE))
     _print(
         display,
         "Largest blocks: of the largest magnitude, over the median of the layer's blocks",
@@ -116,28 +119,33 @@ def _ranked(layers: Sequence[Layer], top: int) -> list[Layer]:
     return ranked if len(ranked) <= 2 * top else [*ranked[:top], *ranked[-top:]]
 
 
-def _of_layers(layers: Sequence[Layer]) -> Table:
+def _of_layers(layers: Sequence[Layer], has_room: bool) -> Table:
     names = list(layers[0].quantized)
     measures: list[tuple[str, Callable[[Quantized], float | None]]] = [("weight", lambda one: one.error)]
     if any(one.output_error is not None for layer in layers for one in layer.quantized.values()):
         measures.append(("output", lambda one: one.output_error))
-    table = _table("layer", "shape", "kurtosis", *(f"{name}, {what}" for name in names for what, _ in measures))
+    columns = [
+        *(["shape"] if has_room else []),
+        "kurtosis",
+        *(f"{name} {what}" for name in names for what, _ in measures),
+    ]
+    table = _table("layer", *columns)
     shorter = _shorter([layer.name for layer in layers])
     for layer in layers:
         found = [of(layer.quantized[name]) if name in layer.quantized else None for name in names for _, of in measures]
         kurtosis = f"{layer.distribution.excess_kurtosis:+.2f}" if layer.distribution else ""
-        shape = " x ".join(map(str, layer.shape))
-        table.add_row(escape(shorter(layer.name)), shape, kurtosis, *(_error(one) for one in found))
+        shape = [" x ".join(map(str, layer.shape))] if has_room else []
+        cells = ("" if one is None else f"{100 * one:#.3g}" for one in found)
+        table.add_row(escape(shorter(layer.name)), *shape, kurtosis, *cells)
     return table
 
 
 def _blocks(layers: Sequence[Layer], top: int) -> Table:
-    table = _table("layer", "block", "largest magnitude", "over the median")
+    table = _table("layer", f"block of {layers[0].block_size}", "largest magnitude", "over the median")
     shorter = _shorter([layer.name for layer in layers])
     found = [(layer, block) for layer in layers for block in layer.largest_blocks]
     for layer, block in sorted(found, key=lambda pair: pair[1].ratio, reverse=True)[:top]:
-        where = f"{block.index:,} of {layer.block_size}"
-        table.add_row(escape(shorter(layer.name)), where, f"{block.absmax:.4g}", f"{block.ratio:.1f} x")
+        table.add_row(escape(shorter(layer.name)), f"{block.index:,}", f"{block.absmax:.4g}", f"{block.ratio:.1f} x")
     return table
 
 
