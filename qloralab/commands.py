@@ -19,6 +19,7 @@ import typer
 from . import __version__
 from .errors import UserError
 from .evaluate.settings import EvalSettings
+from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
 from .settings import MODEL_OPTION, DtypeOption, Method, Settings
 
@@ -161,6 +162,20 @@ def evaluate(**options: Any) -> None:
         from .evaluate.run import evaluate_model
 
     evaluate_model(EvalSettings(**{**options, "model": options["model"] or default_model()}))
+
+
+@app.command("inspect")
+@_takes(InspectSettings)
+def look_inside(**options: Any) -> None:
+    """Show what lies in a model, in 4-bit weights or in an adapter.
+
+    How normal the weights are, what each data type makes of each layer, and which layers cause the error.
+    """
+    with _loading(sys.stdout):
+        from .checkpoint.models import default_model
+        from .inspection.run import inspect_path
+
+    inspect_path(InspectSettings(**{**options, "path": options["path"] or default_model()}))
 
 
 @app.command()
