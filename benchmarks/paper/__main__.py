@@ -26,7 +26,18 @@ from qloralab.display import Display, duration
 from qloralab.errors import UserError
 
 from ..record import ROOT, provenance, write
-from . import sign_encodings, weight_error
+from . import (
+    adapters_where,
+    double_quant,
+    methods,
+    normality,
+    paging,
+    perplexity,
+    retrieval,
+    rounded_before,
+    sign_encodings,
+    weight_error,
+)
 from .models import minilm_directory
 from .page import RECORDS, write_page
 from .table import SIZES, Context, Record, Table
@@ -34,7 +45,15 @@ from .tinylm import DIRECTORY, RECIPES, make
 
 TABLES: dict[str, Table] = {
     "weight_error": weight_error,
+    "perplexity": perplexity,
+    "retrieval": retrieval,
     "sign_encodings": sign_encodings,
+    "normality": normality,
+    "double_quant": double_quant,
+    "rounded_before": rounded_before,
+    "methods": methods,
+    "adapters_where": adapters_where,
+    "paging": paging,
 }
 TRIALS = ROOT / "runs" / "paper"
 

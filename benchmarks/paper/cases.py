@@ -8,7 +8,21 @@ from qloralab.nf4.data_type import DATA_TYPES, DataType
 
 FLOAT32 = "float32"
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-COMPARED = ("nf4", "fp4", "int4", "af4", "bof4", "bof4-s", "nf4-ls", "int4-ls", "kmeans4", "any4", "mxfp4", "nvfp4", "nvfp4-4over6")
+COMPARED = (
+    "nf4",
+    "fp4",
+    "int4",
+    "af4",
+    "bof4",
+    "bof4-s",
+    "nf4-ls",
+    "int4-ls",
+    "kmeans4",
+    "any4",
+    "mxfp4",
+    "nvfp4",
+    "nvfp4-4over6",
+)
 TABLE_2 = ("int4", "fp4", "fp4_e3m0", "nf4")  # the paper's
 
 
