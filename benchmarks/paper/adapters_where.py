@@ -81,8 +81,10 @@ def markdown(records: Records) -> str:
     headings = ("adapters at", "rank", "parameters", "loss after", "less all linear's, paired")
     return "\n\n".join(
         [
-            f"{first['model']} in NF4, {first['steps']} steps, {first['tokens']:,} tokens, learning rate {first['lr']:g}, "
-            f"{first['seeds']} seeds; the loss of {first['held_out']} held-out docstrings. The paper's Figure 2 has LLaMA "
+            f"{first['model']} in NF4, {first['steps']} steps, {first['tokens']:,} tokens, learning rate "
+            f"{first['lr']:g}, "
+            f"{first['seeds']} seeds; the loss of {first['held_out']} held-out docstrings. The paper's Figure 2 has "
+            "LLaMA "
             "7B on Alpaca, thousands of steps, and RougeL.",
             grid(headings, cells),
         ]

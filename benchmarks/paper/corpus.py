@@ -16,6 +16,7 @@ from pathlib import Path
 from qloralab.data.examples import Example
 from qloralab.data.stdlib_corpus import stdlib_examples
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 _NO_SOURCE = {"test", "tests", "idle_test", "lib2to3", "__pycache__", "site-packages", "encodings", "pydoc_data"}
 _HELD_OUT = 10  # one file in so many
 
@@ -26,10 +27,9 @@ def sources() -> dict[str, str]:
 
     Left out are tests, and tables that are no prose and hardly code (``encodings``, ``pydoc_data``).
     """
-    root = Path(sysconfig.get_path("stdlib"))
     found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
+    for path in LIBRARY.rglob("*.py"):
+        parts = path.relative_to(LIBRARY).parts
         if not _NO_SOURCE & set(parts[:-1]) and all(part.isidentifier() for part in parts[:-1]):
             text = path.read_text(encoding="utf-8", errors="ignore")
             if text.strip():
@@ -48,6 +48,11 @@ def documents(held_out: bool) -> list[str]:
 
 
 @cache
+def _examples() -> list[Example]:
+    return stdlib_examples(LIBRARY)
+
+
+@cache
 def docstrings(held_out: bool) -> list[Example]:
     """The functions whose docstring is to be written (``stdlib_corpus.py``), of the one half or of the other."""
-    return [one for one in stdlib_examples() if is_held_out(one.source.partition(":")[0]) == held_out]
+    return [one for one in _examples() if is_held_out(one.source.partition(":")[0]) == held_out]

@@ -79,17 +79,23 @@ def markdown(records: Records) -> str:
     cells = [[name, *(f"{one[key]:.4f}" for key in ("formula", "held", "disk"))] for name, one in held.items()]
     saved = [f"{held['float32'][key] - held['double'][key]:.4f}" for key in ("formula", "held", "disk")]
     failing = [
-        [f"{one['factor']:,.0f}", one["scales"], f"{one['median']:.2%}", f"{one['largest']:.1%}"]
-        + [f"{one['not_positive']:.1%}"]
+        [
+            f"{one['factor']:,.0f}",
+            one["scales"],
+            *(f"{one[name]:.{digits}%}" for name, digits in (("median", 2), ("largest", 1), ("not_positive", 1))),
+        ]
         for one in of_kind(records, "factor")
         if one["factor"] in (1, 100, 1000, 10000) and one["scales"] != "float32"
     ]
     return "\n\n".join(
         [
-            f"NF4 in blocks of 64, {held['double']['weights']:,} weights; bits a weight by the formula, as held in memory, "
-            "and of a safetensors file in the format of bitsandbytes, header included. The paper's 0.373 bits come out.",
+            f"NF4 in blocks of 64, {held['double']['weights']:,} weights; bits a weight by the formula, as held in "
+            "memory, "
+            "and of a safetensors file in the format of bitsandbytes, header included. The paper's 0.373 bits come "
+            "out.",
             grid(("scales", "formula", "held", "on disk"), [*cells, ["saved", *saved]]),
-            "Where it fails: every second block is smaller by a factor. The error of the decoded scales of these blocks, "
+            "Where it fails: every second block is smaller by a factor. The error of the decoded scales of these "
+            "blocks, "
             "and the share of them that come out zero or negative (which turns every weight of the block around, or to "
             "nothing). E4M3, the encoding of NVFP4, has no offset and keeps a relative error until it underflows.",
             grid(("factor", "scales", "median error", "largest error", "not positive"), failing, left=2),

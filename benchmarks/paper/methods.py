@@ -107,10 +107,14 @@ def markdown(records: Records) -> str:
     headings = ("method", "trained parameters", "learning rate", "loss before", "loss after", "less LoRA's")
     return "\n\n".join(
         [
-            f"{first['model']}; {first['steps']} steps, {first['tokens']:,} tokens of docstrings and their functions; the loss "
-            f"of {first['held_out']} held-out docstrings, nats a token; {first['seeds']} seeds, 95 % intervals (Student). "
-            "The paper's Table 3 measures GLUE and instructions with models of 80 M to 11 B parameters, its Table 4 MMLU "
-            "with LLaMA of 7 B to 65 B. Here only the order of the methods can be compared, and only on one small task.",
+            f"{first['model']}; {first['steps']} steps, {first['tokens']:,} tokens of docstrings and their functions; "
+            "the loss "
+            f"of {first['held_out']} held-out docstrings, nats a token; {first['seeds']} seeds, 95 % intervals "
+            "(Student). "
+            "The paper's Table 3 measures GLUE and instructions with models of 80 M to 11 B parameters, its Table 4 "
+            "MMLU "
+            "with LLaMA of 7 B to 65 B. Here only the order of the methods can be compared, and only on one small "
+            "task.",
             grid(headings, cells),
             "" if first["seeds"] > 2 else "Two seeds: Student's interval is wide (t = 12.7), and says so.",
         ]

@@ -109,9 +109,12 @@ def markdown(records: Records) -> str:
     headings = ("model", "layers", "rows", "excess kurtosis", "not normal, KS", "not normal, Shapiro-Wilk")
     return "\n\n".join(
         [
-            "The share of rows that a test at a level of 5 % rejects; of normal rows it would be 5 %. The paper finds 7.5 % "
-            "with Shapiro-Wilk in LLaMA 7B. The power of a test grows with the length of a row, which is 4,096 and more "
-            "there, so the shares of other models do not compare. Tinylm began as N(0, 0.02) and was trained for minutes, "
+            "The share of rows that a test at a level of 5 % rejects; of normal rows it would be 5 %. The paper finds "
+            "7.5 % "
+            "with Shapiro-Wilk in LLaMA 7B. The power of a test grows with the length of a row, which is 4,096 and "
+            "more "
+            "there, so the shares of other models do not compare. Tinylm began as N(0, 0.02) and was trained for "
+            "minutes, "
             "so that its rows are normal says little; SmolLM2's have been rounded to 4 bits once, which tests of a "
             "continuous distribution see.",
             grid(headings, cells, left=2),

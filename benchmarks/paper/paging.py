@@ -86,9 +86,11 @@ def markdown(records: Records) -> str:
     headings = ("share that fits", "budget, MB", "seconds a step", "fastest to slowest", "to all in memory")
     return "\n\n".join(
         [
-            f"AdamW with float32 moments, {first['parameters'] / 1e6:.0f} M parameters, {first['state_bytes'] / 1e6:.0f} MB of "
+            f"AdamW with float32 moments, {first['parameters'] / 1e6:.0f} M parameters, "
+            f"{first['state_bytes'] / 1e6:.0f} MB of "
             f"state; the median of {len(first['seconds'])} steps. The parameters after them are "
-            f"{'the same to the last bit' if same else 'NOT the same'} at every share. The paper has no such figures, and "
+            f"{'the same to the last bit' if same else 'NOT the same'} at every share. The paper has no such figures, "
+            "and "
             "a disk is no PCI bus; times of a machine that others use tell only the order.",
             grid(headings, cells),
         ]

@@ -16,7 +16,7 @@ from qloralab.checkpoint.models import load_tokenizer
 from qloralab.data.encoding import Encoded
 from qloralab.evaluate.evaluation import Comparison, Evaluation, compare
 from qloralab.evaluate.measure import evaluate
-from qloralab.nf4.data_type import DATA_TYPES, DataType
+from qloralab.nf4.data_type import DATA_TYPES
 
 from ..view import picture as figure
 from .cases import COMPARED, FLOAT32, bits, four_bits, with_float32
@@ -120,7 +120,8 @@ def markdown(records: Records) -> str:
         first = some[0]
         parts += [
             f"**{model}**, {first['parameters'] / 1e6:.1f} M parameters, blocks of 64 or the data type's own, "
-            f"{first['tokens']:,} tokens of {first['documents']} held-out files. Intervals of 95 % over documents, paired.",
+            f"{first['tokens']:,} tokens of {first['documents']} held-out files. Intervals of 95 % over documents, "
+            "paired.",
             grid(
                 (
                     "data type", "scales", "bits", "perplexity", "less dense", "KL, 10⁻³ nats", "KL less NF4's",

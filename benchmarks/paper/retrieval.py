@@ -107,7 +107,8 @@ def markdown(records: Records) -> str:
     headings = ("data type", "scales", "bits", "neighbour kept", "less NF4's", "change of cosine", "angle to NF4's")
     return "\n\n".join(
         [
-            f"{records[0]['sentences']} first sentences of docstrings; all 36 linear layers of the encoder in blocks of 64 "
+            f"{records[0]['sentences']} first sentences of docstrings; all 36 linear layers of the encoder in blocks "
+            "of 64 "
             "or the data type's own. Intervals of 95 % over sentences. The paper has no encoder; its Table 2 is on "
             "language models.",
             grid(headings, cells, left=2),

@@ -4,7 +4,7 @@ The weights of SmolLM2 come from a GGUF file in Q4_1: blocks of 32 weights, each
 float16 d and m. What a data type does to such weights is not what it does to those of a model. Here the same is done on
 purpose to models whose float32 weights are known, and the data types are ranked twice:
 
-* *as measured*: error of the quantized weights against the rounded ones, which is all that a user of the GGUF file sees;
+* *as measured*: error of the quantized weights against the rounded ones, all that a user of the GGUF file sees;
 * *in truth*: error of quantizing the float32 weights themselves.
 
 Kendall's tau is 1 for the same order and -1 for the opposite one.
@@ -89,7 +89,8 @@ def markdown(records: Records) -> str:
     from scipy.stats import kendalltau
 
     parts = [
-        "All data types with their own encoding. *Truth* is measured on the float32 weights, *seen* on the same weights "
+        "All data types with their own encoding. *Truth* is measured on the float32 weights, *seen* on the same "
+        "weights "
         "after a rounding to Q4_1, both over NF4's."
     ]
     for model in dict.fromkeys(record["model"] for record in records):
@@ -108,7 +109,8 @@ def markdown(records: Records) -> str:
         headings = ["data type"]
         headings += [part for pair in pairs for part in (f"{_WORDS[pair]}, truth", f"{_WORDS[pair]}, seen")]
         taus = [
-            f"{_WORDS[pair]} {kendalltau(*([one[f'{pair}_{stage}'] for one in some] for stage in _STAGES)).statistic:.2f}"
+            f"{_WORDS[pair]} "
+            f"{kendalltau(*([one[f'{pair}_{stage}'] for one in some] for stage in _STAGES)).statistic:.2f}"
             for pair in pairs
         ]
         parts += [f"**{model}**, Kendall's tau: {', '.join(taus)}.", grid(headings, cells)]

@@ -23,6 +23,7 @@ from torch import Tensor
 from qloralab.nf4.blockwise import divide, in_blocks, nearest
 from qloralab.nf4.codebook import dynamic_map
 from qloralab.nf4.data_type import DATA_TYPES, Encoding
+from qloralab.nf4.data_type import ENCODINGS as SHIPPED
 from qloralab.nf4.double_quant import dequantize_scales, quantize_scales
 from qloralab.nf4.packed import SCALES_PER_BLOCK
 
@@ -50,7 +51,7 @@ def magnitude_and_sign(scales: Tensor, values: Tensor) -> Tensor:
 
 _NESTED = 8 + 32 / SCALES_PER_BLOCK
 ENCODINGS = {
-    "sign + 7 bits (shipped)": "double",
+    "sign + 7 bits (shipped)": SHIPPED["double"],
     "dynamic map, no offset": Encoding(_NESTED, dynamic_without_offset, alone=False),
     "8 bits + sign": Encoding(_NESTED + 1, magnitude_and_sign, alone=False),
 }
@@ -94,8 +95,10 @@ def markdown(records: Records) -> str:
     headings += [part for source in sources for part in (f"{source}: cost", "to NF4, doubly quantized")]
     return "\n\n".join(
         [
-            "BOF4-S in blocks of 64. *Cost* is the squared error over that with float32 scales; the last column of each "
-            "source is the error over that of NF4 with double quantization, at 4.127 bits. The paper of BOF4-S gives no "
+            "BOF4-S in blocks of 64. *Cost* is the squared error over that with float32 scales; the last column of "
+            "each "
+            "source is the error over that of NF4 with double quantization, at 4.127 bits. The paper of BOF4-S gives "
+            "no "
             "encoding, so there is nothing to compare these with.",
             grid(headings, cells),
         ]

@@ -21,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 from qloralab.display import Display
 
+from .tinylm import trained
+
 Record = dict[str, Any]
 Records = Sequence[Mapping[str, Any]]
 SIZES = ("full", "quick", "tiny")
@@ -34,14 +36,14 @@ class Context:
 
     Attributes:
         size: one of SIZES.
-        tinylm: directory of a causal language model in float32 (``tinylm.py``), or of one of the user's own.
+        model: directory of a causal language model of the user's own; None: tinylm.
         minilm: directory of the encoder; None: the tables do without.
         smollm2: the GGUF file of the default model; None: the tables do without.
         display: shows what is going on.
     """
 
     size: str
-    tinylm: Path
+    model: Path | None
     minilm: Path | None
     smollm2: Path | None
     display: Display
@@ -49,6 +51,11 @@ class Context:
     def of(self, settings: Mapping[str, S]) -> S:
         """The settings of this size."""
         return settings[self.size]
+
+    @cached_property
+    def tinylm(self) -> Path:
+        """Directory of tinylm, trained now where there is none of this size yet; or the model in its place."""
+        return self.model or trained(self.size, self.display)
 
     @cached_property
     def language_models(self) -> dict[str, Path]:

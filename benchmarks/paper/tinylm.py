@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -128,9 +128,12 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * along)))
 
 
-def spread(texts: Sequence[str], number: int | None) -> Sequence[str]:
-    """So many of the texts, evenly spread; all of them for None."""
-    return texts if number is None else texts[:: max(1, len(texts) // number)][:number]
+T = TypeVar("T")
+
+
+def spread(things: Sequence[T], number: int | None) -> Sequence[T]:
+    """So many of some things, evenly spread; all of them for None."""
+    return things if number is None else things[:: max(1, len(things) // number)][:number]
 
 
 def make_model(recipe: Recipe, end: int) -> Any:
@@ -217,6 +220,14 @@ def make(out: Path, recipe: Recipe, display: Display) -> dict[str, Any]:
     (part / RECORD).write_text(json.dumps(record) + "\n")
     part.rename(out)
     return record
+
+
+def trained(size: str, display: Display) -> Path:
+    """The directory of the tinylm of a size, trained where it is not there yet."""
+    path = DIRECTORY if size == "full" else DIRECTORY.with_name(f"{DIRECTORY.name}-{size}")
+    if not path.is_dir():
+        make(path, RECIPES[size], display)
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
