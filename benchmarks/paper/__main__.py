@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def measure(name: str, table: Table, context: Context, root: Path) -> None:
     seconds = time.perf_counter() - start
     settings = getattr(table, "SETTINGS", None)
     used: dict[str, Any] = dataclasses.asdict(context.of(settings)) if settings else {}
-    run = {"kind": "run", "table": name, "size": context.size, "settings": used, "seconds": seconds, **provenance()}
+    run = {"kind": "run", "table": name, "size": context.size, "settings": used, "seconds": seconds}
+    run |= {"load": os.getloadavg()[0], **provenance()}
     write([run, *records], root / RECORDS / f"{name}.json")
     context.display.fact(name, f"{len(records)} records, {duration(seconds)}")
 

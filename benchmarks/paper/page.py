@@ -40,9 +40,10 @@ def write_page(root: Path, tables: Mapping[str, Table]) -> Path:
 def _run(name: str, run: Mapping[str, Any]) -> str:
     """Where the figures of a section come from, in a line."""
     settings = ", ".join(f"{key} {_value(value)}" for key, value in run["settings"].items())
+    load = f", {run['load']:.0f} processes at work" if "load" in run else ""
     return (
-        f"*Size {run['size']} ({settings}); {run['device']}, class {run['class']}; {run['seconds']:.0f} s; commit "
-        f"{run['commit']}; `python -m benchmarks.paper --size {run['size']} --only {name}`.*"
+        f"*Size {run['size']} ({settings}); {run['device']}, class {run['class']}{load}; "
+        f"{run['seconds']:.0f} s; commit {run['commit']}; `python -m benchmarks.paper --size {run['size']} --only {name}`.*"
     )
 
 

@@ -122,17 +122,19 @@ _STAGES = ("truth", "measured")
 
 
 def picture(records: Records, path: Path) -> None:
-    """The ratio to NF4 as seen over the ratio in truth; on the line nothing moves."""
+    """The ratio to NF4 in truth and as seen, a line between them for each data type."""
     models = list(dict.fromkeys(record["model"] for record in records))
-    with figure(path, 1, len(models), figsize=(6 * len(models), 5)) as (_, axes):
+    with figure(path, 1, len(models), figsize=(6 * len(models), 4.5)) as (_, axes):
         for axis, model in zip(axes[0], models, strict=True):
             some = [record for record in records if record["model"] == model]
             (nf4,) = (record for record in some if record["data_type"] == "nf4")
-            points = [[one[f"error_{stage}"] / nf4[f"error_{stage}"] for stage in _STAGES] for one in some]
-            axis.scatter(*zip(*points, strict=True), s=18)
-            for (x, y), one in zip(points, some, strict=True):
-                axis.annotate(one["data_type"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-            ends = [min(map(min, points)), max(map(max, points))]
-            axis.plot(ends, ends, color="grey", linewidth=0.8)
-            axis.set(xscale="log", yscale="log", title=model)
-            axis.set(xlabel="squared error to NF4's, on float32 weights", ylabel="after a rounding to Q4_1")
+            some = sorted(some, key=lambda one: one["error_truth"])
+            truth, seen = ([one[f"error_{stage}"] / nf4[f"error_{stage}"] for one in some] for stage in _STAGES)
+            rows = range(len(some))
+            axis.hlines(rows, truth, seen, color="grey", linewidth=1)
+            axis.plot(truth, rows, "o", color="C0", label="on float32 weights")
+            axis.plot(seen, rows, "x", color="C3", label="after a rounding to Q4_1")
+            axis.set_yticks(rows, labels=[one["data_type"] for one in some])
+            axis.invert_yaxis()
+            axis.set(xscale="log", title=model, xlabel="squared error over NF4's")
+            axis.legend(frameon=False)

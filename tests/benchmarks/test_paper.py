@@ -61,7 +61,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tinylm_learns_is_seeded_and_opens(tiny: Path):
     record = json.loads((tiny / tinylm.RECORD).read_text())
     assert record["loss_after"] < record["loss_before"]
-    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    model, tokenizer = load_model(tiny, torch.float32), load_tokenizer(tiny)
     again, _, _ = tinylm.train(tinylm.RECIPES["tiny"], SILENT)
     for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -71,8 +71,9 @@ def test_tinylm_learns_is_seeded_and_opens(tiny: Path):
         tinylm.make(tiny, tinylm.RECIPES["tiny"], SILENT)
 
 
+@torch.no_grad()
 def test_the_loss_of_tinylm_is_that_of_transformers(tiny: Path):
-    model, ids = load_model(tiny), torch.arange(40).view(2, 20)
+    model, ids = load_model(tiny, torch.float32), torch.arange(40).view(2, 20)
     assert float(tinylm.loss_of(model, ids)) == pytest.approx(float(model(input_ids=ids, labels=ids).loss), rel=1e-5)
 
 
@@ -154,7 +155,7 @@ def test_intervals():
 def test_equal_ranks_train_as_many_parameters(tiny: Path):
     counts = []
     for r, targets in ((8, "all-linear"), (equal_rank(8, tiny), ATTENTION)):
-        model = inject_(load_model(tiny), LoraConfig(r=r, lora_alpha=r, target_modules=targets))
+        model = inject_(load_model(tiny, torch.float32), LoraConfig(r=r, lora_alpha=r, target_modules=targets))
         counts.append(sum(parameter.numel() for parameter in trainable(model)))
     assert counts[1] == pytest.approx(counts[0], rel=0.05)
 
