@@ -32,7 +32,7 @@ def without_autocast(function: Callable[Concatenate[Tensor, _P], _R]) -> Callabl
 
     @functools.wraps(function)
     def run(x: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which meta tensors do not know
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)

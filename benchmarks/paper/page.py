@@ -43,7 +43,8 @@ def _run(name: str, run: Mapping[str, Any]) -> str:
     load = f", {run['load']:.0f} processes at work" if "load" in run else ""
     return (
         f"*Size {run['size']} ({settings}); {run['device']}, class {run['class']}{load}; "
-        f"{run['seconds']:.0f} s; commit {run['commit']}; `python -m benchmarks.paper --size {run['size']} --only {name}`.*"
+        f"{run['seconds']:.0f} s; commit {run['commit']}; "
+        f"`python -m benchmarks.paper --size {run['size']} --only {name}`.*"
     )
 
 

@@ -162,7 +162,7 @@ def _saved_for_backward(model: Any, job: Job) -> tuple[int, int]:
     shape = job.batch_size, job.max_length
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.int64, device="meta"),
-        "position_ids": torch.arange(job.max_length, device="meta").expand(shape),
+        "position_ids": torch.arange(job.max_length, device="meta")[None],
         # a mask for each pair of positions, because a mask for each position would be looked into
         "attention_mask": torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device="meta"),
     }
@@ -188,20 +188,28 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        batch, heads, length, _ = query.shape
+        result = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)  # heads lie side by side
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return result
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    module, name = torch.nn.functional, "scaled_dot_product_attention"
-    theirs = getattr(module, name)
-    setattr(module, name, lambda query, key, value, *_, **__: _Attention.apply(query, key, value))
+    """Attention as it is without a mask, which a run has none of: fused, and keys are not repeated for their group."""
+    from transformers.integrations import sdpa_attention
+
+    functional, grouped = torch.nn.functional, "use_gqa_in_sdpa"
+    theirs, asked = functional.scaled_dot_product_attention, getattr(sdpa_attention, grouped, None)
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    if asked:
+        setattr(sdpa_attention, grouped, lambda *_, **__: True)
     try:
         yield
     finally:
-        setattr(module, name, theirs)
+        functional.scaled_dot_product_attention = theirs
+        if asked:
+            setattr(sdpa_attention, grouped, asked)
 
 
 def _sizes(config: Any) -> tuple[int, int]:

@@ -115,10 +115,16 @@ def test_the_budget_leaves_the_model_as_it_was(model, runner, by):
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(model, runner):
     before, layers = bits_of(model), linear_layers(model)
-    with pytest.raises(KeyboardInterrupt), Swapped(layers) as swapped:
-        swapped.put(lambda path, dense: dense * 2, layers)
-        assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], layers["model.layers.0.mlp.up_proj"].weight)
-        raise KeyboardInterrupt
+    name = "model.layers.0.mlp.up_proj"
+
+    def interrupted() -> None:
+        with Swapped(layers) as swapped:
+            swapped.put(lambda path, dense: dense * 2, layers)
+            assert not torch.equal(before[f"{name}.weight"], layers[name].weight)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
