@@ -185,18 +185,19 @@ def rounding_budget(
         progress: called after each run of the model.
     """
     weights = {name: _rounded(name, data_type) for name in ("codes", "scales", "both")}
-    total, done = 7, 0
+    total, done = 8, 0  # runs: six for what the model says, two for what its layers say
 
-    def told(found: Tensor) -> Tensor:
+    def told() -> None:
         nonlocal done
         done += 1
         if progress:
             progress(done, total)
-        return found
 
     def run(product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         with products(layers.values(), product):
-            return told(runner.states())
+            found = runner.states()
+        told()
+        return found
 
     dense, states = run(float64), dict[str, Tensor]()
     with Swapped(layers) as swapped:
@@ -204,8 +205,7 @@ def rounding_budget(
             swapped.put(weights[name], layers)
             states[name] = run(float64)
         states["float32"], states["bfloat16"] = run(F.linear), run(bfloat16)
-    outputs = _output_errors(runner, layers, weights)
-    told(dense)
+    outputs = _output_errors(runner, layers, weights, told)
     found = []
     for name in ROUNDINGS:
         is_product = name not in weights
@@ -258,7 +258,7 @@ def scales_alone(weight: Tensor, exact: DataType, data_type: DataType) -> Tensor
 
 
 def _output_errors(
-    runner: Runner, layers: Mapping[str, nn.Linear], weights: Mapping[str, Weights]
+    runner: Runner, layers: Mapping[str, nn.Linear], weights: Mapping[str, Weights], told: Callable[[], None]
 ) -> dict[str, dict[str, float]]:
     """By rounding and layer. Products are compared with float64 products of the same 4-bit weights."""
 
@@ -270,9 +270,12 @@ def _output_errors(
         return {"float32": lambda x: F.linear(x, weight), "bfloat16": lambda x: bfloat16(x, weight)}
 
     found = runner.output_errors(layers, float64, of_weights)
+    told()
     with Swapped(layers) as swapped:
         swapped.put(weights["both"], layers)
-        return found | runner.output_errors(layers, float64, of_products)
+        found |= runner.output_errors(layers, float64, of_products)
+    told()
+    return found
 
 
 def _quantized(layers: Mapping[str, nn.Linear], data_type: DataType) -> dict[str, QuantizedTensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from qloralab.lora.files import CONFIG_FILE as ADAPTER_CONFIG
 from qloralab.nf4.data_type import DataType
+from qloralab.nf4.dense_shares import LOGGER
 from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.tensor import quantize
 
@@ -119,7 +122,8 @@ def inspect_path(settings: InspectSettings, display: Display | None = None) -> I
         adapter = inspect_adapter(path, settings.base, display)
         found = Inspection(settings, adapter.notes, {}, [], adapter)
     else:
-        found = _inspect_model(settings, display)
+        with _without_warnings():
+            found = _inspect_model(settings, display)
     tables.show(found, display)
     if settings.json is not None:
         _write(settings.json, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
@@ -129,6 +133,17 @@ def inspect_path(settings: InspectSettings, display: Display | None = None) -> I
             files = plots.draw(found, settings.plot)
         display.fact("pictures", ", ".join(str(file) for file in files))
     return found
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """That a data type has no kernel matters to whoever multiplies by it; here weights are dequantized."""
+    level = LOGGER.level
+    LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def is_adapter(path: Path) -> bool:

@@ -15,7 +15,8 @@ optimizer      AdamW's two moments of what trains: 4 bytes each, or one byte and
                budget, where one is set
 activations    the tensors that autograd saves in the forward pass for the backward pass. With checkpointing the input
                of each block, and what one block saves when it is computed again
-working        the logits of a chunk of positions in float32, their gradient, and one weight in full
+working        the logits of a chunk of positions in float32, their gradient, one weight in full, and the gradient of a
+               head that trains
 constants      the interpreter and the libraries: what this process holds
 =============  =========================================================================================================
 
@@ -141,6 +142,7 @@ def predict(config: Any, job: Job, constants: float | None = None) -> Memory:
         blocks, words = _sizes(config)
     trained = sum(one.numel() for one in trains)
     state = _STATE_BYTES[job.state_bits] * trained
+    head = 4 * words * config.get_text_config().hidden_size if job.method == "full" else 0
     chunk = min(CHUNK_BYTES, 4 * words * (job.labelled or job.batch_size * job.max_length))
     return Memory(
         weights=weights,
@@ -149,7 +151,7 @@ def predict(config: Any, job: Job, constants: float | None = None) -> Memory:
         gradients=4 * trained,
         optimizer=state if job.state_budget is None else min(state, job.state_budget),
         activations=blocks * hidden + saved / blocks if job.checkpointing else saved,
-        working=3 * chunk + (largest * job.dtype.itemsize if job.method == "qlora" else 0),
+        working=3 * chunk + (largest * job.dtype.itemsize if job.method == "qlora" else 0) + head,
         constants=constants,
         block=saved / blocks,
         parameters=parameters,

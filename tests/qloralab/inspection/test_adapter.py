@@ -92,5 +92,7 @@ def test_an_adapter_whose_base_is_not_here(saved, silent):
 
 
 def test_a_base_of_other_shapes_is_refused(saved, write_model, silent, refusal):
-    other = write_model("other", num_key_value_heads=4, intermediate_size=32)
-    assert "adapts model.layers.0.mlp.down_proj as [64, 96]" in refusal(inspect_adapter, saved[1], other, silent)
+    other = write_model("other", head_dim=32)
+    message = refusal(inspect_adapter, saved[1], other, silent)
+    assert "adapts model.layers.0.self_attn.q_proj as [64, 64]" in message
+    assert "it is [128, 64]" in message

@@ -115,16 +115,17 @@ def test_the_budget_leaves_the_model_as_it_was(model, runner, by):
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(model, runner):
     before, layers = bits_of(model), linear_layers(model)
-    name = "model.layers.0.mlp.up_proj"
 
-    def interrupted() -> None:
-        with Swapped(layers) as swapped:
-            swapped.put(lambda path, dense: dense * 2, layers)
-            assert not torch.equal(before[f"{name}.weight"], layers[name].weight)
+    def fails(path, dense):
+        if path == "model.layers.1.mlp.up_proj":
+            assert not torch.equal(
+                layers["model.layers.0.mlp.up_proj"].weight, before["model.layers.0.mlp.up_proj.weight"]
+            )
             raise KeyboardInterrupt
+        return dense * 2
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    with Swapped(layers) as swapped, pytest.raises(KeyboardInterrupt):
+        swapped.put(fails, layers)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

@@ -176,7 +176,7 @@ def test_what_is_refused_in_one_line(program, model_dir, in_4_bits, adapter, tmp
     (tmp_path / "file").write_text("")
     places = {"model": model_dir, "4 bits": in_4_bits, "adapter": adapter}
     status, shown, errors = program("inspect", places.get(path, path), *(places.get(one, one) for one in options))
-    assert (status, shown) == (1, "")
+    assert (status, shown) == (2, "")
     assert words.replace("{4 bits}", str(in_4_bits)) in errors
     assert errors.count("\n") == 1
 
@@ -190,5 +190,5 @@ def test_a_weight_that_is_not_finite_is_named(program, write_model, tmp_path):
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     model.save_pretrained(path)
     status, _, errors = program("inspect", path)
-    assert status == 1
+    assert status == 2
     assert "model.layers.1.mlp.up_proj.weight[3, 5] is nan" in errors

@@ -29,15 +29,11 @@ def quantiles_of(law, shape=(200, 500)):
 
 
 @pytest.mark.parametrize(
-    ("law", "kurtosis", "distance"),
-    [
-        (stats.norm(0.3, 2.0), 0.0, 0.0),
-        (stats.uniform(-1, 2), -1.2, 0.0585),
-        (stats.laplace(0, 0.02), 3.0, 0.0683),
-    ],
+    ("law", "kurtosis"),
+    [(stats.norm(0.3, 2.0), 0.0), (stats.uniform(-1, 2), -1.2), (stats.laplace(0, 0.02), 3.0)],
     ids=["normal", "uniform", "Laplace"],
 )
-def test_a_known_distribution(law, kurtosis, distance):
+def test_a_known_distribution(law, kurtosis):
     found = distribution(quantiles_of(law))
     assert found.excess_kurtosis == pytest.approx(kurtosis, abs=0.02)
     # The rows are samples, so their mean differs by chance; the estimate of 500 heavy-tailed numbers is low.
@@ -45,7 +41,6 @@ def test_a_known_distribution(law, kurtosis, distance):
     x = np.linspace(-6, 6, 100_001) * law.std() + law.mean()
     gap = np.abs(law.cdf(x) - stats.norm(law.mean(), law.std()).cdf(x)).max()
     assert found.ks_distance == pytest.approx(gap, abs=1e-3)
-    assert gap == pytest.approx(distance, abs=1e-3)
     assert (found.mean, found.std) == pytest.approx((law.mean(), law.std()), abs=0.01 * law.std())
 
 
