@@ -39,12 +39,20 @@ def write_page(root: Path, tables: Mapping[str, Table]) -> Path:
 
 def _run(name: str, run: Mapping[str, Any]) -> str:
     """Where the figures of a section come from, in a line."""
-    settings = ", ".join(f"{key} {_value(value)}" for key, value in run["settings"].items())
+    settings = ", ".join(f"{key} {_value(value)}" for key, value in _flat(run["settings"]).items())
     load = f", {run['load']:.0f} processes at work" if "load" in run else ""
     return (
-        f"*Size {run['size']} ({settings}); {run['device']}, class {run['class']}{load}; "
-        f"{run['seconds']:.0f} s; commit {run['commit']}; `python -m benchmarks.paper --size {run['size']} --only {name}`.*"
+        f"*Size {run['size']} ({settings}); {run['device']}, class {run['class']}{load}; {run['seconds']:.0f} s; "
+        f"commit {run['commit']}; `python -m benchmarks.paper --size {run['size']} --only {name}`.*"
     )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the levels that they have."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value) if isinstance(value, Mapping) else {key: value}
+    return found
 
 
 def _value(value: Any) -> str:
