@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .in_short import in_short
 from .table import Records, Table
 
 OPENING = Path(__file__).with_name("opening.md")
@@ -24,7 +25,7 @@ def read(root: Path, name: str) -> Records:
 def write_page(root: Path, tables: Mapping[str, Table]) -> Path:
     """Write the page and its pictures from all records that there are; returns the page's path."""
     (root / PICTURES).mkdir(parents=True, exist_ok=True)
-    parts = [OPENING.read_text().strip()]
+    parts = []
     for name, table in tables.items():
         if found := read(root, name):
             run, *records = found
@@ -32,6 +33,8 @@ def write_page(root: Path, tables: Mapping[str, Table]) -> Path:
             table.picture(records, root / picture)
             parts += [f"## {table.TITLE}", table.markdown(records)]
             parts += [f"![{table.TITLE}]({picture.relative_to(PAGE.parent)})", _run(name, run)]
+    measured = {name: found[1:] for name in tables if (found := read(root, name))}
+    parts = [OPENING.read_text().strip(), "## In short", in_short(measured), *parts]
     page = root / PAGE
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
