@@ -75,7 +75,13 @@ def markdown(records: Records) -> str:
     """Ranks below each other, the two choices of layers side by side in turn."""
     first = records[0]
     cells = [
-        [one["layers"], str(one["r"]), f"{one['parameters']:,}", shown(one["after"]), shown(one["less_all"], sign=True)]
+        [
+            one["layers"],
+            str(one["r"]),
+            f"{one['parameters']:,}",
+            shown(one["after"]),
+            "0" if one["layers"] == "all linear" else shown(one["less_all"], sign=True),
+        ]
         for one in sorted(records, key=lambda one: (one["of_rank"], one["layers"]))
     ]
     headings = ("adapters at", "rank", "parameters", "loss after", "less all linear's, paired")

@@ -91,8 +91,8 @@ def markdown(records: Records) -> str:
         [
             f"NF4 in blocks of 64, {held['double']['weights']:,} weights; bits a weight by the formula, as held in "
             "memory, "
-            "and of a safetensors file in the format of bitsandbytes, header included. The paper's 0.373 bits come "
-            "out.",
+            "and of a safetensors file in the format of bitsandbytes, header included. The last line is "
+            "what the paper calls 0.373 bits.",
             grid(("scales", "formula", "held", "on disk"), [*cells, ["saved", *saved]]),
             "Where it fails: every second block is smaller by a factor. The error of the decoded scales of these "
             "blocks, "

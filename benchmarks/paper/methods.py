@@ -100,7 +100,7 @@ def markdown(records: Records) -> str:
             f"{one['lr']:g}",
             f"{one['before']:.3f}",
             shown(one["after"]),
-            shown(one["less_lora"], sign=True),
+            "0" if one["method"] == "lora" else shown(one["less_lora"], sign=True),
         ]
         for one in sorted(found, key=lambda one: one["method"] != "full")
     ]

@@ -38,12 +38,14 @@ class Settings:
         documents: held-out files, evenly spread.
         tokens: of each, from its start.
         large_documents: the same of models of more than 20 million parameters.
+        small: data types that other models are tried with; None: all of 16 values.
         large: data types that such models are tried with, in their own encoding.
     """
 
     documents: int = 48
     tokens: int = 256
     large_documents: int = 24
+    small: tuple[str, ...] | None = None
     large: tuple[str, ...] = COMPARED
 
 
@@ -52,7 +54,7 @@ SETTINGS = {
     "quick": Settings(
         documents=24, large_documents=10, tokens=128, large=("nf4", "fp4", "int4", "bof4-s", "nvfp4", "kmeans4")
     ),
-    "tiny": Settings(documents=3, tokens=64),
+    "tiny": Settings(documents=3, tokens=64, small=("nf4", "nvfp4")),
 }
 
 
@@ -71,7 +73,10 @@ def rows(context: Context) -> list[Record]:
         is_small = model.num_parameters() < SMALL
         number = settings.documents if is_small else settings.large_documents
         text = beginnings(tokenizer, number, settings.tokens)
-        cases = [(name, DATA_TYPES[name], "own") for name in (four_bits() if is_small else settings.large)]
+        cases = [
+            (name, DATA_TYPES[name], "own")
+            for name in ((settings.small or four_bits()) if is_small else settings.large)
+        ]
         if is_small and context.size != "tiny":
             cases += [(name, with_float32(one), FLOAT32) for name, one, _ in cases]
         found: dict[tuple[str, str], Evaluation] = {}
@@ -115,7 +120,8 @@ def markdown(records: Records) -> str:
             row = [one["data_type"], scales, f"{one['bits']:.3f}", f"{one['perplexity']['value']:.3f}"]
             if "to_nf4" in one:
                 row += [shown(one["to_dense"]["perplexity"], sign=True), shown(_milli(one["kl"]), 2)]
-                row += [shown(_milli(one["to_nf4"]["kl"]), 2, sign=True), f"{100 * one['agreement']['value']:.1f}"]
+                row += ["0" if one["data_type"] == "nf4" else shown(_milli(one["to_nf4"]["kl"]), 2, sign=True)]
+                row += [f"{100 * one['agreement']['value']:.1f}"]
             cells.append(row + [""] * (8 - len(row)))
         first = some[0]
         parts += [

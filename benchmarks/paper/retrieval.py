@@ -97,9 +97,9 @@ def markdown(records: Records) -> str:
             one["encoding"],
             f"{one['bits']:.3f}",
             shown(one["kept"], 3),
-            shown(one["kept_less_nf4"], 3, sign=True),
+            "0" if one["data_type"] == "nf4" else shown(one["kept_less_nf4"], 3, sign=True),
             f"{one['change']['value']:.4f}",
-            shown(one["angle_to_nf4"], 2),
+            "1" if one["data_type"] == "nf4" else shown(one["angle_to_nf4"], 2),
         ]
         for one in records
         if not (one["scales"] == "own" and one["encoding"] == FLOAT32)

@@ -34,13 +34,14 @@ TITLE = "Weights that were in 4 bits before (SmolLM2): does the ranking move?"
 
 @dataclass(frozen=True)
 class Settings:
-    """Held-out files and tokens of each, for the KL divergence."""
+    """Held-out files and tokens of each, for the KL divergence; data types, None: all of 16 values."""
 
     documents: int = 24
     tokens: int = 256
+    data_types: tuple[str, ...] | None = None
 
 
-SETTINGS = {"full": Settings(), "quick": Settings(8, 128), "tiny": Settings(2, 32)}
+SETTINGS = {"full": Settings(), "quick": Settings(8, 128), "tiny": Settings(2, 32, ("nf4", "fp4", "int4"))}
 
 
 def q4_1(weight: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def rows(context: Context) -> list[Record]:
         text = beginnings(load_tokenizer(path), settings.documents, settings.tokens) if path == context.tinylm else []
         before = [weight.clone() for weight in linear_weights(model).values()]
         after = [q4_1(weight) for weight in before]
-        measured: dict[str, dict[str, float]] = {name: {} for name in four_bits()}
+        measured: dict[str, dict[str, float]] = {name: {} for name in settings.data_types or four_bits()}
         for stage, weights in (("truth", before), ("measured", after)):
             with torch.no_grad():
                 for weight, value in zip(linear_weights(model).values(), weights, strict=True):
