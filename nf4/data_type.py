@@ -46,7 +46,7 @@ A data type of one's own::
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class DataType:
     """
 
     name: str
-    codebook: str | Sequence[float]
+    codebook: Codebook
     block_size: int = 64
     scale: str | Rule = "absmax"
     encoding: str | Encoding = "float32"

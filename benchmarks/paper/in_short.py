@@ -79,7 +79,8 @@ def _rounded(records: Records) -> Iterator[str]:
 
     for model in dict.fromkeys(one["model"] for one in records):
         some = [one for one in records if one["model"] == model]
-        tau = kendalltau([one["error_truth"] for one in some], [one["error_measured"] for one in some]).statistic
+        found: Any = kendalltau([one["error_truth"] for one in some], [one["error_measured"] for one in some])
+        tau = found.statistic
         yield f"Rounding {model} to Q4_1 first leaves the order of the errors at a Kendall's tau of {tau:.2f}."
 
 

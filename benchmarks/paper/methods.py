@@ -55,7 +55,7 @@ def rows(context: Context) -> list[Record]:
     task = Task.of(context.tinylm, settings.budget)
     config = LoraConfig(r=settings.r, lora_alpha=2 * settings.r)
     methods: list[tuple[str, Method, str | None]] = [("full", "full", None), ("LoRA, float32", "lora", None)]
-    methods += [(f"QLoRA, {name}", "qlora", name) for name in settings.data_types]
+    methods.extend((f"QLoRA, {name}", "qlora", name) for name in settings.data_types)
     searched = {"full": settings.full_lrs, "lora": settings.adapter_lrs}
     total = sum(map(len, searched.values())) + len(methods) * settings.budget.seeds
     with context.display.busy("fine-tuning", "runs") as progress:

@@ -110,8 +110,7 @@ def markdown(records: Records) -> str:
         headings = ["data type"]
         headings += [part for pair in pairs for part in (f"{_WORDS[pair]}, truth", f"{_WORDS[pair]}, seen")]
         taus = [
-            f"{_WORDS[pair]} "
-            f"{kendalltau(*([one[f'{pair}_{stage}'] for one in some] for stage in _STAGES)).statistic:.2f}"
+            f"{_WORDS[pair]} {kendalltau(*([one[f'{pair}_{stage}'] for one in some] for stage in _STAGES))[0]:.2f}"
             for pair in pairs
         ]
         parts += [f"**{model}**, Kendall's tau: {', '.join(taus)}.", grid(headings, cells)]

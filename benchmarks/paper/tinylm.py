@@ -164,7 +164,8 @@ def train(recipe: Recipe, display: Display) -> tuple[Any, Any, dict[str, Any]]:
     with display.busy("training the tokenizer"):
         tokenizer = train_tokenizer(learned, recipe.vocabulary)
         tokens, unseen = stream(learned, tokenizer), stream(measured, tokenizer)
-    model = make_model(recipe, tokenizer.eos_token_id)
+    end: Any = tokenizer.eos_token_id
+    model = make_model(recipe, end)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -169,7 +169,7 @@ def _saved_for_backward(model: Any, job: Job) -> tuple[int, int]:
         "attention_mask": torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device="meta"),
     }
     kept = [*model.parameters(), *model.buffers()]
-    kept += [part for one in model.modules() if isinstance(one, QuantizedLinear) for part in one.weight.operands()[:5]]
+    kept += [part for one in model.modules() if isinstance(one, QuantizedLinear) for part in one.weight.operands().tensors]
     own = {one.untyped_storage()._cdata for one in kept if isinstance(one, Tensor)}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -201,7 +201,8 @@ def _fused_attention() -> Iterator[None]:
     """Attention as it is without a mask, which a run has none of: fused, and keys are not repeated for their group."""
     from transformers.integrations import sdpa_attention
 
-    functional, grouped = torch.nn.functional, "use_gqa_in_sdpa"
+    functional: Any = torch.nn.functional
+    grouped = "use_gqa_in_sdpa"
     theirs, asked = functional.scaled_dot_product_attention, getattr(sdpa_attention, grouped, None)
     functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
     if asked:

@@ -56,7 +56,7 @@ def weights(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 def memory(model: nn.Module) -> set[int]:
     """Where every weight lies, of whichever kind."""
-    found = dict(model.named_parameters())
+    found: dict[str, Tensor] = dict(model.named_parameters())
     for name, weight in weights(model).items():
         found |= {f"{name}.{part}": tensor for part, tensor in parts(weight).items()}
     return pointers(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ def made_up(seed: int = 0, shift: float = 0.0, documents: int = 60) -> Evaluatio
     tokens = shared.integers(20, 200, documents)
     hardness = shared.normal(3.0, 0.8, documents)
     nll = tokens * (hardness + shift + own.normal(0, 0.02, documents))
-    return Evaluation(16, 8, "f", "document", tokens, nll, tokens * abs(shift), tokens // 2)
+    kl: Any = tokens * abs(shift)
+    return Evaluation(16, 8, "f", "document", tokens, nll, kl, tokens // 2)
 
 
 def test_the_figures_are_ratios_of_sums():

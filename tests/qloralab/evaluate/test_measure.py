@@ -83,6 +83,9 @@ def test_kl_and_agreement_are_those_of_all_logits_at_once(dense, packed, monkeyp
                     kl[number] += (q[position] * (q[position] / p[position]).log()).sum().item()
                     agreed[number] += int(p[position].argmax() == q[position].argmax())
     assert found.kl_sums == pytest.approx(kl, rel=1e-4)
+    assert found.agreed is not None
+    assert found.kl is not None
+    assert found.agreement is not None
     assert found.agreed.tolist() == agreed.tolist()
     assert 0.001 < found.kl < 1
     assert 0.3 < found.agreement < 1
@@ -143,6 +146,7 @@ def test_a_head_that_caps_its_logits_is_honoured(dense):
     found = evaluate(capped, [one], WINDOW, STRIDE, reference=dense)
     assert found.nll == pytest.approx(expected, rel=1e-5)
     assert abs(found.nll - evaluate(dense, [one], WINDOW, STRIDE).nll) > 0.01
+    assert found.kl is not None
     assert found.kl > 0.01
 
 

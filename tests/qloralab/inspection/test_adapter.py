@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -76,9 +77,10 @@ def test_an_adapter_beside_its_base(saved, model_dir, silent, given):
     assert {one.layer for one in found.updates} == set(layers)
     for one in found.updates:
         layer = layers[one.layer]
+        base: Any = layer.base_layer
         product = layer.config.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
         assert one.norm == pytest.approx(float(product.norm()), rel=1e-5)
-        assert one.share == pytest.approx(float(product.norm() / layer.base_layer.weight.norm()), rel=1e-5)
+        assert one.share == pytest.approx(float(product.norm() / base.weight.norm()), rel=1e-5)
 
 
 def test_an_adapter_whose_base_is_not_here(saved, silent):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_the_divergence_of_a_model_that_caps_its_logits(model_dir):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(
+    make: Any = Gemma2Config
+    config = make(
         vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, attn_implementation="eager",
     )  # fmt: skip

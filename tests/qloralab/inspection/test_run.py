@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_a_weight_that_is_not_finite_is_named(program, write_model, tmp_path):
     from transformers import LlamaForCausalLM
 
     path = write_model("broken")
-    model = LlamaForCausalLM.from_pretrained(path)
+    model: Any = LlamaForCausalLM.from_pretrained(path)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     model.save_pretrained(path)

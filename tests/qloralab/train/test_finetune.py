@@ -89,7 +89,7 @@ def test_the_dtype_is_what_the_option_comes_to(
     config = config_of(finetune(settings(steps=1, dtype=asked, **options), display).path)
     assert seen == {expected.dtype}
     assert (config["dtype"], config["dtype_reason"]) == (expected.name, expected.why)
-    assert printed().count(f"    dtype  {expected.described(method)}\n") == 1
+    assert printed().count(f"    dtype  {expected.described(None if method == '4 bits' else method)}\n") == 1
 
 
 def watch_products(monkeypatch) -> set[torch.dtype]:
