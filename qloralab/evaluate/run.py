@@ -61,7 +61,7 @@ def evaluate_model(settings: EvalSettings, display: Display | None = None) -> Ev
     with display.busy("evaluating", "tokens") as progress:
         found = evaluate(model, text.documents, settings.window, settings.stride, beside, progress)
 
-    name = _name(reference)
+    name = _name(settings, reference)
     show(found, display.console, name)
     comparison = None
     if other is not None and settings.against is not None:
@@ -121,8 +121,8 @@ def _check_words(limits: Limits, text: Text, source: Source) -> None:
     endless.check(((one.source, one.input_ids) for one in text.documents), source.tokenizer)
 
 
-def _name(reference: Source | None) -> str:
-    return "" if reference is None else model_name(reference.model) if holds_4bit(reference.model) else "dense"
+def _name(settings: EvalSettings, reference: Source | None) -> str:
+    return "" if reference is None else model_name(reference.model) if settings.reference else DENSE
 
 
 def _facts(

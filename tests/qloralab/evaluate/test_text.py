@@ -8,7 +8,7 @@ import pytest
 
 from qloralab.checkpoint.models import load_tokenizer
 from qloralab.data.encoding import NO_LABEL
-from qloralab.evaluate.text import ALL, ANSWERS, encode_texts, read_text, stdlib_held_out
+from qloralab.evaluate.text import ALL, ANSWERS, encode_texts, read_text
 from qloralab.settings import Settings
 from qloralab.train.prepare import prepare
 
@@ -61,9 +61,9 @@ def test_stdlib_is_what_the_default_job_holds_out(model_dir, silent, tmp_path):
     prepared = prepare(Settings(model=model_dir, out=tmp_path / "run"), silent)
     found = read_text("stdlib", load_tokenizer(model_dir))
     assert found.documents == prepared.held_out
-    assert (len(found.documents), found.counts) == (64, ANSWERS)
+    assert found.counts == ANSWERS
+    assert 0 < len(found.documents) <= 64  # a tenth, where there are few
     assert not {one.source for one in found.documents} & {one.source for one in prepared.train}
-    assert stdlib_held_out(prepared.tokenizer, positions=100) != found.documents  # as in training
 
 
 @pytest.mark.parametrize(
