@@ -108,7 +108,10 @@ def _panels(plt: Any, names: Sequence[str], title: str) -> Iterator[list[tuple[A
         axes.set_title(kind, fontsize=9, parse_math=False)
         axes.set_xlabel("block" if len(kinds) > 1 else "layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[-1] in "235" else "")
+        axes.tick_params(axis="y", which="both", labelsize=8)
         _plain(axes)
     for axes in panels[len(kinds) :]:
         axes.set_visible(False)
@@ -172,7 +175,7 @@ def _quantiles(plt: Any, layers: Sequence[Layer], title: str) -> None:
 def _budget(plt: Any, budget: Budget, title: str) -> None:
     """What each group costs alone, and what leaving it dense saves, as shares of the whole KL."""
     whole, x = budget.whole or 1.0, np.arange(len(budget.parts))
-    _, axes = plt.subplots(figsize=(max(6.5, min(0.22 * len(x) + 2, 14)), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.5, min(0.22 * len(x) + 2, 14)), 4), layout="constrained")
     alone = [100 * part.alone / whole for part in budget.parts]
     saved = [100 * (budget.whole - part.rest) / whole for part in budget.parts]
     axes.bar(x - 0.2, alone, 0.4, color=_COLOURS[0], label=f"quantized alone (sum {sum(alone):.0f} %)")
@@ -185,7 +188,7 @@ def _budget(plt: Any, budget: Budget, title: str) -> None:
     axes.set_xlabel(budget.by)
     axes.margins(x=0.01)
     _plain(axes)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.set_title(f"{title}: error budget", parse_math=False)
 
 

@@ -5,8 +5,7 @@ dense weight is put back, bit for bit. What the dense model says is kept as its 
 token for SmolLM2 where logits take 200; the head, which is dense in both, makes log-probabilities of both, a chunk of
 positions at a time::
 
-    KL = mean over tokens of  sum over the vocabulary of  q (log q - log p)          in nats, float64; q: the reference
-
+    KL = mean over tokens of  sum over the vocabulary of  q (log q - log p)          in nats; q: the reference
 """
 
 from __future__ import annotations
@@ -39,10 +38,13 @@ _CHUNK_BYTES = 32 * 2**20  # of float64 log-probabilities
 class Pieces:
     """A text in pieces of at most ``WINDOW`` tokens.
 
+    A divergence needs no right answer, so every token that is predicted counts, also those of a prompt: several times
+    as many as ``qloralab eval`` counts in the same documents.
+
     Attributes:
-        pieces: tokens and labels; those with a label count.
+        pieces: tokens and labels.
         tokens: of all pieces.
-        counted: of them, the tokens that are predicted and count.
+        counted: of them, the tokens that are predicted.
     """
 
     pieces: list[Encoded]
@@ -50,7 +52,8 @@ class Pieces:
     @classmethod
     def of(cls, documents: Sequence[Encoded], count: int) -> Pieces:
         """The first pieces of a text, at most ``count``."""
-        found = [piece for one in documents for piece in windows(one, WINDOW, WINDOW - 1)]
+        whole = [Encoded(one.input_ids, one.input_ids, one.source) for one in documents]
+        found = [piece for one in whole for piece in windows(one, WINDOW, WINDOW - 1)]
         if not found:
             raise UserError(
                 "the text has no token to predict: a document needs at least two, and the first does not count"
@@ -103,7 +106,7 @@ class Runner:
 
         Args:
             states, reference: as ``states`` gives them.
-            exact: take the product with the head in float64 too, for divergences near float32's rounding.
+            exact: compute in float64 from the head on, for divergences near float32's rounding.
 
         Raises:
             UserError: it is NaN or infinite.
@@ -112,19 +115,19 @@ class Runner:
         size, total = max(1, _CHUNK_BYTES // (8 * width)), 0.0
         for p, q in zip(states.split(size), reference.split(size), strict=True):
             log_p, log_q = self._log_probabilities(p, exact), self._log_probabilities(q, exact)
-            total += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True))
+            total += float(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dtype=torch.float64))
         found = total / len(states)
         if not found < float("inf"):
             raise UserError("the KL divergence is NaN or infinite: the model overflows")
         return max(found, 0.0)  # rounding may leave less than nothing of two equal distributions
 
     def _log_probabilities(self, states: Tensor, exact: bool) -> Tensor:
-        if not self._fused:
-            return states.double().log_softmax(1)
-        weight, bias = self._head.weight, self._head.bias
-        dtype = torch.float64 if exact else weight.dtype
-        logits = F.linear(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return logits.double().log_softmax(1)
+        dtype = torch.float64 if exact else torch.float32
+        logits = states.to(dtype)
+        if self._fused:
+            weight, bias = self._head.weight.to(dtype), self._head.bias
+            logits = F.linear(logits, weight, None if bias is None else bias.to(dtype))
+        return logits.log_softmax(1)
 
     @torch.no_grad()
     def output_errors(

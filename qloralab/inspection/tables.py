@@ -41,7 +41,7 @@ def show(found: Inspection, display: Display) -> None:
     if found.text is not None:
         one = found.text
         display.fact(
-            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} count"
+            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} predicted"
         )
     _print(display, "The whole model, by data type", _whole(layers))
     if any(layer.distribution for layer in layers):
@@ -130,6 +130,8 @@ def _of_layers(layers: Sequence[Layer], has_room: bool) -> Table:
         *(f"{name} {what}" for name in names for what, _ in measures),
     ]
     table = _table("layer", *columns)
+    for column in table.columns[: 2 if has_room else 1]:
+        column.no_wrap = True  # the headings of the others give way first
     shorter = _shorter([layer.name for layer in layers])
     for layer in layers:
         found = [of(layer.quantized[name]) if name in layer.quantized else None for name in names for _, of in measures]
@@ -229,7 +231,7 @@ def _print(display: Display, title: str, table: Table) -> None:
 def _error(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.3f} %" if value == 0 or value >= 1e-5 else f"{value:.2g}"
+    return f"{100 * value:#.3g} %" if value >= 1e-5 else f"{value:.2g}"
 
 
 def _shorter(names: Sequence[str]) -> Callable[[str], str]:

@@ -60,7 +60,7 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "eval", "quantize", "parity", "sass"
+        "finetune", "generate", "eval", "inspect", "quantize", "parity", "sass"
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")
@@ -74,7 +74,7 @@ def test_version(program):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--help", "--version", "finetune --help", "finetune --steps x", "generate", "eval --help"]
+    "line", ["", "--help", "--version", "finetune --help", "finetune --steps x", "generate", "eval --help", "inspect --help"]
 )
 def test_what_needs_no_torch_loads_none(line):
     code = (
