@@ -169,7 +169,8 @@ def _saved_for_backward(model: Any, job: Job) -> tuple[int, int]:
         "attention_mask": torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool, device="meta"),
     }
     kept = [*model.parameters(), *model.buffers()]
-    kept += [part for one in model.modules() if isinstance(one, QuantizedLinear) for part in one.weight.operands().tensors]
+    for one in model.modules():
+        kept += one.weight.operands().tensors if isinstance(one, QuantizedLinear) else ()
     own = {one.untyped_storage()._cdata for one in kept if isinstance(one, Tensor)}
     saved: dict[int, torch.UntypedStorage] = {}
 
