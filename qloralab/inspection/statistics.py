@@ -73,7 +73,7 @@ def distribution(weight: Tensor) -> Distribution:
     distance = stats.ks_1samp(some, stats.norm.cdf, method="asymp")
     return Distribution(
         mean, std, norm,
-        excess_kurtosis=float(stats.kurtosis(values, axis=None)),
+        excess_kurtosis=float(stats.kurtosis(values.reshape(-1))),
         row_excess_kurtosis=_of_rows(values),
         ks_distance=float(distance.statistic),  # pyright: ignore[reportAttributeAccessIssue]
         quantiles=tuple(np.quantile(some, PROBABILITIES).tolist()),
