@@ -41,7 +41,7 @@ def show(found: Inspection, display: Display) -> None:
     if found.text is not None:
         one = found.text
         display.fact(
-            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} predicted"
+            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} count"
         )
     _print(display, "The whole model, by data type", _whole(layers))
     if any(layer.distribution for layer in layers):
