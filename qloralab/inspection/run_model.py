@@ -38,8 +38,8 @@ _CHUNK_BYTES = 32 * 2**20  # of float64 log-probabilities
 class Pieces:
     """A text in pieces of at most ``WINDOW`` tokens.
 
-    A divergence needs no right answer, and yet only tokens with a label count, as in ``qloralab eval``: a chat model was
-    not trained to predict prompts, and what it says there moves by several times as much.
+    A divergence needs no right answer, and yet only tokens with a label count, as in ``qloralab eval``: a chat model
+    was not trained to predict prompts, and what SmolLM2 says there moves more than twice as much.
 
     Attributes:
         pieces: tokens and labels.

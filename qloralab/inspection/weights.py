@@ -83,8 +83,8 @@ class Weights:
         if rounded and "BF16" not in rounded:
             kinds = ", ".join(f"{count} {kind}" for kind, count in rounded.items())
             self.notes.append(
-                f"{kinds} of {len(self.layers)} weights were quantized in the GGUF file before: what is said of them is "
-                "said of weights that have been rounded once"
+                f"{kinds} of {len(self.layers)} weights were quantized in the GGUF file before: what is said of "
+                "them is said of weights that have been rounded once"
             )
 
     def _open_directory(self) -> None:
