@@ -107,11 +107,6 @@ class Weights:
             self._model = load_model(self.path, torch.float32)
         return self._model
 
-    def release(self) -> None:
-        """Give the memory of the model back, where the weights are read without it."""
-        if self._checkpoint is not None:
-            self._model = None
-
     def __len__(self) -> int:
         return len(self.layers)
 
