@@ -230,4 +230,4 @@ def _read(settings: InspectSettings, display: Display) -> tuple[Pieces, dict[str
     if limits:
         limits.check(((one.source, one.input_ids) for one in pieces.pieces), tokenizer)
     facts = {"source": text.source, "pieces": len(pieces.pieces), "tokens": pieces.tokens, "counted": pieces.counted}
-    return pieces, facts, tokenizer
+    return pieces, facts | {"counts": text.counts}, tokenizer

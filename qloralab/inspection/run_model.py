@@ -38,13 +38,13 @@ _CHUNK_BYTES = 32 * 2**20  # of float64 log-probabilities
 class Pieces:
     """A text in pieces of at most ``WINDOW`` tokens.
 
-    A divergence needs no right answer, so every token that is predicted counts, also those of a prompt: several times
-    as many as ``qloralab eval`` counts in the same documents.
+    A divergence needs no right answer, and yet only tokens with a label count, as in ``qloralab eval``: a chat model
+    was not trained to predict prompts, and what SmolLM2 says there moves more than twice as much.
 
     Attributes:
         pieces: tokens and labels.
         tokens: of all pieces.
-        counted: of them, the tokens that are predicted.
+        counted: of them, those that count.
     """
 
     pieces: list[Encoded]
@@ -52,8 +52,7 @@ class Pieces:
     @classmethod
     def of(cls, documents: Sequence[Encoded], count: int) -> Pieces:
         """The first pieces of a text, at most ``count``."""
-        whole = [Encoded(one.input_ids, one.input_ids, one.source) for one in documents]
-        found = [piece for one in whole for piece in windows(one, WINDOW, WINDOW - 1)]
+        found = [piece for one in documents for piece in windows(one, WINDOW, WINDOW - 1)]
         if not found:
             raise UserError(
                 "the text has no token to predict: a document needs at least two, and the first does not count"

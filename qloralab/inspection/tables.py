@@ -41,7 +41,7 @@ def show(found: Inspection, display: Display) -> None:
     if found.text is not None:
         one = found.text
         display.fact(
-            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} predicted"
+            "text", f"{one['source']}: {one['pieces']} pieces, {one['tokens']:,} tokens, {one['counted']:,} count"
         )
     _print(display, "The whole model, by data type", _whole(layers))
     if any(layer.distribution for layer in layers):
@@ -129,9 +129,7 @@ def _of_layers(layers: Sequence[Layer], has_room: bool) -> Table:
         "kurtosis",
         *(f"{name} {what}" for name in names for what, _ in measures),
     ]
-    table = _table("layer", *columns)
-    for column in table.columns[: 2 if has_room else 1]:
-        column.no_wrap = True  # the headings of the others give way first
+    table = _table("layer", *columns, whole=2 if has_room else 1)
     shorter = _shorter([layer.name for layer in layers])
     for layer in layers:
         found = [of(layer.quantized[name]) if name in layer.quantized else None for name in names for _, of in measures]
@@ -206,19 +204,23 @@ def _show_adapter(adapter: Adapter, top: int, display: Display) -> None:
 
     ranked = sorted(updates, key=lambda one: one.share if one.share is not None else one.norm, reverse=True)
     shown = ranked if len(ranked) <= 2 * top else [*ranked[:top], *ranked[-top:]]
-    table = _table("layer", "shape", *columns)
+    has_room = display.console.width >= _WIDE
+    table = _table("layer", *(["shape"] if has_room else []), *columns, whole=2 if has_room else 1)
     shorter = _shorter([one.layer for one in shown])
     for one in shown:
         share = [] if not has_share else ["" if one.share is None else f"{100 * one.share:.2f} %"]
         ranks = [f"{one.effective_rank:.2f}", f"{one.stable_rank:.2f}"]
-        table.add_row(escape(shorter(one.layer)), " x ".join(map(str, one.shape)), f"{one.norm:.4g}", *share, *ranks)
+        shape = [" x ".join(map(str, one.shape))] if has_room else []
+        table.add_row(escape(shorter(one.layer)), *shape, f"{one.norm:.4g}", *share, *ranks)
     _print(display, "Layers of largest and least update", table)
 
 
-def _table(*names: str) -> Table:
+def _table(*names: str, whole: int = 0) -> Table:
+    """A table of these columns; where there is no room, the first so many give way after the others."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(names):
-        table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
+        justify = "right" if index else "left"
+        table.add_column(escape(name), justify=justify, overflow="fold", no_wrap=index < whole)
     return table
 
 

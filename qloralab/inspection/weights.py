@@ -83,8 +83,8 @@ class Weights:
         if rounded and "BF16" not in rounded:
             kinds = ", ".join(f"{count} {kind}" for kind, count in rounded.items())
             self.notes.append(
-                f"{kinds} of {len(self.layers)} weights were quantized in the GGUF file before: all figures are those "
-                "of weights that have been rounded once"
+                f"{kinds} of {len(self.layers)} weights were quantized in the GGUF file before: what is said of "
+                "them is said of weights that have been rounded once"
             )
 
     def _open_directory(self) -> None:
@@ -106,11 +106,6 @@ class Weights:
         if self._model is None:
             self._model = load_model(self.path, torch.float32)
         return self._model
-
-    def release(self) -> None:
-        """Give the memory of the model back, where the weights are read without it."""
-        if self._checkpoint is not None:
-            self._model = None
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -74,7 +74,8 @@ def test_version(program):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--help", "--version", "finetune --help", "finetune --steps x", "generate", "eval --help", "inspect --help"]
+    "line",
+    ["", "--help", "--version", "finetune --help", "finetune --steps x", "generate", "eval --help", "inspect --help"],
 )
 def test_what_needs_no_torch_loads_none(line):
     code = (

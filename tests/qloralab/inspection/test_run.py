@@ -188,7 +188,7 @@ def test_a_weight_that_is_not_finite_is_named(program, write_model, tmp_path):
     path = write_model("broken")
     model: Any = LlamaForCausalLM.from_pretrained(path)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = float("nan")
     model.save_pretrained(path)
     status, _, errors = program("inspect", path)
     assert status == 2
