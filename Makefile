@@ -14,7 +14,7 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test coverage test-arm fuzz sanitize bench finetune clean
+.PHONY: help install check format test coverage test-arm fuzz sanitize bench docs finetune clean
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -73,6 +73,10 @@ bench: $(READY) ## measure, for half an hour: the job, operators, generation, pa
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.optimizer
+
+docs: $(READY) ## build the site of docs/ into build/site; open build/site/index.html
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean $(ARGS)
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)

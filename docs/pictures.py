@@ -53,9 +53,18 @@ def double_quantization() -> Figure:
     figure, (left, right) = _figure(3.6, columns=2)
     left.hist(scales.numpy(), bins=80, color="#c9dcea")
     left.axvline(scales.mean().item(), color=OURS, linewidth=1.5)
-    left.set(xlabel="largest magnitude of a block of 64", ylabel="blocks", title="scales are alike: their mean goes first")
+    left.set(
+        xlabel="largest magnitude of a block of 64", ylabel="blocks", title="scales are alike: their mean goes first"
+    )
     share = error.square().mean().sqrt() / scales.mean()
-    left.text(0.97, 0.94, f"8 bits are off by {100 * share:.2f} %\n(root mean square)", ha="right", va="top", transform=left.transAxes)
+    left.text(
+        0.97,
+        0.94,
+        f"8 bits are off by {100 * share:.2f} %\n(root mean square)",
+        ha="right",
+        va="top",
+        transform=left.transAxes,
+    )
     sizes = [32, 64, 128, 256]
     for offset, bits, color, label in [
         (-0.2, [32 / size for size in sizes], GREY, "float32"),
@@ -148,7 +157,9 @@ def kernels() -> Figure:
         found = sorted((point["M"], 1e3 * point["ms"]["p50"]) for point in points if point["provider"] == provider)
         axes.plot(*zip(*found, strict=True), marker + "-", color=color, label=label, markersize=4, linewidth=1.2)
     bound = sorted((point["M"], 1e3 * point["bound_ms"]) for point in points if point["provider"] == "ours, fused")
-    axes.plot(*zip(*bound, strict=True), ":", color="black", linewidth=1, label="bound: bytes of 4 bits, or multiplications")
+    axes.plot(
+        *zip(*bound, strict=True), ":", color="black", linewidth=1, label="bound: bytes of 4 bits, or multiplications"
+    )
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
     axes.set_xscale("log", base=2)
     axes.set_title(f"linear, weight {N} x {K}, NVIDIA H100")

@@ -63,6 +63,15 @@ def test_links_lead_somewhere(page):
             assert anchor in map(heading, re.findall(r"^#+ .*", file.read_text(), re.MULTILINE)), target
 
 
+def test_every_picture_of_a_chapter_is_there_and_has_what_makes_it():
+    script = (ROOT / "docs" / "pictures.py").read_text()
+    made = set(re.findall(r'^    "([\w-]+\.svg)": ', script, re.MULTILINE))
+    chapters = [page.read_text() for page in ROOT.glob("docs/first-principles/*.md")]
+    shown = [re.findall(r"\]\(\.\./pictures/([^)]+)\)", text) for text in chapters]
+    assert [len(pictures) for pictures in shown] == [1] * 5
+    assert {picture for (picture,) in shown} == made == {path.name for path in ROOT.glob("docs/pictures/*")}
+
+
 def test_the_map_names_every_file_once():
     """The tree in docs/architecture.md: every module and C file by its path."""
     tree = re.findall(r"```\n(nf4/.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)[0]
