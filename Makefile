@@ -14,7 +14,8 @@ ARGS ?=
 PYTHON ?=
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 
-.PHONY: help install check format test coverage test-arm fuzz sanitize bench tinylm paper paper-quick finetune clean
+.PHONY: help install check format test coverage test-arm fuzz sanitize bench tinylm paper paper-quick docs finetune \
+        clean
 
 help: ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -90,6 +91,10 @@ paper: $(VENV)/.minilm runs/tinylm ## the paper's tables and figures, in an hour
 
 paper-quick: $(VENV)/.minilm ## the same with less of everything, in minutes: runs/paper
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.paper --size quick $(ARGS)
+
+docs: $(READY) ## build the site of docs/ into build/site; open build/site/index.html
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean $(ARGS)
 
 finetune: $(READY) ## fine-tune the default model on the default data
 	$(BIN)/qloralab finetune $(ARGS)

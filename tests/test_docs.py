@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
 FOLDERS = ("nf4", "lora", "kernels", "optim", "qloralab", "benchmarks")
 
 
@@ -61,6 +61,15 @@ def test_links_lead_somewhere(page):
         assert file.exists(), target
         if anchor:
             assert anchor in map(heading, re.findall(r"^#+ .*", file.read_text(), re.MULTILINE)), target
+
+
+def test_every_picture_of_a_chapter_is_there_and_has_what_makes_it():
+    script = (ROOT / "docs" / "pictures.py").read_text()
+    made = set(re.findall(r'^    "([\w-]+\.svg)": ', script, re.MULTILINE))
+    chapters = [page.read_text() for page in ROOT.glob("docs/first-principles/*.md")]
+    shown = [re.findall(r"\]\(\.\./pictures/([^)]+)\)", text) for text in chapters]
+    assert [len(pictures) for pictures in shown] == [1] * 5
+    assert {picture for (picture,) in shown} == made == {path.name for path in ROOT.glob("docs/pictures/*")}
 
 
 def test_the_map_names_every_file_once():
