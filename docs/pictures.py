@@ -25,7 +25,7 @@ OURS, OTHER, THIRD, GREY = "#1b6ca8", "#d1603d", "#4b8f5c", "#888888"
 
 
 def nf4() -> Figure:
-    """What a block holds after it is divided by its largest weight, and the values that three data types have for it."""
+    """What a block holds after it is divided by its largest weight, and the values of three data types."""
     blocks = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
     normalized = (blocks / blocks.abs().amax(dim=1, keepdim=True)).flatten()
     figure, (above, below) = _figure(6.4, rows=2, ratio=(2.2, 1))
