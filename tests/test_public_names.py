@@ -15,16 +15,17 @@ import qloralab
 
 CALLS = {
     "normal_float": "(bits=4)",
-    "quantize": "(weight, codebook='nf4', block_size=64, double_quant=True, name='weight')",
+    "quantize": "(weight, codebook='nf4', block_size=None, double_quant=None, name='weight')",
     "linear": "(x, weight, bias=None)",
     "linear_names": "(model, skip=None)",
     "quantize_": (
-        "(model, codebook='nf4', block_size=64, double_quant=True, compute_dtype=None, skip=None, progress=None)"
+        "(model, codebook='nf4', block_size=None, double_quant=None, compute_dtype=None, skip=None, progress=None)"
     ),
     "LoraConfig": (
         "(r, lora_alpha, lora_dropout=0.0, target_modules='all-linear', bias='none', task_type='CAUSAL_LM', "
-        "use_rslora=False)"
+        "use_rslora=False, init_lora_weights=True)"
     ),
+    "DataType": "(name, codebook, block_size=64, scale='absmax', encoding='float32')",
     "inject_": "(model, config)",
     "trainable": "(model)",
     "save_adapter": "(model, directory)",
@@ -54,7 +55,7 @@ def call(function: object) -> str:
 
 
 def test_all_lists_the_public_names():
-    assert sorted(qloralab.__all__) == sorted([*CALLS, *CLASSES])
+    assert sorted(qloralab.__all__) == sorted([*CALLS, *CLASSES, "DATA_TYPES"])
 
 
 def test_nothing_else_looks_public():

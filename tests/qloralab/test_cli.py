@@ -135,7 +135,7 @@ def ask(program, model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def run(answer):
-        monkeypatch.setattr(generate_module, "answer", lambda *values: answer())
+        monkeypatch.setattr(generate_module, "answer", lambda *values, **named: answer())
         return program("generate", "--model", model_dir, "Hi")
 
     return run

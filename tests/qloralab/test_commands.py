@@ -43,15 +43,17 @@ def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeyp
 
 def test_generate_hands_on_its_options(program, model_dir, monkeypatch):
     calls = []
-    monkeypatch.setattr(generate_module, "answer", lambda *values: calls.append(values) or "the answer")
+    monkeypatch.setattr(
+        generate_module, "answer", lambda *values, **named: calls.append((*values, *named.values())) or "the answer"
+    )
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("from\na file: Ω\n".encode()), "ascii"))
     start = ["generate", "--model", model_dir]
     assert program(*start, "--prompt", "Hi") == program(*start, "Hi") == (0, "the answer\n", "")
     more = ["--adapter", "a", "--dense", "--max-new-tokens", 5, "--dtype", "bfloat16"]
     assert program(*start, "--prompt", "-", *more)[0] == 0
     assert calls == [
-        *[(model_dir, None, "Hi", 96, True, "auto")] * 2,
-        (model_dir, Path("a"), "from\na file: Ω\n", 5, False, "bfloat16"),
+        *[(model_dir, None, "Hi", 96, True, "auto", None)] * 2,
+        (model_dir, Path("a"), "from\na file: Ω\n", 5, False, "bfloat16", None),
     ]
 
 
@@ -60,7 +62,7 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "eval", "inspect", "quantize", "parity", "sass"
+        "finetune", "generate", "eval", "inspect", "quantize", "memory", "parity", "doctor", "sass"
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")

@@ -463,7 +463,9 @@ def test_finetune_and_generate_take_the_directory(program, model_dir, colours, t
 
     def facts(text: str) -> list[str]:
         return [
-            re.sub(r"bf16|4bit", "", line) for line in text.splitlines() if re.match(r" +(model|4 bits|val loss)", line)
+            re.sub(r"bf16|4bit", "", line)
+            for line in text.splitlines()
+            if re.match(r" *(model|quantized|val loss)", line)
         ]
 
     assert facts(out) == facts(dense)  # the same weights, hence the same losses

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qloralab import LoraConfig, inject_, load_adapter_, quantize_, save_adapter
+from qloralab.checkpoint import opened
 from qloralab.checkpoint.limits import Limits
 from qloralab.checkpoint.models import load_model, load_tokenizer
 from qloralab.lora.inject import adapters
@@ -89,7 +90,7 @@ def test_without_chat_template_the_prompt_is_that_of_training(model_without_temp
 
 
 def test_a_prompt_beyond_the_positions_is_told_before_the_model_is_read(model_dir, refusal, monkeypatch):
-    monkeypatch.setattr(module, "load_model", lambda *values: pytest.fail("the model was read"))
+    monkeypatch.setattr(opened, "load_model", lambda *values: pytest.fail("the model was read"))
     monkeypatch.setattr(module.Limits, "of_directory", lambda path: Limits(260, 50, 50))
     message = refusal(answer, model_dir, None, "Colour?" * 8, 8, True)
     assert message == "the prompt: 75 tokens, and the model has 50 positions"
