@@ -1,7 +1,7 @@
 """The pictures of docs/first-principles, computed by this library: ``python docs/pictures.py`` writes docs/pictures/.
 
-Every number is computed here from a fixed seed, except for the times of kernels.svg, which a benchmark recorded. Threads
-change no point that can be seen, so the files change where the code or matplotlib does.
+Every number is computed here from a fixed seed, except for the times of kernels.svg, which a benchmark recorded.
+Another processor may move a point by less than can be seen. It takes a minute or two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OURS, OTHER, THIRD, GREY = "#1b6ca8", "#d1603d", "#4b8f5c", "#888888"
 
 
 def nf4() -> Figure:
-    """What a block holds after it is divided by its largest weight, and the values that three data types offer for it."""
+    """What a block holds after it is divided by its largest weight, and the values of three data types."""
     blocks = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
     normalized = (blocks / blocks.abs().amax(dim=1, keepdim=True)).flatten()
     figure, (above, below) = _figure(6.4, rows=2, ratio=(2.2, 1))
@@ -79,7 +79,7 @@ def double_quantization() -> Figure:
 
 
 def adapters() -> Figure:
-    """How much of a change of rank 4, and of the error of 4 bits, an adapter of rank r learns beside a frozen weight."""
+    """How much of a change of rank 4, and of the error of 4 bits, adapters of four ranks learn beside a frozen weight."""
     generator = torch.Generator().manual_seed(0)
     width, tokens = 64, 512
     weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
