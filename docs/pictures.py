@@ -79,7 +79,7 @@ def double_quantization() -> Figure:
 
 
 def adapters() -> Figure:
-    """How much of a change of rank 4, and of the error of 4 bits, adapters of four ranks learn beside a frozen weight."""
+    """What adapters of four ranks learn of a change of rank 4 and of the error of 4 bits."""
     generator = torch.Generator().manual_seed(0)
     width, tokens = 64, 512
     weight = torch.randn(width, width, generator=generator) / math.sqrt(width)
