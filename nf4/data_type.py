@@ -109,6 +109,10 @@ class DataType:
         for what, value, known in (("scale", self.scale, RULES), ("encoding", self.encoding, ENCODINGS)):
             if isinstance(value, str) and value not in known:
                 raise ValueError(f"{self.name}: {what} is {value!r}; it must be one of {', '.join(known)}")
+        if self.scale == "signed" and self.encoding == "double":
+            raise ValueError(
+                f"{self.name}: one offset does not fit scales with a sign; their encoding is double_signed"
+            )
         if not self.name or not set(self.name) <= _LETTERS:
             raise ValueError(f"a data type is called {self.name!r}; a name has letters, digits, '_' and '-' only")
         if isinstance(self.codebook, str):

@@ -30,6 +30,7 @@ from ..record import ROOT, provenance, write
 from . import (
     adapters_where,
     double_quant,
+    memory,
     methods,
     normality,
     paging,
@@ -55,6 +56,7 @@ TABLES: dict[str, Any] = {  # modules, each of them a Table
     "methods": methods,
     "adapters_where": adapters_where,
     "paging": paging,
+    "memory": memory,
 }
 TRIALS = ROOT / "runs" / "paper"
 

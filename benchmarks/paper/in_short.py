@@ -108,6 +108,15 @@ def _paging(records: Records) -> Iterator[str]:
     yield f"A paged state gives {'the same' if same else 'other'} parameters, whatever share of it fits."
 
 
+def _memory(records: Records) -> Iterator[str]:
+    some = [one for one in records if one["kind"] == "predicted"]
+    pairs = ", ".join(f"{one['model']} {one['peak'] / 1e9:.1f} ({one['paper']['total'] / 1e3:.1f})" for one in some)
+    yield f"Memory predicted for QLoRA, in GB, and the paper's: {pairs}."
+    if measured := [one for one in records if one["kind"] == "measured"]:
+        worst = max(abs(one["predicted"] / one["measured"] - 1) for one in measured)
+        yield f"Memory predicted for {len(measured)} methods here is within {worst:.0%} of what was measured."
+
+
 _SENTENCES: dict[str, Callable[[Records], Iterator[str]]] = {
     "weight_error": _weights,
     "perplexity": _language,
@@ -119,4 +128,5 @@ _SENTENCES: dict[str, Callable[[Records], Iterator[str]]] = {
     "methods": _methods,
     "adapters_where": _adapters,
     "paging": _paging,
+    "memory": _memory,
 }

@@ -51,7 +51,7 @@ def magnitude_and_sign(scales: Tensor, values: Tensor) -> Tensor:
 
 _NESTED = 8 + 32 / SCALES_PER_BLOCK
 ENCODINGS = {
-    "sign + 7 bits (shipped)": SHIPPED["double"],
+    "sign + 7 bits (shipped)": SHIPPED["double_signed"],
     "dynamic map, no offset": Encoding(_NESTED, dynamic_without_offset, alone=False),
     "8 bits + sign": Encoding(_NESTED + 1, magnitude_and_sign, alone=False),
 }

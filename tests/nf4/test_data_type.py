@@ -472,6 +472,7 @@ def test_the_errors_of_a_block_are_sums():
         (("", "nf4"), "a data type is called ''"),
         (("x", "nf9"), "unknown codebook 'nf9'; known: nf4"),
         (("x", "kmeans", 64, "least_squares"), "x: kmeans is fitted after the scale, which is absmax or signed"),
+        (("x", "nf4", 64, "signed", "double"), "x: one offset does not fit scales with a sign"),
         (("x", [0.0, 1.0]), r"a codebook is float32 \[4 to 256\]"),
     ],
 )
