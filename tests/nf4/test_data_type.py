@@ -199,7 +199,9 @@ def test_double_quantization_of_signed_scales():
 
 def test_one_offset_would_not_serve_signed_scales():
     weight = torch.randn(1000, 64)
-    split, offset = (DataType("x", "bof4-s", scale="signed", encoding=e) for e in ("double_signed", "double"))
+    split, offset = (
+        DataType("x", "bof4-s", scale="signed", encoding=ENCODINGS[name]) for name in ("double_signed", "double")
+    )
     assert errors(weight, split, 64).sum() < errors(weight, offset, 64).sum()
 
 
