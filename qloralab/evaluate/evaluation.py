@@ -6,6 +6,7 @@ Per token, over all tokens that count:
     perplexity   exp(mean NLL)
     KL           sum over the vocabulary of q log(q / p)          in nats; q: the reference, p: the model
     agreement    whether the most probable token is the same
+    NLL above    its NLL less that of the reference
 
 **Intervals.** Tokens of one document are not independent, documents are. So the bootstrap (Efron, 1979) draws as many
 documents as there are, with replacement, 10,000 times, and the 95 % interval runs from the 2.5th to the 97.5th
@@ -38,6 +39,7 @@ Unit = Literal["document", "window"]
 
 RESAMPLES = 10_000
 _LEVEL = (2.5, 97.5)  # percentiles
+_SAME = 0.01  # relative: one reference in two dtypes differs by less, two models by more
 _SLAB = 4_000_000  # numbers of draws held at a time
 
 
@@ -66,6 +68,7 @@ class Evaluation:
         nll_sums: of -log p, in nats, float64 [units].
         kl_sums: of the KL divergence from the reference, in nats, float64 [units]; None without a reference.
         agreed: tokens at which the most probable token is that of the reference, int64 [units]; None without one.
+        reference_nll_sums: of the reference's -log q, in nats, float64 [units]; None without one.
     """
 
     window: int
@@ -76,6 +79,7 @@ class Evaluation:
     nll_sums: Floats
     kl_sums: Floats | None = None
     agreed: Integers | None = None
+    reference_nll_sums: Floats | None = None
 
     @property
     def nll(self) -> float:
@@ -97,15 +101,23 @@ class Evaluation:
         """Share of tokens at which the most probable token is that of the reference; None without one."""
         return None if self.agreed is None else self._mean(self.agreed)
 
+    @property
+    def reference_nll(self) -> float | None:
+        """Mean negative log-likelihood of a token by the reference, in nats; None without one."""
+        return None if self.reference_nll_sums is None else self._mean(self.reference_nll_sums)
+
     def _mean(self, sums: Floats | Integers) -> float:
         return float(sums.sum() / self.tokens.sum())
 
     def estimates(self) -> dict[str, Estimate]:
-        """The figures by name, each with its interval: nll, perplexity; kl, agreement where there is a reference."""
+        """The figures by name, each with its interval: nll, perplexity; where there is a reference kl, agreement, and
+        nll_above, the NLL less that of the reference, paired over documents."""
         return _estimates([self], lambda one: one)
 
     def _sums(self) -> dict[str, Floats]:
         named = {"nll": self.nll_sums, "kl": self.kl_sums, "agreement": self.agreed}
+        if self.reference_nll_sums is not None:
+            named["nll_above"] = self.nll_sums - self.reference_nll_sums
         return {name: sums.astype(np.float64) for name, sums in named.items() if sums is not None}
 
 
@@ -116,8 +128,8 @@ class Comparison:
     Attributes:
         nll: of the mean negative log-likelihoods, in nats per token.
         perplexity: of the perplexities.
-        kl: of the mean KL divergences; None where one of the two has none.
-        agreement: of the shares of tokens that agree with the reference; None where one of the two has none.
+        kl: of the mean KL divergences; None where one of the two has none, or theirs are from different references.
+        agreement: of the shares of tokens that agree with the reference; None as for kl.
     """
 
     nll: Estimate
@@ -127,13 +139,21 @@ class Comparison:
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
-    """How much a differs from b, paired over documents. KL and agreement are each one's from its own reference.
+    """How much a differs from b, paired over documents.
 
     Raises:
         UserError: they have read other tokens, or in other windows.
     """
     check_comparable(a, b.window, b.stride, b.fingerprint)
-    return Comparison(**_estimates([a, b], lambda one, other: one - other))
+    found = _estimates([a, b], lambda one, other: one - other)
+    names = ("nll", "perplexity", "kl", "agreement") if same_reference(a, b) else ("nll", "perplexity")
+    return Comparison(**{name: found[name] for name in names})
+
+
+def same_reference(a: Evaluation, b: Evaluation) -> bool:
+    """Whether both have a reference, and the same one: it gave the same tokens about the same probability."""
+    one, other = a.reference_nll, b.reference_nll
+    return one is not None and other is not None and abs(one - other) <= _SAME * max(one, other)
 
 
 def check_comparable(a: Evaluation, window: int, stride: int, fingerprint: str) -> None:

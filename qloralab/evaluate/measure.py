@@ -8,6 +8,7 @@ both models for the same positions, and each chunk leaves behind what it adds to
     nll  += -log p[token]
     kl   += sum over the vocabulary of q (log q - log p)
     same += argmax log p == argmax log q
+    its  += -log q[token]
 
 Sums are float64. Windows of similar length are run together, padded at the right: under causal attention no token sees
 the padding behind it, and no padding is counted.
@@ -70,16 +71,18 @@ def evaluate(
     if not pieces:
         raise UserError("the text has no token to predict: a document needs at least two, and the first does not count")
     with _evaluating(model, reference):
-        sums = _sums(model, [one for _, one in pieces], reference, progress, batch_size)  # [windows, nll, kl, same]
+        sums = _sums(
+            model, [one for _, one in pieces], reference, progress, batch_size
+        )  # [windows, nll, kl, same, its]
     if len(documents) > 1:
         unit, units = "document", np.array([index for index, _ in pieces])
     else:
         unit, units = "window", np.arange(len(pieces))
     count = int(units[-1]) + 1 if unit == "window" else len(documents)
-    by_unit, tokens = np.zeros((count, 3)), np.zeros(count, np.int64)
+    by_unit, tokens = np.zeros((count, 4)), np.zeros(count, np.int64)
     np.add.at(by_unit, units, sums)
     np.add.at(tokens, units, [counted(one) for _, one in pieces])
-    nll, kl, same = by_unit.T
+    nll, kl, same, its = by_unit.T
     if not np.isfinite(by_unit).all():
         raise UserError("the loss is NaN or infinite: the model overflows")
     return Evaluation(
@@ -91,6 +94,7 @@ def evaluate(
         nll_sums=nll.copy(),
         kl_sums=None if reference is None else kl.copy(),
         agreed=None if reference is None else same.astype(np.int64),
+        reference_nll_sums=None if reference is None else its.copy(),
     )
 
 
@@ -102,7 +106,7 @@ def _sums(
     progress: Callable[[int, int], None] | None,
     batch_size: int,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """NLL, KL and agreement, summed over each window: float64 [windows, 3]."""
+    """NLL, KL, agreement and the NLL of the reference, summed over each window: float64 [windows, 4]."""
     ours = _Predictions(model)
     theirs = None if reference is None or reference is model else _Predictions(reference)
     if theirs is not None and theirs.vocabulary != ours.vocabulary:
@@ -113,7 +117,7 @@ def _sums(
     positions = Limits.of(model).positions
     order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].input_ids))  # what takes most memory first
     done, total = 0, sum(len(one.input_ids) for one in pieces)
-    sums = torch.zeros(len(pieces), 3, dtype=torch.float64)
+    sums = torch.zeros(len(pieces), 4, dtype=torch.float64)
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         batch = collate([pieces[index] for index in indices], LENGTH_MULTIPLE, positions)
@@ -136,18 +140,18 @@ def _sums(
 
 
 def _measures(log_p: Tensor, log_q: Tensor, targets: Tensor) -> Tensor:
-    """NLL, KL(q || p) and agreement of each position: float64 [positions, 3].
+    """NLL, KL(q || p), agreement and the NLL of q at each position: float64 [positions, 4].
 
     Args:
         log_p, log_q: of the model and the reference, float32 [positions, vocabulary].
         targets: int64 [positions].
     """
-    nll = -log_p.gather(1, targets[:, None])[:, 0].double()
+    nll, its = (-log.gather(1, targets[:, None])[:, 0].double() for log in (log_p, log_q))
     if log_q is log_p:
-        return torch.stack([nll, torch.zeros_like(nll), torch.ones_like(nll)], dim=1)
+        return torch.stack([nll, torch.zeros_like(nll), torch.ones_like(nll), its], dim=1)
     terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
     same = log_p.argmax(1) == log_q.argmax(1)
-    return torch.stack([nll, terms.sum(1, dtype=torch.float64), same.double()], dim=1)
+    return torch.stack([nll, terms.sum(1, dtype=torch.float64), same.double(), its], dim=1)
 
 
 class _Predictions:

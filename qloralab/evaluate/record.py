@@ -73,8 +73,8 @@ def as_json(evaluation: Evaluation, sources: Sequence[str]) -> dict[str, Any]:
         "tokens": evaluation.tokens.tolist(),
         "nll": evaluation.nll_sums.tolist(),
     }
-    if evaluation.kl_sums is not None and evaluation.agreed is not None:
-        columns |= {"kl": evaluation.kl_sums.tolist(), "agreed": evaluation.agreed.tolist()}
+    beside = {"kl": evaluation.kl_sums, "agreed": evaluation.agreed, "reference_nll": evaluation.reference_nll_sums}
+    columns |= {name: sums.tolist() for name, sums in beside.items() if sums is not None}
     units = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     shared = {name: getattr(evaluation, name) for name in ("window", "stride", "fingerprint", "unit")}
     return {**shared, "units": units}
@@ -109,6 +109,7 @@ def _evaluation(fields: dict[str, Any]) -> Evaluation:
         nll_sums=_column(units, "nll", np.float64),
         kl_sums=_column(units, "kl", np.float64) if has_reference else None,
         agreed=_column(units, "agreed", np.int64) if has_reference else None,
+        reference_nll_sums=_column(units, "reference_nll", np.float64) if has_reference else None,
     )
     if tokens.min() < 0 or not tokens.sum():
         raise ValueError("no tokens")

@@ -15,6 +15,7 @@ _INTERVAL = "95 % interval"
 _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", lambda value: f"{value:,.3f}"),
     "nll": ("NLL, nats a token", lambda value: f"{value:.4f}"),
+    "nll_above": ("NLL above that of {reference}", lambda value: f"{value:.4f}"),
     "kl": ("KL from {reference}, nats a token", lambda value: f"{value:.5f}"),
     "agreement": ("same top word as {reference}", lambda value: f"{100 * value:.2f} %"),
 }
@@ -51,12 +52,14 @@ def show_differences(
     """
     table = _table("figure", "here", other, "difference", _INTERVAL)
     for name, (title, written) in _FIGURES.items():
-        one: Estimate | None = getattr(comparison, name)
+        one: Estimate | None = getattr(comparison, name, None)
         if one is not None:
             values = (written(getattr(run, name)) for run in (a, b))
             signed = _signed(written)
             table.add_row(title.format(reference=reference), *values, signed(one.value), _interval(one, signed))
     console.print(table)
+    if a.kl is not None and b.kl is not None and comparison.kl is None:
+        console.print("KL divergence and agreement are not compared: the two runs took them from different models.")
 
 
 def _table(*names: str) -> Table:

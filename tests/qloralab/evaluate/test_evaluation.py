@@ -18,18 +18,30 @@ def made_up(seed: int = 0, shift: float = 0.0, documents: int = 60) -> Evaluatio
     hardness = shared.normal(3.0, 0.8, documents)
     nll = tokens * (hardness + shift + own.normal(0, 0.02, documents))
     kl: Any = tokens * abs(shift)
-    return Evaluation(16, 8, "f", "document", tokens, nll, kl, tokens // 2)
+    return Evaluation(16, 8, "f", "document", tokens, nll, kl, tokens // 2, tokens * hardness)
 
 
 def test_the_figures_are_ratios_of_sums():
     one = Evaluation(
-        8, 4, "f", "document", np.array([1, 3]), np.array([1.0, 5.0]), np.array([0.5, 0.1]), np.array([0, 3])
-    )
+        8, 4, "f", "document", np.array([1, 3]), np.array([1.0, 5.0]), np.array([0.5, 0.1]), np.array([0, 3]),
+        np.array([1.0, 3.0]),
+    )  # fmt: skip
     assert (one.nll, one.perplexity, one.kl, one.agreement) == pytest.approx((1.5, np.exp(1.5), 0.15, 0.75), abs=1e-12)
-    bare = dataclasses.replace(one, kl_sums=None, agreed=None)
+    assert one.reference_nll == 1.0
+    assert one.estimates()["nll_above"].value == pytest.approx(0.5)
+    bare = dataclasses.replace(one, kl_sums=None, agreed=None, reference_nll_sums=None)
     assert (bare.kl, bare.agreement) == (None, None)
     assert list(bare.estimates()) == ["nll", "perplexity"]
     assert compare(bare, one).kl is None
+
+
+def test_kl_divergences_from_different_models_are_not_compared():
+    one = made_up()
+    assert one.reference_nll_sums is not None
+    for factor, compared in ((1.005, True), (1.02, False)):
+        found = compare(one, dataclasses.replace(one, reference_nll_sums=factor * one.reference_nll_sums))
+        assert [found.kl is not None, found.agreement is not None] == [compared] * 2
+        assert found.nll.value == 0
 
 
 def test_intervals_are_those_of_scipy():

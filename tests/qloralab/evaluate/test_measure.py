@@ -72,7 +72,7 @@ def test_a_document_of_one_window_is_one_call_of_the_model(dense):
 def test_kl_and_agreement_are_those_of_all_logits_at_once(dense, packed, monkeypatch):
     monkeypatch.setattr(measure, "_CHUNK_BYTES", 7 * 4 * 260)  # seven positions at a time
     found = evaluate(packed, DOCUMENTS, WINDOW, STRIDE, reference=dense)
-    kl, agreed = np.zeros(len(DOCUMENTS)), np.zeros(len(DOCUMENTS))
+    kl, agreed, its = np.zeros((3, len(DOCUMENTS)))
     for number, one in enumerate(DOCUMENTS):
         for piece in windows(one, WINDOW, STRIDE):
             ids = torch.tensor([piece.input_ids])
@@ -81,8 +81,10 @@ def test_kl_and_agreement_are_those_of_all_logits_at_once(dense, packed, monkeyp
             for position, label in enumerate(piece.labels[1:]):
                 if label != NO_LABEL:
                     kl[number] += (q[position] * (q[position] / p[position]).log()).sum().item()
+                    its[number] -= q[position, label].log().item()
                     agreed[number] += int(p[position].argmax() == q[position].argmax())
     assert found.kl_sums == pytest.approx(kl, rel=1e-4)
+    assert found.reference_nll_sums == pytest.approx(its, rel=1e-5)
     assert found.agreed is not None
     assert found.kl is not None
     assert found.agreement is not None
@@ -94,7 +96,7 @@ def test_kl_and_agreement_are_those_of_all_logits_at_once(dense, packed, monkeyp
 def test_a_model_is_at_no_distance_from_itself(dense):
     for reference in (dense, copy.deepcopy(dense)):
         found = evaluate(dense, DOCUMENTS, WINDOW, STRIDE, reference=reference)
-        assert (found.kl, found.agreement) == (0.0, 1.0)
+        assert (found.kl, found.agreement, found.reference_nll) == (0.0, 1.0, found.nll)
 
 
 def test_padding_and_the_order_of_documents_change_nothing(dense, packed):
@@ -102,7 +104,7 @@ def test_padding_and_the_order_of_documents_change_nothing(dense, packed):
     alone = evaluate(packed, DOCUMENTS, batch_size=1, **options)
     together = evaluate(packed, DOCUMENTS, batch_size=4, **options)
     backwards = evaluate(packed, DOCUMENTS[::-1], batch_size=3, **options)
-    for name in ("nll_sums", "kl_sums", "agreed", "tokens"):
+    for name in ("nll_sums", "kl_sums", "agreed", "reference_nll_sums", "tokens"):
         assert getattr(together, name) == pytest.approx(getattr(alone, name), rel=1e-5, abs=1e-6)
         assert getattr(backwards, name)[::-1] == pytest.approx(getattr(alone, name), rel=1e-5, abs=1e-6)
 

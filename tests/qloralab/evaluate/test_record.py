@@ -12,8 +12,9 @@ from qloralab.evaluate.record import check_out, read_record, write_record
 from qloralab.nf4.files.errors import FormatError
 
 FULL = Evaluation(
-    16, 8, "abc", "document", np.array([3, 5]), np.array([0.1, 1 / 3]), np.array([1e-9, 0.2]), np.array([3, 4])
-)
+    16, 8, "abc", "document", np.array([3, 5]), np.array([0.1, 1 / 3]), np.array([1e-9, 0.2]), np.array([3, 4]),
+    np.array([0.1, 2 / 7]),
+)  # fmt: skip
 BARE = Evaluation(16, 8, "abc", "window", np.array([3, 5, 1]), np.array([0.1, 0.2, 0.7]))
 
 
