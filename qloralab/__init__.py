@@ -31,6 +31,8 @@ if _TYPE_CHECKING:  # "as" says that a name is public
 
     from .checkpoint.quantized_model import load_quantized as load_quantized
     from .checkpoint.quantized_model import save_quantized as save_quantized
+    from .train.checkpoint import load_checkpoint_ as load_checkpoint_
+    from .train.checkpoint import save_checkpoint as save_checkpoint
 
 # Read when torch loads OpenMP, so it comes first: threads that wait sleep. By default they spin, and two busy processes
 # on one machine then slow each other more than tenfold.
@@ -55,6 +57,7 @@ _NAMES = {
     "nf4.model": "linear_names quantize_",
     "nf4.tensor": "QuantizedTensor linear quantize",
     "optim.paged_adamw": "PagedAdamW",
+    "train.checkpoint": "load_checkpoint_ save_checkpoint",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

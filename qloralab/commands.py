@@ -65,8 +65,8 @@ def _commands(
         typer.echo(context.get_help())
 
 
-def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make the fields of a dataclass of settings the options of a command."""
+def _takes(settings: type[Any], **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the fields of a dataclass of settings the options of a command; more: others, by name."""
     types = get_type_hints(settings, include_extras=True)
     options = [
         inspect.Parameter(
@@ -77,6 +77,10 @@ def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
         )
         for field in dataclasses.fields(settings)
     ]
+    options += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in more.items()
+    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -86,12 +90,19 @@ def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
 
 
 @app.command()
-@_takes(Settings)
-def finetune(**options: Any) -> None:
+@_takes(
+    Settings,
+    resume=Annotated[Path | None, typer.Option(help="Go on with this run; --steps may be raised.", show_default=False)],
+    context=typer.Context,
+)
+def finetune(context: typer.Context, resume: Path | None, **options: Any) -> None:
     """Fine-tune a language model.
 
     With the defaults, on this machine's CPU in minutes.
     """
+    if resume is not None:
+        _go_on(resume, {name: options[name] for name in options if _is_given(context, name)})
+        return
     with _loading(sys.stdout):
         from .checkpoint.models import default_model
         from .train.finetune import finetune as run
@@ -99,6 +110,22 @@ def finetune(**options: Any) -> None:
 
     settings = Settings(**{**options, "model": options["model"] or default_model()})
     if (run(settings) if settings.seeds is None else finetune_seeds(settings)).interrupted:
+        raise typer.Exit(STATUS)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _go_on(path: Path, given: dict[str, Any]) -> None:
+    """``finetune --resume``: all settings but the steps are the run's own."""
+    steps = given.pop("steps", None)
+    for name in given:
+        raise UserError(f"--{name.replace('_', '-')} would be ignored: {path} has its own settings; leave it out")
+    with _loading(sys.stdout):
+        from .train.finetune import resume
+    if resume(path, steps).interrupted:
         raise typer.Exit(STATUS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -89,6 +90,10 @@ class Settings:
         int | None, Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
     ] = None
     eval_every: Annotated[int, Option(help="Steps between validations.")] = 50
+    save_every: Annotated[
+        int | None, Option(help="Steps between checkpoints, to resume from.", show_default="as --eval-every")
+    ] = None
+    keep: Annotated[int, Option(help="Checkpoints that stay in the run directory.")] = 2
     state_bits: Annotated[int, Option(help="Of AdamW's moments: 32 or 8.")] = 32
     state_budget: Annotated[
         int | None, Option(help="MB of the moments to hold in memory; the rest pages.", show_default="all")
@@ -116,7 +121,7 @@ class Settings:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every"):
+        for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every", "save_every", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} is {value}; it must be at least 1")
@@ -151,6 +156,23 @@ class Settings:
             for name in names if ignores else ():
                 if getattr(self, name) not in (None, False) or (name == "double_quant" and self.double_quant is False):
                     raise UserError(f"{_option(name)} would be ignored: {why}; leave it out")
+
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults, as JSON, without ``out``."""
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "out")
+        return {f.name: str(value) if isinstance(value, Path) else value for f, value in fields if value != f.default}
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, Any]) -> Settings:
+        """The settings that ``given`` tells.
+
+        Raises:
+            UserError: there is no such setting, or a value is out of its range.
+        """
+        if unknown := given.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise UserError(f"there is no setting {sorted(unknown)[0]!r}; another version of qloralab wrote it")
+        paths = {name: Path(given[name]) for name in ("model", "adapter") if name in given}
+        return cls(**{"out": None, **given, **paths})
 
     @property
     def learning_rate(self) -> float:

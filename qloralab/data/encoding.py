@@ -17,6 +17,8 @@ tokenizer's eos token. Where the tokenizer starts texts with a bos token, so do 
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,6 +164,14 @@ def _encode(
             yield encoded
         if progress:
             progress(first + len(chunk), len(examples))
+
+
+def fingerprint(examples: Sequence[Encoded]) -> str:
+    """SHA-256 of the tokens of examples, and of their labels: the same text, by the same tokenizer."""
+    digest = hashlib.sha256()
+    for one in examples:
+        digest.update(array("q", [len(one.input_ids), *one.input_ids, *one.labels]).tobytes())
+    return digest.hexdigest()
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[Span]) -> list[int]:

@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 from ..checkpoint.limits import Limits
 from ..data.batches import collate
-from ..data.encoding import NO_LABEL, Encoded
+from ..data.encoding import NO_LABEL, Encoded, fingerprint
 from ..errors import UserError
 from ..train.loss import AnswerLoss
 from ..train.trainer import LENGTH_MULTIPLE
 from .evaluation import Evaluation
-from .windows import check_window, counted, fingerprint, windows
+from .windows import check_window, counted, windows
 
 BATCH_SIZE = 8
 _CHUNK_BYTES = 32 * 2**20  # of float32 logits

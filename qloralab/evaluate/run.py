@@ -16,6 +16,7 @@ from ..checkpoint.opened import Source
 from ..checkpoint.output_directory import count_text
 from ..checkpoint.quantized_model import parameter_count
 from ..compute import Precision, precision, run_device
+from ..data.encoding import fingerprint
 from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
@@ -26,7 +27,7 @@ from .record import check_out, read_record, write_record
 from .settings import DENSE, NONE, EvalSettings
 from .table import show, show_differences
 from .text import Text, read_text
-from .windows import check_window, counted, fingerprint
+from .windows import check_window, counted
 
 _DEFAULT = "nf4"
 

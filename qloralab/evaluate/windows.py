@@ -17,10 +17,6 @@ of each; here the stride is at most ``window - 1``, which leaves out none.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Sequence
-
 from ..data.encoding import NO_LABEL, Encoded
 from ..errors import UserError
 
@@ -71,11 +67,3 @@ def windows(document: Encoded, window: int, stride: int) -> list[Encoded]:
 def counted(one: Encoded) -> int:
     """How many tokens of a document or a window are predicted and count."""
     return sum(label != NO_LABEL for label in one.labels[1:])
-
-
-def fingerprint(documents: Sequence[Encoded]) -> str:
-    """SHA-256 of the tokens of documents, and of which of them count: the same text, by the same tokenizer."""
-    digest = hashlib.sha256()
-    for one in documents:
-        digest.update(array("q", [len(one.input_ids), *one.input_ids, *one.labels]).tobytes())
-    return digest.hexdigest()

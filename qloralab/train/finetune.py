@@ -1,29 +1,42 @@
-"""Fine-tuning, from the settings to the run directory."""
+"""Fine-tuning, from the settings to the run directory, and from a run directory to its end.
+
+A run that is killed at any moment loses the steps since its last checkpoint and nothing else: ``resume`` prepares the
+same model and the same examples, which must have the fingerprints of the run, loads the checkpoint and takes the steps
+that are left. On a CPU, with the same versions and number of threads, metrics and adapter are bit for bit those of a
+run that was never stopped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from qloralab.lora.inject import adapters
+from qloralab.nf4.dense_shares import LOGGER
 
 from ..checkpoint.models import is_default
+from ..checkpoint.output_directory import check_writable
+from ..data.encoding import fingerprint
 from ..display import Display
 from ..errors import UserError
 from ..interrupt import StopRequest
 from ..resident import peak_mb, resident_mb
 from ..settings import ADAPTERS, DATA_TYPE, Settings
+from .checkpoint import read_progress
 from .outlook import LONG, note, seconds_left
 from .prepare import Prepared, prepare
 from .report import Reports
-from .run_directory import Metrics, RunDirectory
-from .trainer import Trainer
+from .run_directory import Metrics, RunDirectory, versions
+from .trainer import Diverged, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,34 +66,105 @@ class Result:
 def finetune(settings: Settings, display: Display | None = None) -> Result:
     """Run a fine-tuning. Nothing is written before the data and the model have been read and the model was measured.
 
-    After Ctrl-C, SIGTERM, SIGHUP or an error that nobody expects, what was trained is saved. After a second Ctrl-C or a
-    UserError, the directory holds what the last validation saved. A sample or a picture that cannot be made ends
-    nothing and is noted, and so is a display that nobody reads.
+    After Ctrl-C, SIGTERM, SIGHUP, an infinite loss or an error that nobody expects, what was trained is saved. After a
+    second Ctrl-C or another UserError, the directory holds the last checkpoint. A sample or a picture that cannot be
+    made ends nothing and is noted, and so is a display that nobody reads.
 
     Raises:
         UserError: the data, the model, the adapter or a setting is not usable, the loss became infinite, or the run
             directory cannot be written.
     """
     display = display or Display()
+    out = settings.out or Path("runs")
+    check_writable(out, out.absolute())
     prepared = prepare(settings, display)
-    trainer = Trainer(prepared.model, prepared.train, prepared.held_out, settings, prepared.precision.dtype)
-    reports = Reports(trainer, prepared.tokenizer, display)
-    reports.answer("before")
-    start = time.perf_counter()
-    val_before = _validate(trainer, display)
-    validation_s = time.perf_counter() - start
-    with _writing(settings.out or Path("runs")):
-        directory = _directory(settings, prepared)
+    fingerprints = _fingerprints(prepared)
+    run = _Run.of(settings, prepared, display)
+    first = run.before()
+    with _writing(out):
+        directory = _directory(settings, prepared, fingerprints)
     display.fact("run", str(directory.path))
+    return run.train(directory, first)
+
+
+def resume(path: Path, steps: int | None = None, display: Display | None = None) -> Result:
+    """Go on with a run that was interrupted or killed, or that is to have more steps, in its own directory.
+
+    Args:
+        path: of the run directory.
+        steps: the run is to have in all; by default as many as it was started with. The learning rate falls towards
+            the new end from where it goes on, so that such a run is not the one that had these steps from the start.
+        display: shows what is going on.
+
+    Raises:
+        UserError: there is no run, it lives or is complete; its model, data or a setting has changed; or see
+            ``finetune``.
+        FormatError: a checkpoint is damaged.
+    """
+    display = display or Display()
+    directory = RunDirectory.reopen(path)
     try:
-        with _writing(directory.path):
-            directory.log(Metrics(0, 0, None, val_before, None, None, None, resident_mb()))
-        return _Run(trainer, prepared, directory, reports, display, validation_s).train()
-    finally:
+        settings = directory.settings(steps)
+        checkpoint = directory.checkpoints[-1] if directory.checkpoints else None
+        progress = read_progress(checkpoint) if checkpoint else None
+        _check_unchanged(directory, settings, progress)
+        prepared = prepare(settings, display)
+        fingerprints = _fingerprints(prepared)
+        for what, found in fingerprints.items():
+            if directory.config["fingerprints"][what] != found:
+                raise UserError(f"{path} began with {_CHANGED[what]}: its {what} changed since; it cannot go on")
+        run = _Run.of(settings, prepared, display)
+        if checkpoint is None:  # it was killed before the first one: from the start
+            first = run.before()
+            directory.rewind(None)
+        else:
+            first = None
+            run.reports.answers = run.trainer.load(checkpoint)["answers"]
+            directory.rewind(run.trainer.step)
+        display.fact("run", f"{path}, from step {run.trainer.step} of {settings.steps}")
+        with _writing(path):
+            again = [*directory.config.get("resumed", []), {"step": run.trainer.step, "versions": versions()}]
+            directory.update_config(steps=settings.steps, given=settings.given(), resumed=again)
+    except BaseException:
         directory.close()
+        raise
+    return run.train(directory, first)
 
 
-def _directory(settings: Settings, prepared: Prepared) -> RunDirectory:
+_CHANGED = {"data": "other examples, or another tokenizer", "model": "other weights"}
+
+
+def _fingerprints(prepared: Prepared) -> dict[str, str]:
+    """What a run must find again to go on: SHA-256 of the tokens of all examples, and of all that is frozen."""
+    digest, model = hashlib.sha256(), prepared.model
+    training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            if name not in training:
+                digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return {"data": fingerprint([*prepared.train, *prepared.held_out]), "model": digest.hexdigest()}
+
+
+def _check_unchanged(directory: RunDirectory, settings: Settings, progress: Mapping[str, Any] | None) -> None:
+    """Refuse a run that is complete, or whose config.json is no longer that of its checkpoint."""
+    path, result = directory.path, directory.config.get("result")
+    if result and not result["interrupted"] and result["steps"] >= settings.steps:
+        raise UserError(f"{path} is complete, with {result['steps']} steps; give --steps to go on")
+    now, then = settings.given(), {} if progress is None else progress["settings"]
+    for name in sorted((now.keys() | then.keys()) - {"steps"}) if progress else ():
+        if now.get(name) != then.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{path}: {option} was {then.get(name)} and is {now.get(name)} in config.json now; undo that"
+            )
+    before, here = directory.config["versions"], versions()
+    changed = [f"{name} {before.get(name)}, now {here[name]}" for name in here if before.get(name) != here[name]]
+    if changed:
+        LOGGER.warning("%s began with %s: the steps may differ in the last bits", path, "; ".join(changed))
+
+
+def _directory(settings: Settings, prepared: Prepared, fingerprints: dict[str, str]) -> RunDirectory:
     """A new run directory, whose config tells what the settings came to."""
     chosen, layers = prepared.precision, [*adapters(prepared.model).values()]
     used: dict[str, Any] = {}
@@ -92,11 +176,11 @@ def _directory(settings: Settings, prepared: Prepared) -> RunDirectory:
     if (kind := prepared.data_type) is not None:
         used |= {"data_type": settings.data_type or DATA_TYPE, "quantization": kind.settings()}
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
-    held_out = len(prepared.held_out)
-    return RunDirectory(settings, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used)
+    used |= {"held_out": len(prepared.held_out), "fingerprints": fingerprints}
+    return RunDirectory.create(settings, dtype=chosen.name, dtype_reason=chosen.why, **used)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Writing what a run is for: that it fails, mostly because the disk is full, ends the run."""
     try:
@@ -112,21 +196,50 @@ def _validate(trainer: Trainer, display: Display) -> float:
 
 @dataclasses.dataclass
 class _Run:
-    """A run whose model was measured: the steps, and what is left of them."""
+    """The steps of a run, and what is left of them."""
 
     trainer: Trainer
     prepared: Prepared
-    directory: RunDirectory
     reports: Reports
     display: Display
-    validation_s: float
+    directory: RunDirectory = dataclasses.field(init=False)
+    validation_s: float = 0.0
     saved_at: int = -1  # the step after which it was saved last
 
-    def train(self) -> Result:
-        """Take the steps and finish, whatever ends them but a mistake of the user's."""
+    @classmethod
+    def of(cls, settings: Settings, prepared: Prepared, display: Display) -> _Run:
+        trainer = Trainer(prepared.model, prepared.train, prepared.held_out, settings, prepared.precision.dtype)
+        return cls(trainer, prepared, Reports(trainer, prepared.tokenizer, display), display)
+
+    def before(self) -> Metrics:
+        """The model before training: its answers, and its loss."""
+        self.reports.answer("before")
+        start = time.perf_counter()
+        val_loss = _validate(self.trainer, self.display)
+        self.validation_s = time.perf_counter() - start
+        return Metrics(0, 0, None, val_loss, None, None, None, resident_mb())
+
+    def train(self, directory: RunDirectory, first: Metrics | None) -> Result:
+        """Take the steps and finish, whatever ends them but a mistake of the user's.
+
+        Args:
+            directory: to write into; it is closed at the end.
+            first: the metrics of step 0, where the run begins.
+        """
+        self.directory = directory
+        with contextlib.closing(directory):
+            if first is not None:
+                with _writing(directory.path):
+                    directory.log(first)
+            return self._train()
+
+    def _train(self) -> Result:
         with StopRequest(lambda: self.display.fact("stopping", "and saving; Ctrl-C again to stop at once")) as stop:
             try:
                 self._steps(stop)
+            except Diverged as error:
+                self._save()
+                raise UserError(f"{error}; {self.directory.trained} is as before that step") from None
             except UserError:
                 raise
             except Exception as error:
@@ -147,27 +260,34 @@ class _Run:
                     self._tell_if_long(self.directory.metrics[-1])
 
     def _step(self, stop: StopRequest) -> None:
-        """One step; a validation where one is due, and what was trained so far on the disk."""
+        """One step; a validation where one is due; a checkpoint where one is due, when the metrics are written."""
         settings, metrics = self.trainer.settings, self.trainer.train_step()
-        if metrics.step == settings.steps or (metrics.step % settings.eval_every == 0 and not stop.requested):
+        last = metrics.step == settings.steps
+        if last or (metrics.step % settings.eval_every == 0 and not stop.requested):
             metrics = dataclasses.replace(metrics, val_loss=_validate(self.trainer, self.display))
-            self._save()
         with _writing(self.directory.path):
             self.directory.log(metrics)
+        if last or metrics.step % (settings.save_every or settings.eval_every) == 0:
+            self._save()
         self.display.step(metrics, settings.steps, self.trainer.paging())
 
     def _tell_if_long(self, metrics: Metrics) -> None:
         """Once, after the first step; on a GPU after the second: the kernels of backward are compiled in the first."""
         device, settings = self.trainer.device.type, self.trainer.settings
-        if metrics.step != (1 if device == "cpu" else 2):
+        if metrics.step != (1 if device == "cpu" else 2) or not self.validation_s:
             return
         left = seconds_left(settings, metrics, self.trainer.tokens_per_step, self.validation_s)
         if left > LONG:
             self.display.fact("note", note(settings, metrics.step, left, self.prepared.precision, device))
 
     def _save(self) -> None:
-        with self.display.busy("saving"), _writing(self.directory.path):
-            self.directory.save(self.trainer.model, self.prepared.tokenizer)
+        """What was trained, as others open it, and the checkpoint that a run goes on from."""
+        trainer, directory = self.trainer, self.directory
+        with self.display.busy("saving"), _writing(directory.path):
+            directory.save(trainer.model, self.prepared.tokenizer)
+            given = {"settings": trainer.settings.given(), "answers": self.reports.answers}
+            trainer.save(directory.new_checkpoint(trainer.step), **given)
+            directory.forget_checkpoints(trainer.settings.keep)
         self.saved_at = self.trainer.step
 
     def _finish(self, interrupted: bool) -> Result:

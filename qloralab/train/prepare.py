@@ -29,7 +29,7 @@ from ..checkpoint.models import (
     model_name,
     quantize_loaded_,
 )
-from ..checkpoint.output_directory import check_writable, count_text, size_text
+from ..checkpoint.output_directory import count_text, size_text
 from ..checkpoint.quantized_model import parameter_count
 from ..compute import Precision, precision, prepare_kernels, prepare_memory, run_device
 from ..data.batches import split
@@ -117,8 +117,6 @@ def _check_paths(settings: Settings) -> None:
         )
     if settings.adapter:
         check_adapter(settings.adapter)
-    out = settings.out or Path("runs")
-    check_writable(out, out.absolute())
 
 
 def _encode(

@@ -29,6 +29,7 @@ class Reports:
 
     Attributes:
         notes: for config.json.
+        answers: to the held-out prompts, before and after training.
     """
 
     def __init__(self, trainer: Trainer, tokenizer: Any, display: Display):
@@ -36,7 +37,7 @@ class Reports:
         self._trainer, self._tokenizer, self._display = trainer, tokenizer, display
         self._examples = trainer.held_out[:_SAMPLES]
         self._samples = [prompt_and_answer(example) for example in self._examples]
-        self._answers: dict[str, list[str]] = {}
+        self.answers: dict[str, list[str]] = {}
 
     def answer(self, when: str) -> None:
         """Answer the held-out prompts, "before" or "after" training."""
@@ -45,7 +46,7 @@ class Reports:
             self._optional(f"answers {when} training"),
             self._display.busy(f"answering held-out prompts {when} training", "tokens") as progress,
         ):
-            self._answers[when] = generate(self._trainer.model, self._tokenizer, prompts, _SAMPLE_TOKENS, progress)
+            self.answers[when] = generate(self._trainer.model, self._tokenizer, prompts, _SAMPLE_TOKENS, progress)
 
     def write(self, run: RunDirectory) -> None:
         """Write loss.png and samples.md."""
@@ -58,7 +59,7 @@ class Reports:
                 [self._tokenizer.decode(ids, skip_special_tokens=False) for ids in column]
                 for column in zip(*self._samples, strict=True)
             )
-            answers = {**self._answers, "reference": references}
+            answers = {**self.answers, "reference": references}
             write_samples(run.path / "samples.md", prompts, answers, [one.source for one in self._examples], title)
 
     @contextmanager

@@ -6,7 +6,10 @@ metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
 adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
+checkpoints/       step-000050.safetensors, ...: the last few of those that ``--resume`` goes on from
 =================  =================================================================================================
+
+The process that writes holds the lock of metrics.jsonl, which the system takes back when it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -24,6 +29,7 @@ import torch
 
 from qloralab.lora.files import save_adapter
 from qloralab.nf4.files.atomic import replacing
+from qloralab.nf4.files.json_file import read_object
 from qloralab.nf4.processor import processor_class
 
 from .. import __version__
@@ -58,36 +64,129 @@ class Metrics:
 
 
 class RunDirectory:
-    """Takes the directory for this run alone, and writes into it as the run goes.
-
-    Args:
-        settings: of the run.
-        fields: more of config.json.
+    """A directory that this run alone writes into, as it goes: a new one, from ``create``, or ``reopen``'s.
 
     Attributes:
         path: of the directory.
         trained: where what was trained is saved.
         metrics: the lines of metrics.jsonl.
-
-    Raises:
-        UserError: another run has taken it.
-        OSError: it cannot be written.
+        config: the fields of config.json.
     """
 
-    def __init__(self, settings: Settings, **fields: Any):
-        self.path, self._lines = _take(settings.out)
-        self.trained = self.path / ("model" if settings.method == "full" else "adapter")
+    def __init__(self, path: Path, lines: TextIO, config: dict[str, Any]):
+        self.path, self._lines, self.config = path, lines, config
+        self.trained = path / ("model" if config.get("method") == "full" else "adapter")
         self.metrics: list[Metrics] = []
+
+    @classmethod
+    def create(cls, settings: Settings, **fields: Any) -> RunDirectory:
+        """A new directory.
+
+        Args:
+            settings: of the run.
+            fields: more of config.json.
+
+        Raises:
+            UserError: another run has taken it.
+            OSError: it cannot be written.
+        """
+        path, lines = _take(settings.out)
         given = {"out": None, **dataclasses.asdict(settings)}  # out comes first in the file
-        resolved = {"out": self.path, "lr": settings.learning_rate, "too_long": settings.treats_too_long}
-        self._config = {**given, **resolved, **fields, "versions": versions()}
-        self.update_config()
+        resolved = {"out": path, "lr": settings.learning_rate, "too_long": settings.treats_too_long}
+        run = cls(path, lines, {**given, **resolved, **fields, "given": settings.given(), "versions": versions()})
+        run.update_config()
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunDirectory:
+        """The directory of a run that has ended, or was killed.
+
+        Raises:
+            UserError: there is none, it was killed before it began, or it still lives.
+            FormatError: its config.json is damaged.
+        """
+        try:
+            lines = (path / "metrics.jsonl").open("r+", encoding="utf-8")
+        except OSError:
+            raise UserError(f"{path} is no run directory; --resume takes one that `qloralab finetune` wrote") from None
+        try:
+            _lock(lines, path)
+            config = read_object(path / "config.json")
+        except FileNotFoundError:
+            lines.close()
+            raise UserError(f"{path} was killed before it began; start it again, with another --out") from None
+        except BaseException:
+            lines.close()
+            raise
+        for part in path.rglob(".*.part"):  # of a file that was being written
+            part.unlink(missing_ok=True)
+        return cls(path, lines, config)
+
+    def settings(self, steps: int | None = None) -> Settings:
+        """The settings that the run began with; ``out`` is None, for the directory is here.
+
+        Args:
+            steps: in the place of its own; not fewer.
+
+        Raises:
+            UserError: they are fewer; or another version wrote settings that this one does not have.
+        """
+        given = self.config.get("given")
+        if not isinstance(given, dict):
+            raise UserError(f"{self.path / 'config.json'} does not tell how the run was started: it cannot be resumed")
+        before = Settings.from_given(given)
+        if steps is not None and steps < before.steps:
+            raise UserError(f"--steps is {steps}, and the run has {before.steps}; a run that goes on may have more")
+        return before if steps is None else dataclasses.replace(before, steps=steps)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Those that there are, the oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+
+    def new_checkpoint(self, step: int) -> Path:
+        """The file for the checkpoint after a step. The metrics until then are made durable, for it to go on from.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        os.fsync(self._lines.fileno())
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        return self.path / "checkpoints" / f"step-{step:06}.safetensors"
+
+    def forget_checkpoints(self, keep: int) -> None:
+        """Remove all checkpoints but the last few."""
+        for path in self.checkpoints[:-keep]:
+            path.unlink(missing_ok=True)
+
+    def rewind(self, step: int | None) -> None:
+        """Take back the metrics behind a step, and a line that a killed process left half written; None: all.
+
+        Raises:
+            UserError: metrics up to this step are missing.
+        """
+        self._lines.seek(0)
+        kept, end = [], 0
+        for line in iter(self._lines.readline, ""):
+            try:
+                metrics = Metrics(**json.loads(line))
+            except (ValueError, TypeError):
+                break
+            if not line.endswith("\n") or step is None or metrics.step > step:
+                break
+            kept.append(metrics)
+            end = self._lines.tell()
+        if step is not None and [metrics.step for metrics in kept] != list(range(step + 1)):
+            raise UserError(f"{self.path / 'metrics.jsonl'} does not have the {step} steps of the checkpoint")
+        self._lines.seek(end)
+        self._lines.truncate()
+        self.metrics = kept
 
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
-        self._config.update(fields)
+        self.config.update(fields)
         with replacing(self.path / "config.json") as (part,):
-            part.write_text(json.dumps(self._config, indent=2, default=str) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.config, indent=2, default=str) + "\n", encoding="utf-8")
 
     def log(self, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl; it is on disk when this returns."""
@@ -135,12 +234,23 @@ def _take(out: Path | None) -> tuple[Path, TextIO]:
     while True:
         path.mkdir(parents=True, exist_ok=True)
         try:
-            return path, (path / "metrics.jsonl").open("x", encoding="utf-8")
+            lines = (path / "metrics.jsonl").open("x", encoding="utf-8")
+            _lock(lines, path)
+            return path, lines
         except FileExistsError:
             if out is not None:
                 raise UserError(f"{out} was taken by another run in the meantime; give --out a new name") from None
         number += 1
         path = start.with_name(f"{start.name}-{number}")
+
+
+def _lock(lines: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is writing this run; wait for it, or stop it") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def versions() -> dict[str, str]:

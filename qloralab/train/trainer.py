@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ from ..data.encoding import NO_LABEL, Encoded
 from ..errors import UserError
 from ..resident import resident_mb
 from ..settings import Settings
+from .checkpoint import load_checkpoint_, random_states, restore_random_states, save_checkpoint
 from .loss import AnswerLoss
 from .run_directory import Metrics
 
 LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a thousand of them
+
+
+class Diverged(UserError):
+    """The loss or the gradient of a step is NaN or infinite; parameters, optimizer and generators are as before it."""
 
 
 class Trainer:
@@ -58,7 +64,7 @@ class Trainer:
         self.parameters = trainable(model)
         self.optimizer = self._optimizer()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self._order = self._batches()
+        self._order = self._batches(0)
 
     def _optimizer(self) -> PagedAdamW:
         settings = self.settings
@@ -82,34 +88,64 @@ class Trainer:
                 "in memory, or --state-bits 8"
             ) from error
 
-    def _batches(self) -> Iterator[list[Encoded]]:
+    def _batches(self, step: int) -> Iterator[list[Encoded]]:
+        """The batches from a step on: a function of the seed, so that a run that goes on sees what it would have."""
         lengths = [len(example.input_ids) for example in self.train]
-        epoch = 0
+        epoch, done = divmod(step, self._steps_per_epoch)
         while True:
-            for batch in length_grouped_batches(lengths, self.settings.batch_size, self.settings.seed, epoch):
+            batches = length_grouped_batches(lengths, self.settings.batch_size, self.settings.seed, epoch)
+            for batch in batches[done:]:
                 yield [self.train[i] for i in batch]
-            epoch += 1
+            epoch, done = epoch + 1, 0
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-len(self.train) // self.settings.batch_size)
+
+    def save(self, path: Path, **progress: Any) -> None:
+        """Write a checkpoint: all that a new trainer of the same settings, model and examples needs to go on.
+
+        Args:
+            path: of the file.
+            progress: more to be kept in it, as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        done = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        save_checkpoint(path, self.model, self.optimizer, {**done, **progress})
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the progress in it.
+
+        Raises:
+            FormatError, ValueError: it is none, or another model's.
+        """
+        progress = load_checkpoint_(path, self.model, self.optimizer)
+        self.step, self.tokens, self.seconds = progress["step"], progress["tokens"], progress["seconds"]
+        self._order = self._batches(self.step)
+        return progress
 
     @property
     def tokens_per_step(self) -> float:
         """On average over an epoch, padding not counted."""
-        batches = -(-len(self.train) // self.settings.batch_size)
-        return sum(len(example.input_ids) for example in self.train) / batches
+        return sum(len(example.input_ids) for example in self.train) / self._steps_per_epoch
 
     def train_step(self) -> Metrics:
         """One optimizer step.
 
         Raises:
-            UserError: the loss is NaN or infinite; the parameters are as before the step.
+            Diverged: the loss is NaN or infinite.
         """
-        start = time.perf_counter()
+        start, generators = time.perf_counter(), random_states()
         self.model.train()
         examples = next(self._order)
         lr = self._set_lr()
         loss = self._backward(examples)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
         if not (loss < float("inf") and norm < float("inf")):
-            raise UserError(
+            restore_random_states(*generators)
+            raise Diverged(
                 f"the loss is {loss:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
             )
         self.optimizer.step()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qloralab.data.encoding import NO_LABEL, Encoded
-from qloralab.evaluate.windows import check_window, counted, fingerprint, windows
+from qloralab.data.encoding import NO_LABEL, Encoded, fingerprint
+from qloralab.evaluate.windows import check_window, counted, windows
 
 
 def document(length: int, first_label: int = 0) -> Encoded:

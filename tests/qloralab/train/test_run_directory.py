@@ -28,7 +28,7 @@ SECOND = Metrics(1, 64, 3.25, None, 1e-3, 0.5, 120.0, 101.5)
 
 @pytest.fixture
 def run(tmp_path):
-    run = RunDirectory(Settings(out=tmp_path / "deep" / "run", model=Path("model"), lora_alpha=8.0))
+    run = RunDirectory.create(Settings(out=tmp_path / "deep" / "run", model=Path("model"), lora_alpha=8.0))
     yield run
     run.close()
 
@@ -37,7 +37,7 @@ class Trained:
     """A model that trains, and the run directory that it is saved in."""
 
     def __init__(self, method: Any, model_dir: Path, out: Path):
-        self.run = RunDirectory(Settings(out=out, model=model_dir, method=method))
+        self.run = RunDirectory.create(Settings(out=out, model=model_dir, method=method))
         self.model, self.tokenizer = load_model(model_dir), load_tokenizer(model_dir)
         if method != "full":
             inject_(self.model, LoraConfig(r=4, lora_alpha=8))
@@ -152,7 +152,9 @@ def test_the_processor_is_the_class_that_was_asked_for(monkeypatch):
 
 
 def test_fields_are_added_to_the_config(tmp_path):
-    run = RunDirectory(Settings(out=tmp_path / "run", model=Path("model"), dtype="float32"), dtype_reason="asked for")
+    run = RunDirectory.create(
+        Settings(out=tmp_path / "run", model=Path("model"), dtype="float32"), dtype_reason="asked for"
+    )
     run.close()
     before = json.loads((run.path / "config.json").read_text())
     assert (before["dtype"], before["dtype_reason"]) == ("float32", "asked for")
@@ -193,16 +195,16 @@ def test_a_line_is_on_disk_when_it_is_logged(run, metrics_of):
 def test_a_path_below_a_file_is_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        RunDirectory(Settings(out=tmp_path / "file" / "run", model=Path("model")))
+        RunDirectory.create(Settings(out=tmp_path / "file" / "run", model=Path("model")))
 
 
 def test_a_directory_is_taken_once(run, refusal):
     """Both runs have seen that it was free."""
     settings = Settings(out=run.path.parent / "other", model=Path("model"))
-    first = RunDirectory(settings)
+    first = RunDirectory.create(settings)
     before = (first.path / "config.json").read_bytes()
     message = f"{settings.out} was taken by another run in the meantime; give --out a new name"
-    assert refusal(RunDirectory, settings) == message
+    assert refusal(RunDirectory.create, settings) == message
     first.close()
     assert (first.path / "config.json").read_bytes() == before
 
@@ -216,7 +218,7 @@ def test_runs_of_one_second_have_names_of_their_own(tmp_path, monkeypatch):
             return cls(2023, 5, 23, 9, 5, 1)
 
     monkeypatch.setattr(datetime, "datetime", Stopped)
-    runs = [RunDirectory(Settings(out=None, model=Path("model"))) for _ in range(3)]
+    runs = [RunDirectory.create(Settings(out=None, model=Path("model"))) for _ in range(3)]
     names = ["20230523-090501", "20230523-090501-2", "20230523-090501-3"]
     assert [run.path for run in runs] == [Path("runs", name) for name in names]
     assert [json.loads((run.path / "config.json").read_text())["out"] for run in runs] == [f"runs/{n}" for n in names]
