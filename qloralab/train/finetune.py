@@ -238,8 +238,7 @@ class _Run:
             try:
                 self._steps(stop)
             except Diverged as error:
-                self._save()
-                raise UserError(f"{error}; {self.directory.trained} is as before that step") from None
+                raise UserError(f"{error}; {self._last_good()}") from None
             except UserError:
                 raise
             except Exception as error:
@@ -249,6 +248,14 @@ class _Run:
                 finally:
                     raise error
             return self._finish(interrupted=self.trainer.step < self.trainer.settings.steps)
+
+    def _last_good(self) -> str:
+        """After a step that went wrong: save the model before it if its validation loss is finite; what there is."""
+        with contextlib.suppress(UserError):
+            _validate(self.trainer, self.display)
+            self._save()
+        kept = self.directory.checkpoints
+        return f"what was trained before is in {kept[-1]}" if kept else "nothing was saved before"
 
     def _steps(self, stop: StopRequest) -> None:
         steps = self.trainer.settings.steps

@@ -108,7 +108,7 @@ def test_what_does_not_fit_changes_nothing(path):
     before, state = other.values(), copy.deepcopy(other.optimizer.state_dict())
 
     def refused(model: nn.Module, optimizer: Optimizer) -> str:
-        with pytest.raises(ValueError, match="the") as caught:
+        with pytest.raises(ValueError, match=r"trains|is torch|has|not one") as caught:
             load_checkpoint_(path, model, optimizer)
         assert all(map(torch.equal, other.values(), before))
         for number, entry in state["state"].items():

@@ -71,7 +71,7 @@ def test_each_method_learns(settings, silent, metrics_of, method):
     assert (result.steps, result.interrupted) == (30, False)
     saved = {"full": "model"}.get(method, "adapter")
     assert {file.name for file in result.path.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "samples.md", saved
+        "config.json", "metrics.jsonl", "loss.png", "samples.md", saved, "checkpoints"
     }  # fmt: skip
     assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
 
@@ -236,7 +236,9 @@ def test_a_disk_that_fills_up_is_one_line(settings, silent, refusal, full_disk, 
     message = refusal(finetune, chosen, silent)
     assert message.startswith(f"{chosen.out} cannot be written: ")
     assert "File too large" in message
-    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", saved[0].name}
+    assert {file.name for file in chosen.out.iterdir()} == {
+        "config.json", "metrics.jsonl", saved[0].name, "checkpoints"
+    }  # fmt: skip
 
 
 def test_a_full_disk_under_the_metrics_is_one_line(settings, silent, refusal, full_disk, monkeypatch):
@@ -379,7 +381,7 @@ def test_long_functions_of_the_standard_library_are_left_out(settings, monkeypat
 
 def test_a_directory_that_became_a_file_during_the_run(settings, silent, refusal, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(prepare, "_check_paths", lambda settings: None)
+    monkeypatch.setattr(module, "check_writable", lambda out, at: None)
     out = tmp_path / "file" / "run"
     assert refusal(finetune, settings(out=out), silent) == f"{out} cannot be written: Not a directory"
 
