@@ -6,7 +6,8 @@ A model that ``quantize_`` has held in 4 bits before becomes a QLoRA model, a de
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -109,6 +110,19 @@ def load_adapter_(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
     return model
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before ``inject_``; at the end its adapters are beside the layers again."""
+    found, parents = adapters(model).values(), parents_of(model)
+    for layer in found:
+        replace(parents[layer], layer, layer.base_layer)
+    try:
+        yield
+    finally:
+        for layer in found:
+            replace(parents[layer], layer.base_layer, layer)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

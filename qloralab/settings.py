@@ -19,7 +19,8 @@ LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
 DATA_TYPE = "nf4"
 QUANTIZATION = ("data_type", "block_size", "double_quant", "skip")  # what only a run that quantizes has
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "loftq", "pissa"]
+SPLITTING: tuple[Init, ...] = ("loftq", "pissa")  # those that put a part of the weight into the adapter
 
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
 _LEARNING_RATES = {"qlora": 1e-3, "lora": 1e-3, "full": 1e-4}
@@ -84,7 +85,7 @@ class Settings:
         str | None, Option(help="Layers with adapters: names or paths, by commas.", show_default="all linear layers")
     ] = None
     rslora: Annotated[bool, Option("--rslora", help="Scale adapters by alpha / sqrt(r) (rsLoRA).")] = False
-    init: Annotated[Init | None, Option(help="How A of new adapters starts.", show_default="kaiming")] = None
+    init: Annotated[Init | None, Option(help="How new adapters start.", show_default="kaiming")] = None
     max_grad_norm: Annotated[float, Option(help="Gradients are clipped to this norm.")] = 0.3
     held_out: Annotated[
         int | None, Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
@@ -151,6 +152,7 @@ class Settings:
             (self.method == "full", ("adapter", *adapters), "--method full trains all weights, without adapters"),
             (self.adapter is not None, adapters, f"the adapter in {self.adapter} has its own"),
             (self.method != "qlora", QUANTIZATION, f"--method {self.method} quantizes no weights"),
+            (self.method != "qlora" and self.init in SPLITTING, ("init",), "it splits weights that are quantized"),
             (self.data == STDLIB, ("format",), f"--data {STDLIB} is no JSONL file"),
         ):
             for name in names if ignores else ():

@@ -176,6 +176,8 @@ def _directory(settings: Settings, prepared: Prepared, fingerprints: dict[str, s
     if (kind := prepared.data_type) is not None:
         used |= {"data_type": settings.data_type or DATA_TYPE, "quantization": kind.settings()}
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
+    if prepared.init_errors is not None:
+        used["init_errors"] = prepared.init_errors
     used |= {"held_out": len(prepared.held_out), "fingerprints": fingerprints}
     return RunDirectory.create(settings, dtype=chosen.name, dtype_reason=chosen.why, **used)
 
@@ -230,6 +232,8 @@ class _Run:
         with contextlib.closing(directory):
             if first is not None:
                 with _writing(directory.path):
+                    if self.prepared.init_errors is not None:
+                        directory.save_base(self.trainer.model, self.prepared.tokenizer)
                     directory.log(first)
             return self._train()
 
@@ -336,6 +340,8 @@ class _Run:
         saved, reports = self.directory.trained, (result.path / name for name in ("loss.png", "samples.md"))
         fact("saved", ", ".join(map(str, [saved, *filter(Path.exists, reports)])))
         model = "" if is_default(settings.model) else f"--model {settings.model} "
+        if self.prepared.init_errors is not None:
+            model = f"--model {self.directory.base} "
         what = f"--model {saved}" if settings.method == "full" else f"{model}--adapter {saved}"
         how = "" if settings.method == "qlora" else " --dense"
         how = how if settings.data_type is None else f" --data-type {settings.data_type}"

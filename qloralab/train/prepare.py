@@ -12,8 +12,10 @@ import torch
 
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, inject_, trainable
+from qloralab.lora.residual import residual_, start_
 from qloralab.nf4.data_type import DataType
 from qloralab.nf4.dense_shares import described
+from qloralab.nf4.files.quantization_config import KNOWN
 from qloralab.nf4.linear import QuantizedLinear
 
 from ..checkpoint.limits import Limits
@@ -39,7 +41,7 @@ from ..data.stdlib_corpus import stdlib_examples
 from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
-from ..settings import DATA_TYPE, QUANTIZATION, STDLIB, Settings
+from ..settings import DATA_TYPE, QUANTIZATION, SPLITTING, STDLIB, Settings
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Prepared:
         train, held_out: the examples to train on, and those to validate with.
         precision: what is computed in, and why.
         data_type: of the weights that this run quantizes; None where it quantizes none.
+        init_errors: with "loftq" or "pissa": norm(W - Q - s B A) / norm(W), the mean of all layers, of the quantizer
+            alone and after each iteration.
     """
 
     model: Any
@@ -60,6 +64,7 @@ class Prepared:
     held_out: list[Encoded]
     precision: Precision
     data_type: DataType | None
+    init_errors: list[float] | None = None
 
 
 def prepare(settings: Settings, display: Display) -> Prepared:
@@ -81,9 +86,9 @@ def prepare(settings: Settings, display: Display) -> Prepared:
         display.fact("note", other_model)
     train, held_out = _encode(examples, tokenizer, limits, settings, display)
     torch.manual_seed(settings.seed)
-    model = _prepare_model(settings, config, data_type, chosen, display)
+    model, errors = _prepare_model(settings, config, data_type, chosen, display)
     _check_limits(Limits.of(model), [*train, *held_out], tokenizer, display)
-    return Prepared(model, tokenizer, train, held_out, chosen, data_type)
+    return Prepared(model, tokenizer, train, held_out, chosen, data_type, errors)
 
 
 def _lora_config(settings: Settings) -> LoraConfig:
@@ -98,8 +103,15 @@ def _data_type(settings: Settings) -> DataType | None:
     if settings.method != "qlora":
         return None
     if not holds_4bit(settings.model):
-        return named_data_type(settings.data_type or DATA_TYPE, settings.block_size, settings.double_quant)
-    for name in QUANTIZATION:
+        found = named_data_type(settings.data_type or DATA_TYPE, settings.block_size, settings.double_quant)
+        if settings.init in SPLITTING and not (found.is_plain and found.codebook in KNOWN):
+            raise UserError(
+                f"--init {settings.init} saves its base as bitsandbytes opens it, which has {' and '.join(KNOWN)} "
+                f"only, not {found.name}"
+            )
+        return found
+    splits = ("init",) if settings.init in SPLITTING else ()
+    for name in (*QUANTIZATION, *splits):
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} would be ignored: {settings.model} holds 4-bit weights; leave it out")
@@ -159,8 +171,9 @@ def _check_limits(limits: Limits, encoded: Sequence[Encoded], tokenizer: Any, di
 
 def _prepare_model(
     settings: Settings, config: LoraConfig, data_type: DataType | None, chosen: Precision, display: Display
-) -> Any:
-    """The model that trains: read, in 4 bits and with adapters where the method has them, on the device."""
+) -> tuple[Any, list[float] | None]:
+    """The model that trains: read, in 4 bits and with adapters where the method has them, on the device; and
+    ``Prepared.init_errors``."""
     name = model_name(settings.model)
     with display.busy(f"reading {name}"):
         dtype = torch.float32 if settings.method == "full" else chosen.dtype
@@ -169,6 +182,13 @@ def _prepare_model(
     display.fact("dtype", chosen.described(settings.method))
     prepare_kernels(display)
     prepare_memory(display)
+    starts = {}
+    if settings.init in SPLITTING and data_type is not None:
+        with display.busy(f"{settings.init}: splitting weights", "layers") as progress:
+            try:
+                starts = residual_(model, config, settings.init, data_type, skip=settings.skipped, progress=progress)
+            except ValueError as error:
+                raise UserError(str(error)) from error
     if data_type is not None:  # in a model with 4-bit weights, what is dense is to stay dense
         with display.busy("quantizing", "weights") as progress:
             quantize_loaded_(model, chosen.dtype, progress, data_type, settings.skipped)
@@ -176,11 +196,17 @@ def _prepare_model(
         _tell_weights(model, display)
     if settings.method != "full":
         _adapt(model, settings.adapter, config, display)
+    errors = None
+    if starts:
+        start_(model, starts)
+        errors = [sum(some) / len(some) for some in zip(*(start.errors for start in starts.values()), strict=True)]
+        after = ", ".join(f"{error:.4f}" for error in errors[1:])
+        display.fact(settings.init or "", f"error of the weights {errors[0]:.4f} quantized, {after} with the adapters")
     if settings.checkpointing:
         # transformers renames it; the old name goes in version 6
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model.to(run_device())
+    return model.to(run_device()), errors
 
 
 def _tell_weights(model: Any, display: Display) -> None:

@@ -6,6 +6,7 @@ metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
 adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
+base/              with --init loftq or pissa: the weights in 4 bits that the adapter belongs to, and the tokenizer
 checkpoints/       step-000050.safetensors, ...: the last few of those that ``--resume`` goes on from
 =================  =================================================================================================
 
@@ -28,12 +29,14 @@ from typing import Any, TextIO
 import torch
 
 from qloralab.lora.files import save_adapter
+from qloralab.lora.inject import without_adapters
 from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.files.json_file import read_object
 from qloralab.nf4.processor import processor_class
 
 from .. import __version__
 from ..checkpoint.models import quiet
+from ..checkpoint.quantized_model import save_quantized
 from ..errors import UserError
 from ..settings import Settings
 
@@ -69,6 +72,7 @@ class RunDirectory:
     Attributes:
         path: of the directory.
         trained: where what was trained is saved.
+        base: where weights in 4 bits are saved that are not the model's.
         metrics: the lines of metrics.jsonl.
         config: the fields of config.json.
     """
@@ -76,6 +80,7 @@ class RunDirectory:
     def __init__(self, path: Path, lines: TextIO, config: dict[str, Any]):
         self.path, self._lines, self.config = path, lines, config
         self.trained = path / ("model" if config.get("method") == "full" else "adapter")
+        self.base = path / "base"
         self.metrics: list[Metrics] = []
 
     @classmethod
@@ -220,6 +225,17 @@ class RunDirectory:
                 old.rename(self.trained)
             for folder in (part, old):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def save_base(self, model: Any, tokenizer: Any) -> None:
+        """Write the model without its adapters into ``base``, in place of what a killed process left there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        shutil.rmtree(self.base, ignore_errors=True)
+        tokenizer.save_pretrained(self.base)
+        with without_adapters(model):
+            save_quantized(model, self.base)
 
     def close(self) -> None:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""

@@ -141,8 +141,8 @@ def test_an_interval_takes_two_runs(refused, tmp_path):
     assert Settings(out=tmp_path / "run", model=Path("m"), seed=3, seeds=5).last_seed == 7
 
 
-def test_adapters_start_in_one_of_two_ways(refused, tmp_path):
-    assert refused(init="pissa") == "--init is 'pissa'; it must be one of kaiming, gaussian"
+def test_how_adapters_start(refused, tmp_path):
+    assert refused(init="olora") == "--init is 'olora'; it must be one of kaiming, gaussian, loftq, pissa"
     made = [Settings(out=None, model=Path("m"), init=init).new_adapters for init in (None, "kaiming", "gaussian")]
     assert [one["init_lora_weights"] for one in made] == [True, True, "gaussian"]
     assert Settings(out=None, model=Path("m"), rslora=True).new_adapters["use_rslora"] is True

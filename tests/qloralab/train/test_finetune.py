@@ -98,13 +98,13 @@ def watch_products(monkeypatch) -> set[torch.dtype]:
     prepare_model, cross_entropy = prepare._prepare_model, loss.linear_cross_entropy
 
     def prepared(*values):
-        model = prepare_model(*values)
+        model, errors = prepare_model(*values)
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
                 seen.add(layer.compute_dtype)
         # In training: what tries the head out, and answers, is without autocast.
         model.model.layers[0].mlp.register_forward_hook(lambda layer, x, y: layer.training and seen.add(y.dtype))
-        return model
+        return model, errors
 
     def watched(hidden, *rest):
         products = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
