@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qloralab.lora.inject import adapters
 from qloralab.nf4.files import quantization_config
 from qloralab.nf4.files.bitsandbytes_layout import dtype_name
 from qloralab.nf4.files.checkpoint import WEIGHTS_FILE, Checkpoint
@@ -29,7 +28,7 @@ from qloralab.nf4.files.module_names import bare_name, is_part_of, without_wrapp
 from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, describe, saves_itself_
 from qloralab.nf4.files.quantization_config import FIELD, QuantizationConfig
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
-from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.linear import Adapted, QuantizedLinear
 from qloralab.nf4.model import linear_names
 
 CONFIG_FILE = "config.json"
@@ -58,7 +57,7 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     if not isinstance(model, PreTrainedModel):
         kind = f"a {type(model).__name__}, not one of transformers"
         raise ValueError(f"the model is {kind}, whose files these are; save its state_dict()")
-    if adapters(model):
+    if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model has no quantized layer; quantize_ it first")
