@@ -68,6 +68,17 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
         if file.name.endswith((".safetensors", ".safetensors.index.json")):
             raise FileExistsError(f"{file} exists; save_quantized writes over no weights")
     (directory / CONFIG_FILE).unlink(missing_ok=True)  # that of another model is never beside these weights
+    write_model(model, directory, config)
+
+
+def write_model(model: Any, directory: Path, config: QuantizationConfig | None) -> None:
+    """Write model.safetensors, generation_config.json and config.json of a model of transformers.
+
+    Args:
+        model: dense, or with layers in 4 bits.
+        directory: is there.
+        config: what config.json says of the layers in 4 bits; None where there are none.
+    """
     state = saved_tensors(model)
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
     with SafetensorsWriter(directory / WEIGHTS_FILE, layout) as file:
@@ -126,9 +137,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_object(directory / CONFIG_FILE)
 
 
-def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig) -> None:
-    """Write config.json as transformers does, with a ``quantization_config``."""
-    write_object(directory / CONFIG_FILE, fields | {FIELD: quantization_config.to_dict(config)})
+def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig | None) -> None:
+    """Write config.json as transformers does, with a ``quantization_config`` where weights are quantized."""
+    fields = {name: value for name, value in fields.items() if name != FIELD}
+    write_object(directory / CONFIG_FILE, fields | ({FIELD: quantization_config.to_dict(config)} if config else {}))
 
 
 def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:
@@ -195,7 +207,7 @@ def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> Non
     """Put each tensor of a checkpoint in its slot (its name in the model), in memory of its own."""
     slots = model.state_dict()
     missing = set(slots)
-    kept = _kept_in_float32(model)
+    kept = kept_in_float32(model)
     renamed = _Renamed(model, slots)
     for name in checkpoint.quantized_names():
         slot, _ = renamed(name)
@@ -300,7 +312,7 @@ def _assign(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     setattr(module, last, nn.Parameter(tensor, requires_grad=module.get_parameter(last).requires_grad))
 
 
-def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
+def kept_in_float32(model: Any) -> re.Pattern[str] | None:
     """What transformers never holds in 16 bits: a pattern that is found in the names."""
     kept: list[str] = []
     if model.config.dtype in (torch.float16, torch.bfloat16):
