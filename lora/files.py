@@ -30,11 +30,12 @@ from qloralab.nf4.files.json_file import read_object, to_text
 from qloralab.nf4.files.module_names import bare_name, ends_with, without_wrappers
 from qloralab.nf4.files.safetensors_reader import SafetensorsFile
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
-from qloralab.nf4.linear import Linear
+from qloralab.nf4.linear import Linear, QuantizedLinear
 from qloralab.nf4.model import unwrapped
 
 from .config import LoraConfig
 from .layer import LoRALinear
+from .merge import is_merged
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -68,7 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             killed between the two files, this leaves a directory without a config, which nothing opens.
 
     Raises:
-        ValueError: the model has no adapters, or some that are on the meta device or sharded.
+        ValueError: the model has no adapters, is merged, or has some that are on the meta device or sharded.
 
     Warns:
         UserWarning: parameters outside of the adapters train, and are not saved; or PEFT will leave adapters out.
@@ -77,6 +78,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALinear):
             found.setdefault(module, {})[bare_name(model, path)] = None
+    if is_merged(model):
+        raise ValueError("the model is merged, so its adapters are out of sight; unmerge_ it, then save them")
     if not found:
         raise ValueError("the model has no adapters; inject_ them before saving")
     paths = {layer: list(names) for layer, names in found.items()}
@@ -103,8 +106,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def save_pretrained(model: Any, directory: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
-    """``save_pretrained`` of a model of transformers after ``inject_``: it writes the adapters alone, as with PEFT."""
-    if not any(isinstance(module, LoRALinear) for module in model.modules()):
+    """``save_pretrained`` of a model of transformers after ``inject_``: it writes the adapters alone, as with PEFT;
+    after ``merge_``, the dense model."""
+    if is_merged(model):
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            raise ValueError("layers without an adapter are still in 4 bits; `qloralab merge` writes such a model")
+        type(model).save_pretrained(model, directory, *arguments, **options)
+    elif not any(isinstance(module, LoRALinear) for module in model.modules()):
         pretrained.save_pretrained(model, directory, *arguments, **options)
     elif options.get("push_to_hub"):
         raise ValueError("a model with adapters is not pushed to the hub; save_adapter writes a directory to upload")

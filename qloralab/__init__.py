@@ -18,6 +18,8 @@ if _TYPE_CHECKING:  # "as" says that a name is public
     from qloralab.lora.inject import inject_ as inject_
     from qloralab.lora.inject import load_adapter_ as load_adapter_
     from qloralab.lora.inject import trainable as trainable
+    from qloralab.lora.merge import merge_ as merge_
+    from qloralab.lora.merge import unmerge_ as unmerge_
     from qloralab.nf4.codebook import normal_float as normal_float
     from qloralab.nf4.data_type import DATA_TYPES as DATA_TYPES
     from qloralab.nf4.data_type import DataType as DataType
@@ -51,6 +53,7 @@ _NAMES = {
     "lora.config": "LoraConfig",
     "lora.files": "save_adapter",
     "lora.inject": "inject_ load_adapter_ trainable",
+    "lora.merge": "merge_ unmerge_",
     "nf4.codebook": "normal_float",
     "nf4.data_type": "DATA_TYPES DataType",
     "nf4.files.errors": "FormatError",

@@ -28,6 +28,8 @@ CALLS = {
     "DataType": "(name, codebook, block_size=64, scale='absmax', encoding='float32')",
     "inject_": "(model, config)",
     "trainable": "(model)",
+    "merge_": "(model)",
+    "unmerge_": "(model)",
     "save_adapter": "(model, directory)",
     "load_adapter_": "(model, directory)",
     "save_quantized": "(model, directory)",

@@ -186,7 +186,7 @@ def load_adapter(model: Any, directory: Path) -> None:
     Raises:
         UserError: the directory does not hold an adapter that can be read and fits the model.
     """
-    with _reading_adapter(directory):
+    with reading_adapter(directory):
         load_adapter_(model, directory)
 
 
@@ -208,7 +208,7 @@ def check_adapter_fits(directory: Path, config: Any) -> str | None:
 
     config = copy.deepcopy(config)
     vars(config).pop(FIELD, None)
-    with _reading_adapter(directory):
+    with reading_adapter(directory):
         with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         # GPT-2's layers become linear ones when they are quantized.
@@ -221,7 +221,8 @@ def check_adapter_fits(directory: Path, config: Any) -> str | None:
 
 
 @contextmanager
-def _reading_adapter(directory: Path) -> Iterator[None]:
+def reading_adapter(directory: Path) -> Iterator[None]:
+    """Reading an adapter, whose errors become a ``UserError``."""
     check_adapter(directory)
     try:
         yield

@@ -36,6 +36,15 @@ def check_writable(out: Path, at: Path) -> None:
         raise UserError(f"{out} cannot be written: no permission to write in {there}")
 
 
+def check_new(out: Path) -> None:
+    """Refuse at once, by a ``UserError``, a directory to make that is there with something in it or cannot be made."""
+    if os.path.isdir(out) and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty; give --out the name of a new directory")
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"{out} is not a directory; give --out the name of a new one")
+    check_writable(out, out.absolute())
+
+
 @contextlib.contextmanager
 def written_beside(out: Path, needed: int) -> Iterator[Path]:
     """A hidden directory beside out, which becomes out at the end; whatever ends it otherwise, nothing is left.

@@ -1,34 +1,22 @@
 """From a dense model to a directory with 4-bit weights: what ``qloralab quantize`` does.
 
-A Hugging Face directory streams. Its tensors are read one after the other, each from a mapping that is let go before
-the next; a linear layer's weight is quantized, everything else copied as it is, and each goes straight into a file
-whose layout is known before. So memory follows the largest tensor, not the model; names and shapes come from a
-skeleton of the model without memory. A GGUF file has no such tensors: it is loaded in bfloat16 first.
-
-The new directory grows under a hidden name beside its path and is renamed when it is complete. Nothing is left of one
-that was not.
+A Hugging Face directory streams (``rewrite.py``): a linear layer's weight is quantized, everything else copied as it
+is. A GGUF file has no such tensors: it is loaded in bfloat16 first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
-import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qloralab.nf4.files import bitsandbytes_layout
 from qloralab.nf4.files.bitsandbytes_layout import dtype_name
-from qloralab.nf4.files.checkpoint import Checkpoint, write_index
 from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, skip_modules
-from qloralab.nf4.files.quantization_config import FIELD, STORAGES, QuantizationConfig
-from qloralab.nf4.files.safetensors_reader import size_of
-from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
+from qloralab.nf4.files.quantization_config import STORAGES, QuantizationConfig
+from qloralab.nf4.files.safetensors_reader import Description, size_of
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.model import quantize_
 from qloralab.nf4.packed import BLOCK_SIZES
@@ -36,27 +24,11 @@ from qloralab.nf4.tensor import quantize
 
 from ..display import Display
 from ..errors import UserError
-from ..interrupt import StopRequest
 from ..resident import peak_mb
-from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_name, quiet, reading
-from .output_directory import check_writable, count_text, size_text, written_beside
-from .quantized_model import (
-    CONFIG_FILE,
-    check_shape,
-    floating_dtype,
-    quantizable,
-    read_config,
-    save_quantized,
-    saved_tensors,
-    skeleton,
-    write_config,
-)
-
-# Weights in any format: what is not part of the safetensors checkpoint does not belong to the quantized model.
-_WEIGHTS = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle",
-    ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".npy", ".tflite", ".ot",
-)  # fmt: skip
+from .models import DENSE_DTYPE, check_model, load_model, load_tokenizer, model_name, quiet
+from .output_directory import check_new, count_text, size_text, written_beside
+from .quantized_model import floating_dtype, quantizable, save_quantized, saved_tensors, write_config
+from .rewrite import Rewriting, late_part, making
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,152 +90,60 @@ def quantize_model(model: Path, out: Path, options: Options | None = None, displ
         FormatError: a file of the model is not what it claims to be.
     """
     options, display = options or Options(), display or Display()
-    _check_out(out)
+    check_new(out)
     check_model(model)
     write = _stream if model.is_dir() else _load_and_save
-    try:
+    with making(model, out):
         result = write(model, out, options, display)
-    except OSError as error:
-        if error.filename and model in Path(os.fsdecode(error.filename)).parents:
-            raise UserError(f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}") from error
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     _summarize(result, display)
     return result
 
 
-class _Stream:
-    """What becomes of each tensor of a checkpoint, known before one is read."""
+class _Stream(Rewriting):
+    """A directory whose linear layers go into 4 bits."""
 
     def __init__(self, directory: Path, options: Options):
-        self.directory = directory
+        super().__init__(directory, quantizable, "load it with transformers, then quantize_ and save_quantized")
         self.options = options
-        self.config = read_config(directory)
-        if FIELD in self.config:
-            fields = self.config[FIELD]
-            method = fields.get("quant_method", "bitsandbytes") if isinstance(fields, dict) else "unknown"
-            raise UserError(f"{directory} is quantized already, by {method}; give --model the dense model")
-        try:
-            self.checkpoint = Checkpoint(directory)
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
-        if self.checkpoint.quantized_names():
-            raise UserError(f"{directory} holds 4-bit weights already; give --model the dense model")
-        with reading(directory):
-            model = skeleton(directory)
-            layers = quantizable(model)
-            self.skip_modules = skip_modules(model, layers)
-        self._check_names(model, layers)
-        self.weights = {f"{layer}.weight" for layer in layers}
-        self.small_files = [file for file in sorted(directory.iterdir()) if _is_small_file(file)]
-        for file in self.small_files:
-            _check_link(file)
-        self.sizes = {name: self.checkpoint.describe(name) for name in self.checkpoint.names()}
+        self.weights = {f"{layer}.weight" for layer in self.layers}
+        self.held = 0  # bytes of the packed weights
 
-    def count(self, names: Iterable[str]) -> int:
-        """How many numbers some tensors hold."""
-        return sum(math.prod(self.sizes[name][1]) for name in names)
-
-    def shards(self, directory: Path) -> list[tuple[SafetensorsWriter, list[str]]]:
-        """A writer for each file of the checkpoint, and the tensors that it gets."""
-        files, o = self.checkpoint.files, self.options
-        shards = []
-        for number, file in enumerate(files, 1):
-            names = [name for name in self.sizes if self.checkpoint.file_of(name) == file]
-            layout, late = {}, []
-            for name in names:
-                dtype, shape = self.sizes[name]
-                parts = {name: (dtype, shape)}
-                if name in self.weights:
-                    parts = bitsandbytes_layout.describe(
-                        name, shape, dtype, o.codebook, o.block_size, o.double_quant, o.storage
-                    )
-                    late.append([*parts][-1])
-                layout |= parts
-            called = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-            shards.append((SafetensorsWriter(directory / called, layout, late), names))
-        return shards
-
-    def convert(self, name: str) -> tuple[int, dict[str, torch.Tensor]]:
-        """The new tensors that come of one, and the bytes of the packed weight (0 for a copy).
-
-        Raises:
-            UserError: the weight cannot be quantized.
-        """
-        tensor, o = self.checkpoint.tensor(name), self.options
+    def parts(self, name: str) -> tuple[dict[str, Description], list[str]]:
         if name not in self.weights:
-            return 0, {name: tensor}
+            return super().parts(name)
+        (dtype, shape), o = self.sizes[name], self.options
+        parts = bitsandbytes_layout.describe(name, shape, dtype, o.codebook, o.block_size, o.double_quant, o.storage)
+        return parts, [late_part(parts)]
+
+    def convert(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.weights:
+            return super().convert(name)
+        tensor, o = self.checkpoint.tensor(name), self.options
         try:
             weight = quantize(tensor, o.codebook, o.block_size, o.double_quant, name=name)
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.checkpoint.file_of(name)}: {error}") from error
-        return weight.nbytes, weight.stored(name, o.storage)
+        self.held += weight.nbytes
+        return weight.stored(name, o.storage)
 
     def write_rest(self, part: Path) -> None:
-        """Write config.json, and copy the small files."""
-        for file in self.small_files:
-            shutil.copyfile(file, part / file.name)
-        o = self.options
-        config = QuantizationConfig(o.codebook, o.double_quant, COMPUTE_DTYPE, o.storage, self.skip_modules)
+        super().write_rest(part)
+        o, skipped = self.options, skip_modules(self.model, self.layers)
+        config = QuantizationConfig(o.codebook, o.double_quant, COMPUTE_DTYPE, o.storage, skipped)
         # Without a dtype, transformers takes that of the first tensor it finds, which now may be a scale.
         stated = any(self.config.get(field) for field in ("dtype", "torch_dtype"))
         dtype = {} if stated else {"dtype": dtype_name(floating_dtype(self.checkpoint))}
         write_config(part, self.config | dtype, config)
 
-    def _check_names(self, model: Any, layers: list[str]) -> None:
-        """Refuse a checkpoint whose names are not those that the model has in memory."""
-        if not layers:
-            raise UserError(f"{self.directory} has no linear layer to quantize")
-        names = set(self.checkpoint.names())
-        there = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
-        for name, parameter in model.named_parameters():
-            if id(parameter) not in there:
-                raise UserError(
-                    f"{self.directory} has no tensor {name}; its tensors do not have the names that the model has in "
-                    "memory, so it cannot be streamed: load it with transformers, then quantize_ and save_quantized"
-                )
-        for name in (f"{layer}.weight" for layer in layers):
-            _, shape = self.checkpoint.describe(name)
-            check_shape(name, shape, tuple(model.get_parameter(name).shape), self.checkpoint)
-
 
 def _stream(directory: Path, out: Path, options: Options, display: Display) -> Result:
     with display.busy(f"reading the headers of {model_name(directory)}"):
         stream = _Stream(directory, options)
-        try:
-            needed = sum(writer.needed_bytes for writer, _ in stream.shards(out))
-        except ValueError as error:  # the storage does not fit
-            raise UserError(f"{directory}: {error}") from error
-    needed += sum(file.stat().st_size for file in stream.small_files)
-    files = len(stream.checkpoint.files)
-    parameters = f"{count_text(stream.count(stream.sizes))} parameters in {files} file{'s' if files > 1 else ''}"
-    display.fact("model", f"{model_name(directory)}, {parameters}")
-
     start = time.perf_counter()
-    held = total = done = 0
-    weight_map: dict[str, str] = {}
-    stop = StopRequest(lambda: None)
-    with written_beside(out, needed) as part, stop, display.busy("quantizing", "tensors") as progress:
-        for writer, names in stream.shards(part):
-            with writer:
-                for name in names:
-                    if stop.requested:
-                        raise KeyboardInterrupt
-                    nbytes, tensors = stream.convert(name)
-                    held += nbytes
-                    while tensors:  # the mapping goes with its tensor
-                        key, tensor = tensors.popitem()
-                        writer.write(key, tensor)
-                        weight_map[key] = writer.path.name
-                        total += tensor.nbytes
-                        del tensor
-                    done += 1
-                    progress(done, len(stream.sizes))
-        if files > 1:
-            write_index(part, weight_map, total)
-        stream.write_rest(part)
+    total = stream.write(out, "quantizing", display)
     count, before = stream.count(stream.weights), sum(size_of(*description) for description in stream.sizes.values())
     seconds = time.perf_counter() - start
-    return Result(out, len(stream.weights), count, 8 * held / count, before, total, seconds, peak_mb())
+    return Result(out, len(stream.weights), count, 8 * stream.held / count, before, total, seconds, peak_mb())
 
 
 def _load_and_save(path: Path, out: Path, options: Options, display: Display) -> Result:
@@ -293,15 +173,6 @@ def _load_and_save(path: Path, out: Path, options: Options, display: Display) ->
     return Result(out, len(weights), count, 8 * held / count, before, after, seconds, peak_mb())
 
 
-def _check_out(out: Path) -> None:
-    """Refuse at once what would be refused at the end."""
-    if os.path.isdir(out) and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; give --out the name of a new directory")
-    if os.path.lexists(out) and not os.path.isdir(out):
-        raise UserError(f"{out} is not a directory; give --out the name of a new one")
-    check_writable(out, out.absolute())
-
-
 def _summarize(result: Result, display: Display) -> None:
     weights = f"{count_text(result.weights)} weights at {result.bits:.3f} bits"
     display.fact("4 bits", f"{result.layers} linear layers, {weights}: {size_text(result.weights * result.bits / 8)}")
@@ -322,17 +193,3 @@ def storage_dtype(name: str) -> torch.dtype:
     if name not in STORAGES:
         raise UserError(f"--storage is {name!r}; it must be one of {', '.join(STORAGES)}")
     return STORAGES[name]
-
-
-def _is_small_file(file: Path) -> bool:
-    """Whether a file of a model's directory goes with the quantized model as it is."""
-    left = file.name.startswith(".") or file.name.endswith(_WEIGHTS) or file.name in (CONFIG_FILE, "training_args.bin")
-    return file.is_file() and not left
-
-
-def _check_link(file: Path) -> None:
-    """Refuse a symbolic link that leads elsewhere than to its directory or to the blobs of the hub's cache."""
-    target, folder = file.resolve(), file.parent.resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
-    if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
-        raise UserError(f"{file} leads out of the directory, to {target}; put a copy in its place, or remove it")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qloralab.lora.inject import adapters
 from qloralab.nf4.files import quantization_config
 from qloralab.nf4.files.bitsandbytes_layout import dtype_name
 from qloralab.nf4.files.checkpoint import WEIGHTS_FILE, Checkpoint
@@ -29,7 +28,7 @@ from qloralab.nf4.files.module_names import bare_name, is_part_of, without_wrapp
 from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, describe, saves_itself_
 from qloralab.nf4.files.quantization_config import FIELD, QuantizationConfig
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
-from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.linear import Adapted, QuantizedLinear
 from qloralab.nf4.model import linear_names
 
 CONFIG_FILE = "config.json"
@@ -58,7 +57,7 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
     if not isinstance(model, PreTrainedModel):
         kind = f"a {type(model).__name__}, not one of transformers"
         raise ValueError(f"the model is {kind}, whose files these are; save its state_dict()")
-    if adapters(model):
+    if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError("the model has adapters; save_adapter saves them, save_quantized the model before inject_")
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model has no quantized layer; quantize_ it first")
@@ -69,6 +68,17 @@ def save_quantized(model: Any, directory: str | os.PathLike[str]) -> None:
         if file.name.endswith((".safetensors", ".safetensors.index.json")):
             raise FileExistsError(f"{file} exists; save_quantized writes over no weights")
     (directory / CONFIG_FILE).unlink(missing_ok=True)  # that of another model is never beside these weights
+    write_model(model, directory, config)
+
+
+def write_model(model: Any, directory: Path, config: QuantizationConfig | None) -> None:
+    """Write model.safetensors, generation_config.json and config.json of a model of transformers.
+
+    Args:
+        model: dense, or with layers in 4 bits.
+        directory: is there.
+        config: what config.json says of the layers in 4 bits; None where there are none.
+    """
     state = saved_tensors(model)
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
     with SafetensorsWriter(directory / WEIGHTS_FILE, layout) as file:
@@ -127,9 +137,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_object(directory / CONFIG_FILE)
 
 
-def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig) -> None:
-    """Write config.json as transformers does, with a ``quantization_config``."""
-    write_object(directory / CONFIG_FILE, fields | {FIELD: quantization_config.to_dict(config)})
+def write_config(directory: Path, fields: dict[str, Any], config: QuantizationConfig | None) -> None:
+    """Write config.json as transformers does, with a ``quantization_config`` where weights are quantized."""
+    fields = {name: value for name, value in fields.items() if name != FIELD}
+    write_object(directory / CONFIG_FILE, fields | ({FIELD: quantization_config.to_dict(config)} if config else {}))
 
 
 def skeleton(directory: Path, dtype: torch.dtype | None = None) -> Any:
@@ -196,7 +207,7 @@ def _fill(model: Any, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> Non
     """Put each tensor of a checkpoint in its slot (its name in the model), in memory of its own."""
     slots = model.state_dict()
     missing = set(slots)
-    kept = _kept_in_float32(model)
+    kept = kept_in_float32(model)
     renamed = _Renamed(model, slots)
     for name in checkpoint.quantized_names():
         slot, _ = renamed(name)
@@ -301,7 +312,7 @@ def _assign(model: Any, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     setattr(module, last, nn.Parameter(tensor, requires_grad=module.get_parameter(last).requires_grad))
 
 
-def _kept_in_float32(model: Any) -> re.Pattern[str] | None:
+def kept_in_float32(model: Any) -> re.Pattern[str] | None:
     """What transformers never holds in 16 bits: a pattern that is found in the names."""
     kept: list[str] = []
     if model.config.dtype in (torch.float16, torch.bfloat16):

@@ -62,7 +62,7 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "eval", "inspect", "quantize", "memory", "parity", "doctor", "sass"
+        "finetune", "generate", "eval", "inspect", "quantize", "merge", "memory", "parity", "doctor", "sass"
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")
@@ -77,7 +77,17 @@ def test_version(program):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "--help", "--version", "finetune --help", "finetune --steps x", "generate", "eval --help", "inspect --help"],
+    [
+        "",
+        "--help",
+        "--version",
+        "finetune --help",
+        "finetune --steps x",
+        "generate",
+        "eval --help",
+        "inspect --help",
+        "merge --help",
+    ],
 )
 def test_what_needs_no_torch_loads_none(line):
     code = (

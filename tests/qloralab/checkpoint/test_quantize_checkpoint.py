@@ -38,6 +38,7 @@ from qloralab import (
     save_quantized,
 )
 from qloralab.checkpoint import quantize_checkpoint as command_module
+from qloralab.checkpoint import rewrite
 from qloralab.checkpoint.models import load_model, quiet
 from qloralab.checkpoint.quantize_checkpoint import Options, Result, quantize_model, storage_dtype
 from qloralab.display import Display
@@ -326,7 +327,7 @@ class TestRefused:
         def denied(source: Path, target: Path) -> None:
             raise PermissionError(13, "Permission denied", str(source))
 
-        monkeypatch.setattr(command_module.shutil, "copyfile", denied)
+        monkeypatch.setattr(rewrite.shutil, "copyfile", denied)
         assert refusal(run, dense) == f"{dense / 'generation_config.json'} cannot be read: Permission denied"
 
     @pytest.mark.parametrize("link", ["../secret", "{}/secret", "inside/../../secret", "inside/up/secret"])
@@ -354,7 +355,7 @@ class TestRefused:
     def test_a_disk_that_is_too_small(self, dense, run, refusal, monkeypatch):
         asked = []
         free = lambda path: asked.append(path) or SimpleNamespace(free=12_345)  # noqa: E731
-        monkeypatch.setattr(command_module.shutil, "disk_usage", free)
+        monkeypatch.setattr(rewrite.shutil, "disk_usage", free)
         assert re.search(r"out needs 137\.\d kB, and 12\.3 kB are free on its disk$", refusal(run, dense))
         assert asked == [dense.parent]
 

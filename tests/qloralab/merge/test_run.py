@@ -1,0 +1,309 @@
+"""``qloralab merge`` writes what base and adapter compute, one tensor at a time, and says what 4 bits leave of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qloralab import inject_, load_adapter_, load_quantized, quantize, quantize_, save_adapter
+from qloralab.checkpoint.models import load_model, quiet
+from qloralab.display import Display
+from qloralab.lora.config import LoraConfig
+from qloralab.lora.inject import adapters, wrap_
+from qloralab.lora.merge import merged_quantized
+from qloralab.merge import run as module
+from qloralab.merge.run import Result, merge
+from qloralab.merge.settings import MergeSettings
+from qloralab.nf4.files.checkpoint import Checkpoint
+from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.model import linear_names
+from qloralab.train.finetune import finetune
+
+IDS = torch.arange(2, 42).view(2, 20)
+
+
+def write_adapter(model_dir: Path, path: Path, size: float = 0.05, **fields: Any) -> Path:
+    """An adapter that does something, as PEFT's file."""
+    model = inject_(quantize_(load_model(model_dir)), LoraConfig(**{"r": 4, "lora_alpha": 8, **fields}))
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.normal_(std=size)
+    save_adapter(model, path)
+    return path
+
+
+@pytest.fixture
+def adapter(model_dir: Path, tmp_path: Path) -> Path:
+    return write_adapter(model_dir, tmp_path / "adapter")
+
+
+@pytest.fixture
+def run(model_dir: Path, adapter: Path, tmp_path: Path, silent: Display) -> Callable[..., Result]:
+    """Merges into tmp_path/out, without a word: ``run(into="4bit")``."""
+    start = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out"}
+    return lambda **options: merge(MergeSettings(**{**start, **options}), silent)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+def trained(
+    model_dir: Path, adapter: Path, *quantization: Any, skip: Any = (), dtype: torch.dtype | None = None
+) -> Any:
+    """The model as a run has it."""
+    model = load_adapter_(quantize_(load_model(model_dir), *quantization, compute_dtype=dtype, skip=skip), adapter)
+    return model if dtype is None else model.to(dtype)
+
+
+def plain(path: Path, **options: Any) -> Any:
+    """What transformers alone opens."""
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def close(found: Tensor, expected: Tensor, base: Tensor) -> bool:
+    """Within the rounding of weights to bfloat16, which is small against what the adapter does."""
+    return bool((found - expected).norm() < 0.02 * (expected - base).norm())
+
+
+def test_logits_of_the_dense_model_are_those_of_base_and_adapter(model_dir, adapter, run, tmp_path):
+    result = run()
+    assert (result.path, result.merged, result.survived) == (tmp_path / "out", 14, [])
+    model = plain(tmp_path / "out", dtype=torch.float32)
+    assert not [name for name, _ in model.named_modules() if "lora" in name]
+    expected = logits(trained(model_dir, adapter, dtype=torch.float32))
+    base = logits(quantize_(load_model(model_dir), compute_dtype=torch.float32).float())
+    assert close(logits(model), expected, base)
+    assert plain(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Hi").input_ids == [39, 72]
+    original = logits(load_model(model_dir, torch.float32))
+    assert not close(logits(model), expected + original - base, base), "merged onto the original weights"
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_every_tensor_is_rounded_once(onto, model_dir, tmp_path, run):
+    """Also of layers without an adapter, which training saw dequantized."""
+    some = write_adapter(model_dir, tmp_path / "some", target_modules=["q_proj", "up_proj"], use_rslora=True)
+    run(adapter=some, onto=onto)
+    layers = adapters(load_adapter_(load_model(model_dir), some))
+    before, after = Checkpoint(model_dir), Checkpoint(tmp_path / "out")
+    assert {*after.names()} == {*before.names()}
+    for name in before.names():
+        exact = before.tensor(name).bfloat16().float()
+        if "proj" in name and onto == "dequantized":
+            exact = quantize(before.tensor(name).bfloat16()).dequantize(torch.float32)
+        elif "proj" in name:
+            exact = before.tensor(name).float()
+        if (layer := layers.get(name.removesuffix(".weight"))) is not None:
+            exact = exact + layer.config.scaling * (layer.lora_B @ layer.lora_A)
+        found = after.tensor(name)
+        assert found.dtype == torch.bfloat16
+        assert ((found.float() - exact).abs() <= exact.abs() / 256 + 1e-7).all(), name
+    assert len(layers) == 4
+
+
+def test_the_run_says_what_it_trained_on(model_dir, settings, tmp_path, run, refusal, watched):
+    options = {"data_type": "fp4", "block_size": 32, "double_quant": False, "skip": "down_proj"}
+    finetune(settings(steps=1, lr=0.1, **options), Display(watched()[0].console))
+    adapter = tmp_path / "run" / "adapter"
+    display, printed = watched()
+    merge(MergeSettings(model=model_dir, adapter=adapter, out=tmp_path / "out"), display)
+    assert "fp4 in blocks of 32, float32 scales, says " in printed()
+    before, after = Checkpoint(model_dir), Checkpoint(tmp_path / "out")
+    layers = adapters(load_adapter_(load_model(model_dir), adapter))
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"):
+        exact = before.tensor(f"{name}.weight").bfloat16()
+        if "down" not in name:
+            exact = quantize(exact, "fp4", 32, False).dequantize(torch.float32)
+            assert layers[name].lora_B.any()
+        if name in layers:
+            exact = exact + layers[name].config.scaling * (layers[name].lora_B @ layers[name].lora_A)
+        assert ((after.tensor(f"{name}.weight").float() - exact).abs() <= exact.abs() / 256 + 1e-7).all(), name
+    given = {"adapter": adapter, "out": tmp_path / "again"}
+    said = f"would be ignored: {tmp_path / 'run' / 'config.json'} says how the run quantized; leave it out"
+    for name, value in {"data_type": "nf4", "block_size": 64, "double_quant": False}.items():
+        assert refusal(run, **given, **{name: value}) == f"--{name.replace('_', '-')} {said}"
+
+
+def test_options_say_it_where_there_is_no_run(model_dir, adapter, run, tmp_path):
+    run(data_type="nf4", block_size=128, double_quant=False)
+    model = trained(model_dir, adapter, "nf4", 128, False, dtype=torch.float32)
+    base = logits(quantize_(load_model(model_dir), "nf4", 128, False, compute_dtype=torch.float32).float())
+    assert close(logits(plain(tmp_path / "out", dtype=torch.float32)), logits(model), base)
+
+
+def test_an_adapter_beside_dense_weights(model_dir, settings, tmp_path, silent, refusal):
+    finetune(settings(steps=2, lr=0.1, method="lora"), silent)
+    adapter = tmp_path / "run" / "adapter"
+    options = {"model": model_dir, "adapter": adapter}
+    merge(MergeSettings(**options, out=tmp_path / "out"), silent)
+    dense = load_model(model_dir, torch.float32)
+    base = logits(dense)
+    assert close(logits(plain(tmp_path / "out", dtype=torch.float32)), logits(load_adapter_(dense, adapter)), base)
+    assert "trained beside dense weights; leave it out" in refusal(
+        merge, MergeSettings(**options, out=tmp_path / "again", data_type="nf4"), silent
+    )
+
+
+def test_shards_stay_shards(model_dir, adapter, run, tmp_path):
+    with quiet():
+        load_model(model_dir).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    run(model=tmp_path / "shards")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    run(out=tmp_path / "whole")
+    one, other = Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "whole")
+    assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in other.names())
+
+
+def test_one_tensor_is_in_memory_at_a_time(model_dir, run, monkeypatch):
+    """Counted: of the tensors that came of the checkpoint or went to the file, none lives when the next is made."""
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+    convert = module._Stream.convert
+
+    def watched(self: Any, name: str) -> dict[str, Tensor]:
+        assert not [one for one in alive if one() is not None]
+        made = convert(self, name)
+        alive.extend(weakref.ref(tensor) for tensor in made.values())
+        return made
+
+    monkeypatch.setattr(module._Stream, "convert", watched)
+    run()
+    assert len(alive) == len(Checkpoint(model_dir).names())
+
+
+def test_a_4_bit_directory_is_merged_with_its_own_weights(model_dir, adapter, four_bits, run, tmp_path, refusal):
+    packed = four_bits(model_dir, tmp_path / "packed", codebook="fp4", block_size=32, skip=["down_proj"])
+    run(model=packed)
+    expected = trained(model_dir, adapter, "fp4", 32, skip=["down_proj"], dtype=torch.float32)
+    base = logits(load_quantized(packed, torch.float32).float())
+    assert close(logits(plain(tmp_path / "out", dtype=torch.float32)), logits(expected), base)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    for options, why in (
+        ({"data_type": "nf4"}, "--data-type would be ignored: .* holds 4-bit weights; leave it out"),
+        ({"onto": "original"}, "--onto original needs the dense model; .* holds 4-bit weights"),
+    ):
+        assert re.fullmatch(why, refusal(run, model=packed, out=tmp_path / "new", **options))
+
+
+class TestInto4Bits:
+    @pytest.mark.parametrize("from_4bit", [False, True], ids=["dense", "4bit"])
+    def test_weights_are_those_of_the_library(self, from_4bit, model_dir, four_bits, run, tmp_path):
+        """The merged weight in float32, quantized as the base is; the rest is the base."""
+        some = write_adapter(model_dir, tmp_path / "some", 0.5, target_modules=["q_proj", "up_proj"])
+        model = four_bits(model_dir, tmp_path / "packed") if from_4bit else model_dir
+        result = run(adapter=some, into="4bit", model=model)
+        memory, file = trained(model_dir, some), load_quantized(tmp_path / "out")
+        bitsandbytes: Any = plain(tmp_path / "out")
+        for name in linear_names(memory):
+            layer, found = memory.get_submodule(name), file.get_submodule(name).weight
+            expected = layer.weight if isinstance(layer, QuantizedLinear) else merged_quantized(
+                layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.config.scaling
+            )  # fmt: skip
+            assert found.dtype == torch.bfloat16
+            pairs: Any = zip(found.operands().tensors, expected.operands().tensors, strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+            theirs = bitsandbytes.get_submodule(name).weight
+            if found.shape[1] % 64:  # where bitsandbytes takes the scales of other blocks
+                continue
+            assert torch.equal(dequantize_4bit(theirs.data, theirs.quant_state), found.dequantize())
+        assert {one.layer.rpartition(".")[2] for one in result.survived} == {"up_proj", "q_proj"}
+
+    def test_too_little_of_it_is_refused_without_force(self, model_dir, run, tmp_path, refusal):
+        small = write_adapter(model_dir, tmp_path / "small", 3e-3)
+        message = refusal(run, adapter=small, into="4bit")
+        assert re.fullmatch(
+            r"of the adapter, a cosine of 0\.\d\d would survive in 4 bits; merge --into bf16, train with finetune "
+            r"--merge-aware, or give --force",
+            message,
+        )
+        assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+        result = run(adapter=small, into="4bit", force=True)
+        report = json.loads((tmp_path / "out" / "merge.json").read_text())
+        assert report["overall"]["cosine"] < 0.5
+        assert f"{report['overall']['cosine']:.2f}" in message
+        assert [one["layer"] for one in report["layers"]] == [one.layer for one in result.survived]
+        assert len(report["layers"]) == 14
+        assert report["overall"]["output_error"] is None
+        assert report["trained_on"]["codebook"] == "nf4"
+
+    def test_other_data_types_are_refused(self, run, refusal):
+        said = "--into 4bit writes nf4 and fp4 alone, and this is int4 in blocks of 64, double quantization; use bf16"
+        assert refusal(run, into="4bit", data_type="int4") == said
+
+    def test_the_original_weights_are_under_it(self, model_dir, adapter, run, tmp_path):
+        run(into="4bit", onto="original", force=True)
+        name = "model.layers.1.mlp.up_proj"
+        layer = adapters(load_adapter_(load_model(model_dir), adapter))[name]
+        exact = Checkpoint(model_dir).tensor(f"{name}.weight").float() + 2 * layer.lora_B @ layer.lora_A
+        found = Checkpoint(tmp_path / "out").quantized(f"{name}.weight")
+        assert (found.codes() != quantize(exact.detach()).codes()).float().mean() < 1e-3
+
+    def test_the_table_and_the_activations(self, model_dir, adapter, tmp_path, watched):
+        display, printed = watched()
+        options = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out", "into": "4bit", "force": True}
+        result = merge(MergeSettings(**options, activations=True), display)
+        lines = [line.split() for line in printed().splitlines() if re.match(r" *(all layers|model\.)", line)]
+        assert len(lines) == 6
+        assert lines[-1][:2] == ["all", "layers"]
+        assert all(one.outputs is not None for one in result.survived)
+        worst = min(result.survived, key=lambda one: one.cosine)
+        assert lines[0][0] == worst.layer
+        assert worst.output_error is not None
+        assert lines[0][-4:] == [f"{100 * worst.output_error:.3g}", "%", f"{100 * (worst.update_error or 0):.3g}", "%"]
+
+
+def test_what_would_be_ignored_is_refused(refusal):
+    def settings(**options: Any) -> MergeSettings:
+        return MergeSettings(**{"model": Path("m"), "adapter": Path("a"), "out": Path("o"), **options})
+
+    assert refusal(settings, into="8bit") == "--into is '8bit'; it must be one of bf16, 4bit"
+    assert refusal(settings, onto="x") == "--onto is 'x'; it must be one of dequantized, original"
+    lossless = "would be ignored: --into bf16 loses nothing of the adapter; leave it out"
+    assert refusal(settings, force=True) == f"--force {lossless}"
+    assert refusal(settings, activations=True) == f"--activations {lossless}"
+    for name, value in {"data_type": "nf4", "block_size": 64, "double_quant": False}.items():
+        said = f"--{name.replace('_', '-')} would be ignored: --onto original quantizes nothing; leave it out"
+        assert refusal(settings, onto="original", **{name: value}) == said
+    assert "--activations would be ignored" in refusal(settings, into="4bit", onto="original", activations=True)
+
+
+def test_what_does_not_fit_is_refused(model_dir, run, tmp_path, refusal, write_model):
+    other = write_adapter(write_model("wide", head_dim=32), tmp_path / "other")
+    assert "k_proj is for 64 x 64, the layer is 32 x 64" in refusal(run, adapter=other)
+    assert "is not the directory of an adapter" in refusal(run, adapter=tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    assert "exists and is not empty" in refusal(run, out=tmp_path / "full")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_the_embedding_is_not_merged(write_model, tmp_path, run, refusal):
+    tied = write_model("tied", tie_word_embeddings=True)
+    model = wrap_(load_model(tied), ["lm_head"], LoraConfig(2, 4))
+    save_adapter(model, tmp_path / "head")
+    said = f"{tmp_path / 'head'} adapts lm_head, whose weight another layer shares: merged, both would change"
+    assert refusal(run, model=tied, adapter=tmp_path / "head") == said
+
+
+def test_the_command(program, model_dir, adapter, tmp_path):
+    status, out, err = program("merge", "--model", model_dir, "--adapter", adapter, "--out", "merged")
+    assert (status, err) == (0, "")
+    assert "    saved  merged\n" in out
+    assert "nf4 in blocks of 64, double quantization, the default: no run's config.json says more" in out
+    status, _, err = program("generate", "Colour?", "--model", "merged", "--dense", "--max-new-tokens", 2)
+    assert (status, err) == (0, "")
+    assert program("merge", "--out", "again") == (2, "", "qloralab: error: Missing option '--adapter'.\n")
