@@ -34,6 +34,8 @@ CALLS = {
     "load_adapter_": "(model, directory)",
     "save_quantized": "(model, directory)",
     "load_quantized": "(directory, compute_dtype=None)",
+    "save_checkpoint": "(path, model, optimizer, progress=None)",
+    "load_checkpoint_": "(path, model, optimizer)",
     "PagedAdamW": (
         "(params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, state_bits=32, budget=None, *, "
         "nonfinite='update', update_in_backward=False, state_dir=None, oversubscribe=False)"

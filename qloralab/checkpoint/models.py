@@ -201,7 +201,7 @@ def check_adapter_fits(directory: Path, config: Any) -> str | None:
         a note where the adapter names another model.
 
     Raises:
-        UserError: the adapter cannot be read, or does not fit.
+        UserError: the adapter cannot be read, does not fit, or began with a part of weights that are not these.
     """
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -217,6 +217,9 @@ def check_adapter_fits(directory: Path, config: Any) -> str | None:
     ours = config._name_or_path
     if not isinstance(named, str) or Path(named).name == Path(ours).name:
         return None
+    if Path(named).name == "base" and (directory.parent / "base").is_dir():
+        base = directory.parent / "base"
+        raise UserError(f"{directory} began with a part of the weights, and belongs to what is left: --model {base}")
     return f"{directory} says that it is for {named}, and this is {ours}; their shapes are the same"
 
 

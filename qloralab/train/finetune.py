@@ -229,6 +229,8 @@ class _Run:
             first: the metrics of step 0, where the run begins.
         """
         self.directory = directory
+        if self.prepared.init_errors is not None:
+            self.trainer.model.config._name_or_path = str(directory.base)  # what the adapter's file says it is for
         with contextlib.closing(directory):
             if first is not None:
                 with _writing(directory.path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qloralab import load_adapter_, load_quantized
-from qloralab.checkpoint.models import load_model
+from qloralab.checkpoint.models import check_adapter_fits, load_model, load_tokenizer_and_config
 from qloralab.lora.inject import adapters
 from qloralab.nf4.model import quantize_
 from qloralab.train.finetune import finetune, resume
@@ -85,6 +85,15 @@ def test_a_run_goes_on(settings, silent):
     before = (given.out / "base" / "model.safetensors").stat().st_mtime_ns
     assert resume(given.out, 8, silent).steps == 8
     assert (given.out / "base" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_model_than_the_base_is_refused(settings, silent, refusal, monkeypatch):
+    given = settings(init="pissa", r=4)
+    finetune(given, silent)
+    config = load_tokenizer_and_config(given.model)[1]
+    message = f"{given.out / 'adapter'} began with a part of the weights, and belongs to what is left: "
+    assert refusal(check_adapter_fits, given.out / "adapter", config) == f"{message}--model {given.out / 'base'}"
+    assert check_adapter_fits(given.out / "adapter", load_tokenizer_and_config(given.out / "base")[1]) is None
 
 
 def test_what_is_refused(settings, silent, refusal, four_bits, model_dir, tmp_path):
