@@ -210,6 +210,9 @@ class _Run:
         fact("saved", ", ".join(map(str, [saved, *filter(Path.exists, reports)])))
         model = "" if is_default(settings.model) else f"--model {settings.model} "
         what = f"--model {saved}" if settings.method == "full" else f"{model}--adapter {saved}"
+        if settings.merge_aware:
+            fact("try it", f"qloralab merge {what} --into 4bit --out DIR")
+            return
         how = "" if settings.method == "qlora" else " --dense"
         how = how if settings.data_type is None else f" --data-type {settings.data_type}"
         if (settings.block_size, settings.double_quant, settings.skip) == (
