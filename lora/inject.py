@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from qloralab.nf4.dense_shares import LOGGER, output_heads
+from qloralab.nf4.files.bitsandbytes_layout import KNOWN
 from qloralab.nf4.files.module_names import bare_name
 from qloralab.nf4.files.pretrained import saves_itself_
-from qloralab.nf4.linear import Linear
+from qloralab.nf4.linear import Linear, QuantizedLinear
 from qloralab.nf4.model import Model, choose, parents_of, refuse_adapters, replace, summary, unwrapped
 from qloralab.nf4.weight_reads import weights_read
 
@@ -123,6 +124,25 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in found:
             replace(parents[layer], layer.base_layer, layer)
+
+
+def train_merge_aware_(model: nn.Module) -> None:
+    """Have all layers with an adapter compute with the merged weight in 4 bits (``merge_aware.py``), in place.
+
+    Raises:
+        ValueError: a base is dense or in another data type than bitsandbytes has, or an adapter has dropout. The model
+            is unchanged then.
+    """
+    layers = adapters(model)
+    for name, layer in layers.items():
+        base = layer.base_layer
+        if not isinstance(base, QuantizedLinear) or base.weight.kind not in KNOWN:
+            held = base.weight.kind if isinstance(base, QuantizedLinear) else "dense"
+            raise ValueError(f"{name} is {held}; merge-aware training takes weights in {' or '.join(KNOWN)}")
+        if layer.config.lora_dropout:
+            raise ValueError(f"the adapter of {name} has dropout; merge-aware training has none")
+    for layer in layers.values():
+        layer.merge_aware = True
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

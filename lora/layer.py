@@ -28,6 +28,7 @@ from qloralab.nf4.tensor import converted
 
 from . import ops
 from .config import LoraConfig
+from .merge_aware import MergeAware
 
 
 class LoRALinear(Adapted):
@@ -39,7 +40,10 @@ class LoRALinear(Adapted):
         lora_B: float32 [out_features, r], trainable.
         config: the config it was made from.
         name: of the layer, for error messages.
+        merge_aware: compute with the merged weight in 4 bits (``merge_aware.py``); on a quantized base alone.
     """
+
+    merge_aware: bool = False
 
     def __init__(self, base_layer: Linear, config: LoraConfig, name: str = "layer"):
         super().__init__()
@@ -91,12 +95,18 @@ class LoRALinear(Adapted):
             raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
         bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
         adapter = self.lora_A, self.lora_B, self.config.scaling
+        if self.merge_aware:
+            merged = MergeAware.apply(
+                converted(x, base.compute_dtype), self.lora_A, self.lora_B, bias, base.weight, self.config.scaling
+            )
+            return merged.to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
         x_and_weight = converted(x, base.compute_dtype), *base.weight.operands()
         y, _ = ops.adapted_linear(*x_and_weight, bias, *adapter, p, seed)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"r={self.config.r}, scaling={self.config.scaling:g}, dropout={self.config.lora_dropout:g}"
+        aware = ", merge-aware" if self.merge_aware else ""
+        return f"r={self.config.r}, scaling={self.config.scaling:g}, dropout={self.config.lora_dropout:g}{aware}"
 
 
 class _Description(Tensor):

@@ -14,18 +14,17 @@ A merged layer has no dropout, also in training mode: what dropped inputs of the
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qloralab.nf4.linear import Adapted, QuantizedLinear
 from qloralab.nf4.model import Model, parents_of, replace
-from qloralab.nf4.product import addmm, linear
-from qloralab.nf4.tensor import QuantizedTensor, converted, quantize
+from qloralab.nf4.product import linear
+from qloralab.nf4.tensor import converted
 
 from .layer import LoRALinear
+from .merged_weight import merged_quantized, merged_weight
 
 
 class MergedLinear(Adapted):
@@ -47,11 +46,13 @@ class MergedLinear(Adapted):
         base = layer.base_layer
         vars(self).update(adapted=layer, base_layer=base)  # past nn.Module, which would make them submodules
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        if isinstance(base, QuantizedLinear):
-            dense, dtype = base.weight.dequantize(torch.float32), base.compute_dtype
+        adapter = layer.lora_A, layer.lora_B, layer.config.scaling
+        if not isinstance(base, QuantizedLinear):
+            merged, dtype = merged_weight(base.weight, *adapter), base.weight.dtype
+        elif layer.merge_aware:
+            merged, dtype = merged_quantized(base.weight, *adapter).dequantize(base.compute_dtype), base.compute_dtype
         else:
-            dense, dtype = base.weight, base.weight.dtype
-        merged = merged_weight(dense, layer.lora_A, layer.lora_B, layer.config.scaling)
+            merged, dtype = merged_weight(base.weight.dequantize(torch.float32), *adapter), base.compute_dtype
         self.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
         self.register_parameter("bias", base.bias)  # pyright: ignore[reportArgumentType]
 
@@ -70,44 +71,6 @@ class MergedLinear(Adapted):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, merged, r={self.adapted.config.r}"
-
-
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A in float32.
-
-    Args:
-        weight: [out, in], any floating-point dtype.
-        A, B: [r, in] and [out, r].
-        scaling: of their product.
-
-    Returns:
-        float32 [out, in], in memory of its own. Bits may differ between machines, as those of any product do.
-    """
-    return addmm(weight.float(), B.float(), A.float(), alpha=scaling)
-
-
-def merged_quantized(
-    base: QuantizedTensor, A: Tensor, B: Tensor, scaling: float, onto: Tensor | None = None
-) -> QuantizedTensor:
-    """The merged weight, quantized again as the base is: codebook, block size, double quantization.
-
-    Where B is zero it is the base itself: double quantization takes the mean of the scales, and that of decoded scales
-    is another one, so that ``quantize(base.dequantize())`` has the codes of the base and other scales.
-
-    Args:
-        base: [out, in], as ``quantize`` makes it with the name of a codebook.
-        A, B: [r, in] and [out, r].
-        scaling: of their product.
-        onto: what the update is added to, [out, in]; by default what the base dequantizes to.
-
-    Returns:
-        [out, in], on the device of the base; said to come from the dtype that the base says.
-    """
-    if not B.any():
-        return base
-    merged = merged_weight(base.dequantize(torch.float32) if onto is None else onto, A, B, scaling)
-    made = quantize(merged, base.codebook, base.block_size, base.double_quant, name="the merged weight")
-    return dataclasses.replace(made, dtype=base.dtype)
 
 
 def merge_(model: Model) -> Model:

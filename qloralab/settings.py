@@ -86,6 +86,9 @@ class Settings:
     ] = None
     rslora: Annotated[bool, Option("--rslora", help="Scale adapters by alpha / sqrt(r) (rsLoRA).")] = False
     init: Annotated[Init | None, Option(help="How new adapters start.", show_default="kaiming")] = None
+    merge_aware: Annotated[
+        bool, Option("--merge-aware", help="Train through the quantizer, to be merged into 4 bits; no dropout.")
+    ] = False
     max_grad_norm: Annotated[float, Option(help="Gradients are clipped to this norm.")] = 0.3
     held_out: Annotated[
         int | None, Option(help="Examples kept for validation.", show_default="a tenth, at most 64")
@@ -151,8 +154,9 @@ class Settings:
         for ignores, names, why in (
             (self.method == "full", ("adapter", *adapters), "--method full trains all weights, without adapters"),
             (self.adapter is not None, adapters, f"the adapter in {self.adapter} has its own"),
-            (self.method != "qlora", QUANTIZATION, f"--method {self.method} quantizes no weights"),
             (self.method != "qlora" and self.init in SPLITTING, ("init",), "it splits weights that are quantized"),
+            (self.method != "qlora", (*QUANTIZATION, "merge_aware"), f"--method {self.method} quantizes no weights"),
+            (self.merge_aware, ("lora_dropout",), "--merge-aware has no dropout"),
             (self.data == STDLIB, ("format",), f"--data {STDLIB} is no JSONL file"),
         ):
             for name in names if ignores else ():
@@ -186,6 +190,7 @@ class Settings:
         """The arguments of ``LoraConfig`` for new adapters."""
         given = {name: getattr(self, name) for name in ADAPTERS}
         fields = {name: ADAPTERS[name] if value is None else value for name, value in given.items()}
+        fields |= {"lora_dropout": 0.0} if self.merge_aware else {}
         fields |= {"use_rslora": self.rslora, "init_lora_weights": "gaussian" if self.init == "gaussian" else True}
         return fields if self.target_modules is None else fields | {"target_modules": _names(self.target_modules)}
 

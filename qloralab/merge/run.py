@@ -9,7 +9,8 @@ A directory of dense weights streams (``checkpoint/rewrite.py``), so memory foll
 a directory with 4-bit weights, is loaded whole first.
 
 ``--into 4bit`` quantizes the sum again. Little of the adapter may survive that (``survival.py``), which is measured
-and written as ``merge.json``; where the cosine is too small, nothing is written without ``--force``.
+and written as ``merge.json``; where the cosine is too small, nothing is written without ``--force``. A run that was
+merge-aware has trained just those 4 bits (``lora/merge_aware.py``): nothing of it is lost, so nothing is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qloralab.lora.files import read_adapter
-from qloralab.lora.merge import merged_quantized, merged_weight
+from qloralab.lora.merged_weight import merged_quantized, merged_weight
 from qloralab.nf4.files import bitsandbytes_layout
 from qloralab.nf4.files.bitsandbytes_layout import KNOWN
 from qloralab.nf4.files.pretrained import COMPUTE_DTYPE, describe, skip_modules
@@ -103,6 +104,8 @@ def merge(settings: MergeSettings, display: Display | None = None) -> Result:
     if (kind := trained.data_type) and settings.into == "4bit" and not (kind.is_plain and kind.codebook in KNOWN):
         raise UserError(f"--into 4bit writes {' and '.join(KNOWN)} alone, and this is {described(kind)}; use bf16")
     display.fact("trained on", trained.said)
+    if trained.merge_aware and settings.into == "bf16":
+        display.fact("note", "the run was merge-aware: what it trained is --into 4bit")
     start = time.perf_counter()
     merging = _Merging(settings, trained)
     if settings.activations:
@@ -200,7 +203,7 @@ class _Merging:
         if not self.survived:
             return
         whole = overall(self.survived)
-        if whole.cosine < LEAST_COSINE and not self.settings.force:
+        if whole.cosine < LEAST_COSINE and not self.settings.force and not self.trained.merge_aware:
             raise UserError(
                 f"of the adapter, a cosine of {whole.cosine:.2f} would survive in 4 bits; merge --into bf16, train "
                 "with finetune --merge-aware, or give --force"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from qloralab.lora.inject import adapters
 from qloralab.lora.layer import LoRALinear
-from qloralab.lora.merge import merged_quantized
+from qloralab.lora.merged_weight import merged_quantized
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.tensor import QuantizedTensor
 

@@ -37,4 +37,4 @@ def show(found: Sequence[Survival], display: Display) -> None:
 
 def _cells(one: Survival) -> list[str]:
     errors = [f"{100 * value:.3g} %" for value in (one.output_error, one.update_error) if value is not None]
-    return [f"{100 * one.codes_changed:.2f} %", f"{one.cosine:.3f}", f"{one.norm_ratio:.2f}", *errors]
+    return [f"{100 * one.codes_changed:.3g} %", f"{one.cosine:.3f}", f"{one.norm_ratio:.2f}", *errors]

@@ -29,12 +29,14 @@ class TrainedOn:
         data_type: of the linear layers; None: they were dense, or are in 4 bits in the model's directory.
         skip: modules that stayed dense.
         packed: whether the model's directory holds the 4-bit weights.
+        merge_aware: whether it was trained through the quantizer, so that 4 bits lose nothing.
         said: the same in words.
     """
 
     data_type: DataType | None
     skip: tuple[str, ...]
     packed: bool
+    merge_aware: bool
     said: str
 
     @classmethod
@@ -45,13 +47,14 @@ class TrainedOn:
             UserError: an option would be ignored, or there is no such data type.
             FormatError: config.json is not that of a run.
         """
+        run = _run(settings.adapter)
+        aware = run.get("merge_aware") is True
         if holds_4bit(settings.model):
             settings.refuse_quantization(f"{settings.model} holds 4-bit weights")
             if settings.onto == "original":
                 raise UserError(f"--onto original needs the dense model; {settings.model} holds 4-bit weights")
-            return cls(None, (), True, "the 4-bit weights of the model")
+            return cls(None, (), True, aware, "the 4-bit weights of the model")
         options = settings.data_type, settings.block_size, settings.double_quant
-        run = _run(settings.adapter)
         where = settings.adapter.absolute().parent / "config.json"
         if run.get("data_type") is not None:
             settings.refuse_quantization(f"{where} says how the run quantized")
@@ -60,14 +63,14 @@ class TrainedOn:
                 skip = tuple(run["skip"])
             except (KeyError, TypeError) as error:
                 raise FormatError("does not say how the run quantized", file=where, field=str(error)) from None
-            return cls(kind, skip, False, f"{described(kind)}, says {where}")
+            return cls(kind, skip, False, aware, f"{described(kind)}, says {where}")
         kind = named_data_type(settings.data_type or DATA_TYPE, *options[1:])
         if run.get("method") == "lora":
             if settings.into == "bf16":
                 settings.refuse_quantization(f"{where} says that the run trained beside dense weights")
-            return cls(kind if settings.into == "4bit" else None, (), False, f"dense weights, says {where}")
+            return cls(kind if settings.into == "4bit" else None, (), False, aware, f"dense weights, says {where}")
         how = "as the options say" if options != (None, None, None) else "the default: no run's config.json says more"
-        return cls(kind, (), False, f"{described(kind)}, {how}")
+        return cls(kind, (), False, aware, f"{described(kind)}, {how}")
 
 
 def described(kind: DataType) -> str:

@@ -345,6 +345,9 @@ class _Run:
         if self.prepared.init_errors is not None:
             model = f"--model {self.directory.base} "
         what = f"--model {saved}" if settings.method == "full" else f"{model}--adapter {saved}"
+        if settings.merge_aware:
+            fact("try it", f"qloralab merge {what} --into 4bit --out DIR")
+            return
         how = "" if settings.method == "qlora" else " --dense"
         how = how if settings.data_type is None else f" --data-type {settings.data_type}"
         if (settings.block_size, settings.double_quant, settings.skip) == (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_, trainable
+from qloralab.lora.inject import adapters, inject_, train_merge_aware_, trainable
 from qloralab.lora.residual import residual_, start_
 from qloralab.nf4.data_type import DataType
 from qloralab.nf4.dense_shares import described
@@ -195,7 +195,7 @@ def _prepare_model(
     if settings.method == "qlora":
         _tell_weights(model, display)
     if settings.method != "full":
-        _adapt(model, settings.adapter, config, display)
+        _adapt(model, settings.adapter, config, settings.merge_aware, display)
     errors = None
     if starts:
         start_(model, starts)
@@ -221,7 +221,7 @@ def _tell_weights(model: Any, display: Display) -> None:
     display.fact("dense", described(model))
 
 
-def _adapt(model: Any, adapter: Path | None, config: LoraConfig, display: Display) -> None:
+def _adapt(model: Any, adapter: Path | None, config: LoraConfig, merge_aware: bool, display: Display) -> None:
     """Put adapters beside the layers: those of a directory, or new ones."""
     if adapter:
         load_adapter(model, adapter)
@@ -230,9 +230,15 @@ def _adapt(model: Any, adapter: Path | None, config: LoraConfig, display: Displa
             inject_(model, config)
         except ValueError as error:
             raise UserError(str(error)) from error
+    if merge_aware:
+        try:
+            train_merge_aware_(model)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     layers = adapters(model)
     used = next(iter(layers.values())).config
     count = count_text(sum(p.numel() for p in trainable(model)))
     start = f", from {adapter}" if adapter else ""
+    start += ", through the quantizer" if merge_aware else ""
     scaling = f"r = {used.r}, alpha = {used.lora_alpha:g}{' over sqrt(r)' if used.use_rslora else ''}"
     display.fact("adapters", f"{scaling}, {len(layers)} layers: {count} trainable parameters{start}")

@@ -109,7 +109,8 @@ def test_a_run_does_not_write_over_another(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("data_type", "nf4"), ("block_size", 64), ("double_quant", False), ("skip", "lm_head")]
+    ("name", "value"),
+    [("data_type", "nf4"), ("block_size", 64), ("double_quant", False), ("skip", "lm_head"), ("merge_aware", True)],
 )
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_qlora_quantizes(refused, name, value, method):
@@ -146,3 +147,9 @@ def test_how_adapters_start(refused, tmp_path):
     made = [Settings(out=None, model=Path("m"), init=init).new_adapters for init in (None, "kaiming", "gaussian")]
     assert [one["init_lora_weights"] for one in made] == [True, True, "gaussian"]
     assert Settings(out=None, model=Path("m"), rslora=True).new_adapters["use_rslora"] is True
+
+
+def test_merge_aware_training_has_no_dropout(make, refused):
+    assert make(merge_aware=True).new_adapters["lora_dropout"] == 0.0
+    expected = "--lora-dropout would be ignored: --merge-aware has no dropout; leave it out"
+    assert refused(merge_aware=True, lora_dropout=0.1) == expected

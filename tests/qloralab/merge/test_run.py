@@ -19,13 +19,15 @@ from qloralab.checkpoint.models import load_model, quiet
 from qloralab.display import Display
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, wrap_
-from qloralab.lora.merge import merged_quantized
+from qloralab.lora.merged_weight import merged_quantized
 from qloralab.merge import run as module
 from qloralab.merge.run import Result, merge
 from qloralab.merge.settings import MergeSettings
+from qloralab.merge.survival import overall
 from qloralab.nf4.files.checkpoint import Checkpoint
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.model import linear_names
+from qloralab.train import finetune as finetune_module
 from qloralab.train.finetune import finetune
 
 IDS = torch.arange(2, 42).view(2, 20)
@@ -307,3 +309,35 @@ def test_the_command(program, model_dir, adapter, tmp_path):
     status, _, err = program("generate", "Colour?", "--model", "merged", "--dense", "--max-new-tokens", 2)
     assert (status, err) == (0, "")
     assert program("merge", "--out", "again") == (2, "", "qloralab: error: Missing option '--adapter'.\n")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_merge_aware_run_is_merged_into_the_bits_that_it_trained(
+    double_quant, model_dir, settings, tmp_path, silent, monkeypatch
+):
+    """The packed bytes of its last forward, and its logits, bit for bit."""
+    models: list[Any] = []
+    prepare = finetune_module.prepare
+
+    def watched(*arguments: Any) -> Any:
+        models.append((made := prepare(*arguments)).model)
+        return made
+
+    monkeypatch.setattr(finetune_module, "prepare", watched)
+    finetune(settings(merge_aware=True, lora_dropout=None, lr=0.05, double_quant=double_quant), silent)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["merge_aware"], config["lora_dropout"]) == (True, 0.0)
+    options: Any = {"model": model_dir, "adapter": tmp_path / "run" / "adapter", "out": tmp_path / "out"}
+    result = merge(MergeSettings(**options, into="4bit"), silent)
+    assert overall(result.survived).codes_changed > 0.01
+    (model,) = models
+    file = load_model(tmp_path / "out", model.dtype)
+    layers = adapters(model)
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert isinstance(layer.base_layer, QuantizedLinear)
+        expected = merged_quantized(layer.base_layer.weight, layer.lora_A, layer.lora_B, layer.config.scaling)
+        pairs: Any = zip(file.get_submodule(name).weight.operands(), expected.operands(), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs), name
+    assert torch.equal(logits(file), logits(model))
+    assert not torch.equal(logits(file), logits(quantize_(load_model(model_dir), compute_dtype=model.dtype)))

@@ -12,7 +12,7 @@ from torch import nn
 from qloralab.data.encoding import Encoded
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import inject_
-from qloralab.lora.merge import merged_quantized
+from qloralab.lora.merged_weight import merged_quantized
 from qloralab.merge.survival import Outputs, Survival, outputs, overall, survival
 from qloralab.nf4.model import quantize_
 from qloralab.nf4.tensor import quantize
