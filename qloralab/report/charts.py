@@ -27,7 +27,7 @@ COLOURS = ("#3b82d6", "#e0533d", "#2f9e6e", "#a06cd5", "#d4901c", "#17a2b8", "#c
 _INTERVALS = 400
 _KINDS = 12  # of layers that get a panel of their own
 _INK = "#010203"  # stands for the page's colour
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],

@@ -54,7 +54,7 @@ class Run:
     def state(self) -> str:
         """How it ended, as far as is known."""
         if not isinstance(result := self.config.get("result"), dict):
-            return "not finished: still running, or killed"
+            return "running or killed"
         return "interrupted" if result.get("interrupted") else "complete"
 
     @property
@@ -151,7 +151,7 @@ def _line(path: Path, number: int, text: bytes) -> Metrics:
         given = parse_object(text)
     except FormatError as error:
         raise UserError(f"{where}: {error}") from None
-    values = {name: given.get(name) for name in _FIELDS}
+    values: dict[str, Any] = {name: given.get(name) for name in _FIELDS}
     for name, value in values.items():
         needed = name in ("step", "tokens", "rss_mb")
         number_like = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

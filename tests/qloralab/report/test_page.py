@@ -31,8 +31,9 @@ def test_a_table_has_the_result_of_each_run(trained, metrics_of):
     text = page(read_runs([trained / "second"]))
     lines = metrics_of(trained / "second")
     before, after = lines[0]["val_loss"], lines[-1]["val_loss"]
-    for number in (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", f"{lines[-1]['tokens']:,}", "6 of 6"):
+    for number in (f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}", f"{lines[-1]['tokens']:,}"):
         assert f'<td class="number">{number}</td>' in text
+    assert '<td class="number">6 of 6<small>complete</small></td>' in text
 
 
 def test_a_run_that_was_stopped_has_no_loss_after(runs):

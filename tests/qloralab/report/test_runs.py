@@ -50,7 +50,7 @@ def test_a_run_that_was_killed_is_not_finished(runs):
     shutil.rmtree(runs / "first" / "adapter")
     (runs / "first" / "samples.md").unlink()
     (run,) = read_runs([runs / "first"])
-    assert run.state == "not finished: still running, or killed"
+    assert run.state == "running or killed"
     assert (run.samples, run.updates, run.notes) == ([], [], ["there are no samples"])
     assert run.peak_mb == max(line.rss_mb for line in run.metrics)
 
