@@ -178,6 +178,21 @@ def _text(prompt: str | None) -> str:
     return text
 
 
+@app.command("report")
+def show_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or those of --seeds.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write; one that is there is replaced.")] = Path("report.html"),
+) -> None:
+    """Show runs on one page: curves, adapters, answers, settings.
+
+    The page is one HTML file that loads nothing; several runs are compared.
+    """
+    with _loading(sys.stdout):
+        from .report.page import report
+
+    report(runs, out)
+
+
 @app.command("eval")
 @_takes(EvalSettings)
 def evaluate(**options: Any) -> None:

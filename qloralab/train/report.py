@@ -95,7 +95,7 @@ def plot_loss(metrics: Sequence[Metrics], title: str, path: Path) -> None:
     if trained:
         tokens, losses = zip(*trained, strict=True)
         axes.plot(tokens, losses, color="#9bb7d4", linewidth=0.8, label="training, each batch")
-        axes.plot(tokens, _smooth(losses), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
+        axes.plot(tokens, smooth(losses), color="#1f5fa8", linewidth=1.8, label="training, smoothed")
     if validated:
         tokens, losses = zip(*validated, strict=True)
         axes.plot(tokens, losses, "o-", color="#c0392b", linewidth=1.8, markersize=5, label="validation")
@@ -114,7 +114,7 @@ def plot_loss(metrics: Sequence[Metrics], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start."""
     average, total, out = 0.0, 0.0, []
     for value in values:
@@ -139,3 +139,18 @@ def write_samples(
 def _quote(text: str) -> str:
     # four spaces make code of it: nothing in a model's answer is taken for Markdown
     return "\n".join(f"    {line}" for line in text.strip().splitlines() or ["(nothing)"])
+
+
+def read_samples(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """What ``write_samples`` wrote: of each held-out prompt the source, and its texts by kind, "prompt" first."""
+    found: list[tuple[str, dict[str, list[str]]]] = []
+    name = ""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.startswith("## "):
+            name = "prompt"
+            found.append((line[3:], {}))
+        elif line.startswith("**"):
+            name = line.strip("*")
+        elif line.startswith("    ") and found:
+            found[-1][1].setdefault(name, []).append(line[4:])
+    return [(source, {kind: "\n".join(lines) for kind, lines in texts.items()}) for source, texts in found]

@@ -7,7 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib import pyplot as plt
 
-from qloralab.train.report import _smooth, plot_loss, write_samples
+from qloralab.train.report import plot_loss, read_samples, smooth, write_samples
 from qloralab.train.run_directory import Metrics
 
 START = Metrics(0, 0, None, 3.8, None, None, None, 100.0)
@@ -35,12 +35,12 @@ def test_the_average_weighs_the_past_geometrically(weight):
     for end in range(1, 31):
         weights = np.power(weight, np.arange(end)[::-1])
         expected.append((weights * values[:end]).sum() / weights.sum())
-    np.testing.assert_allclose(_smooth(list(values), weight), expected, rtol=1e-12)
+    np.testing.assert_allclose(smooth(list(values), weight), expected, rtol=1e-12)
 
 
 def test_the_average_of_one_value_is_the_value():
-    assert _smooth([3.5]) == pytest.approx([3.5])
-    assert _smooth([]) == []
+    assert smooth([3.5]) == pytest.approx([3.5])
+    assert smooth([]) == []
 
 
 @pytest.mark.parametrize("metrics", [[START], [START, *training(1)], [START, *training(25)]], ids=["0", "1", "25"])
@@ -72,6 +72,16 @@ def test_each_answer_is_code_and_nothing_else(tmp_path):
     code = [token.content.strip() for token in tokens if token.type == "code_block"]
     expected = [one for rows in zip(prompts, ANSWERS, ANSWERS[::-1], strict=True) for one in rows]
     assert code == [one.strip() or "(nothing)" for one in expected]
+
+
+def test_samples_are_read_back(tmp_path):
+    path = tmp_path / "samples.md"
+    prompts = [f"prompt {i}\n\n## f.jsonl:7\n**after**" for i in range(len(ANSWERS))]
+    write_samples(path, prompts, {"before": ANSWERS, "after": ANSWERS[::-1]}, [f"f.jsonl:{i}" for i in range(8)], "Run")
+    kept = [one.strip() or "(nothing)" for one in ANSWERS]
+    rows = zip(prompts, kept, kept[::-1], strict=True)
+    expected = [{"prompt": prompt, "before": before, "after": after} for prompt, before, after in rows]
+    assert read_samples(path) == [(f"f.jsonl:{i}", texts) for i, texts in enumerate(expected)]
 
 
 def test_a_title_that_is_no_unicode(tmp_path):
