@@ -21,6 +21,7 @@ from .errors import UserError
 from .evaluate.settings import EvalSettings
 from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
+from .run_file import drop_the_other, use_config
 from .settings import MODEL_OPTION, DtypeOption, Method, Settings
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def _commands(
 
 
 def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make the fields of a dataclass of settings the options of a command."""
+    """Make the fields of a dataclass of settings the options of a command, behind those it names itself."""
     types = get_type_hints(settings, include_extras=True)
     options = [
         inspect.Parameter(
@@ -79,7 +80,9 @@ def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        named = inspect.signature(command, eval_str=True).parameters.values()
+        own = [one for one in named if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return command
 
     return decorate
@@ -87,17 +90,38 @@ def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
 
 @app.command()
 @_takes(Settings)
-def finetune(**options: Any) -> None:
+def finetune(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of these options, by their names; options given here go before it. Every run leaves one.",
+            show_default=False,
+            callback=use_config,
+            is_eager=True,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it takes; run nothing.")] = (
+        False
+    ),
+    **options: Any,
+) -> None:
     """Fine-tune a language model.
 
     With the defaults, on this machine's CPU in minutes.
     """
+    drop_the_other(context, options, "steps", "epochs")
     with _loading(sys.stdout):
         from .checkpoint.models import default_model
+        from .train.dry_run import dry_run as show
         from .train.finetune import finetune as run
         from .train.seeds import finetune_seeds
 
     settings = Settings(**{**options, "model": options["model"] or default_model()})
+    if dry_run:
+        show(settings)
+        return
     if (run(settings) if settings.seeds is None else finetune_seeds(settings)).interrupted:
         raise typer.Exit(STATUS)
 

@@ -63,14 +63,15 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     """
     display = display or Display()
     prepared = prepare(settings, display)
-    trainer = Trainer(prepared.model, prepared.train, prepared.held_out, settings, prepared.precision.dtype)
+    in_steps = settings.in_steps(len(prepared.train))
+    trainer = Trainer(prepared.model, prepared.train, prepared.held_out, in_steps, prepared.precision.dtype)
     reports = Reports(trainer, prepared.tokenizer, display)
     reports.answer("before")
     start = time.perf_counter()
     val_before = _validate(trainer, display)
     validation_s = time.perf_counter() - start
     with _writing(settings.out or Path("runs")):
-        directory = _directory(settings, prepared)
+        directory = _directory(settings, prepared, in_steps.steps)
     display.fact("run", str(directory.path))
     try:
         with _writing(directory.path):
@@ -80,7 +81,7 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
         directory.close()
 
 
-def _directory(settings: Settings, prepared: Prepared) -> RunDirectory:
+def _directory(settings: Settings, prepared: Prepared, steps: int) -> RunDirectory:
     """A new run directory, whose config tells what the settings came to."""
     chosen, layers = prepared.precision, [*adapters(prepared.model).values()]
     used: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def _directory(settings: Settings, prepared: Prepared) -> RunDirectory:
         used |= {"data_type": settings.data_type or DATA_TYPE, "quantization": kind.settings()}
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
     held_out = len(prepared.held_out)
-    return RunDirectory(settings, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used)
+    return RunDirectory(settings, steps=steps, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used)
 
 
 @contextmanager

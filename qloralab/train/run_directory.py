@@ -1,10 +1,12 @@
 """What a run leaves behind.
 
 =================  =================================================================================================
+run.yaml           the settings as they were given: finetune --config run.yaml repeats the run
 config.json        the settings, what they came to and why; the versions and the machine that ran them
 metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_norm, tokens_per_s, rss_mb
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
+tensorboard/       the numbers of metrics.jsonl again, with --tensorboard
 adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
 =================  =================================================================================================
 """
@@ -27,9 +29,12 @@ from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.processor import processor_class
 
 from .. import __version__
-from ..checkpoint.models import quiet
+from ..checkpoint.models import is_default, quiet
 from ..errors import UserError
+from ..run_file import NAME
+from ..run_file import write as write_settings
 from ..settings import Settings
+from .tensorboard import Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,8 @@ class RunDirectory:
         resolved = {"out": self.path, "lr": settings.learning_rate, "too_long": settings.treats_too_long}
         self._config = {**given, **resolved, **fields, "versions": versions()}
         self.update_config()
+        write_settings(settings, self.path / NAME, model=is_default(settings.model), steps=settings.epochs is not None)
+        self._scalars = Scalars(self.path / "tensorboard") if settings.tensorboard else None
 
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
@@ -94,6 +101,8 @@ class RunDirectory:
         self.metrics.append(metrics)
         self._lines.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._lines.flush()
+        if self._scalars:
+            self._scalars.log(dataclasses.asdict(metrics))
 
     def save(self, model: Any, tokenizer: Any) -> None:
         """Write what was trained into ``trained``: the adapters of a model, or all of it and its tokenizer.
@@ -126,6 +135,8 @@ class RunDirectory:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
         with contextlib.suppress(OSError):
             self._lines.close()
+            if self._scalars:
+                self._scalars.close()
 
 
 def _take(out: Path | None) -> tuple[Path, TextIO]:
