@@ -22,6 +22,7 @@ from .evaluate.settings import EvalSettings
 from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
 from .merge.settings import MergeSettings
+from .run_file import drop_the_other, use_config
 from .settings import MODEL_OPTION, DtypeOption, Method, Settings
 
 app = typer.Typer(
@@ -66,8 +67,8 @@ def _commands(
         typer.echo(context.get_help())
 
 
-def _takes(settings: type[Any], **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make the fields of a dataclass of settings the options of a command; more: others, by name."""
+def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the fields of a dataclass of settings the options of a command, behind those it names itself."""
     types = get_type_hints(settings, include_extras=True)
     options = [
         inspect.Parameter(
@@ -78,38 +79,58 @@ def _takes(settings: type[Any], **more: Any) -> Callable[[Callable[..., None]], 
         )
         for field in dataclasses.fields(settings)
     ]
-    options += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in more.items()
-    ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        named = inspect.signature(command, eval_str=True).parameters.values()
+        own = [one for one in named if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         return command
 
     return decorate
 
 
 @app.command()
-@_takes(
-    Settings,
-    resume=Annotated[Path | None, typer.Option(help="Go on with this run; --steps may be raised.", show_default=False)],
-    context=typer.Context,
-)
-def finetune(context: typer.Context, resume: Path | None, **options: Any) -> None:
+@_takes(Settings)
+def finetune(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of these options, by their names; options given here go before it. Every run leaves one.",
+            show_default=False,
+            callback=use_config,
+            is_eager=True,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with this run, as if it had not ended; --steps may be raised.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it takes; run nothing.")] = (
+        False
+    ),
+    **options: Any,
+) -> None:
     """Fine-tune a language model.
 
     With the defaults, on this machine's CPU in minutes.
     """
     if resume is not None:
-        _go_on(resume, {name: options[name] for name in options if _is_given(context, name)})
+        given = {"config": config, "dry_run": dry_run, **options}
+        _go_on(resume, {name: given[name] for name in given if _is_given(context, name)})
         return
+    drop_the_other(context, options, "steps", "epochs")
     with _loading(sys.stdout):
         from .checkpoint.models import default_model
+        from .train.dry_run import dry_run as show
         from .train.finetune import finetune as run
         from .train.seeds import finetune_seeds
 
     settings = Settings(**{**options, "model": options["model"] or default_model()})
+    if dry_run:
+        show(settings)
+        return
     if (run(settings) if settings.seeds is None else finetune_seeds(settings)).interrupted:
         raise typer.Exit(STATUS)
 

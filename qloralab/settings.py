@@ -18,6 +18,7 @@ STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``
 ADAPTERS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}  # of new ones
 DATA_TYPE = "nf4"
+STEPS = 150
 QUANTIZATION = ("data_type", "block_size", "double_quant", "skip")  # what only a run that quantizes has
 Init = Literal["kaiming", "gaussian", "loftq", "pissa"]
 SPLITTING: tuple[Init, ...] = ("loftq", "pissa")  # those that put a part of the weight into the adapter
@@ -66,7 +67,10 @@ class Settings:
     adapter: Annotated[
         Path | None, Option(help="To start from; it sets r, alpha, dropout.", show_default="none: new ones")
     ] = None
-    steps: Annotated[int, Option(help="Optimizer steps.")] = 150
+    steps: Annotated[int, Option(help="Optimizer steps.")] = STEPS
+    epochs: Annotated[int | None, Option(help="Passes over the examples, instead of --steps.", show_default="none")] = (
+        None
+    )
     batch_size: Annotated[int, Option(help="Examples per step.")] = 4
     accumulate: Annotated[int, Option(help="Parts a batch is computed in, to save memory.")] = 1
     max_length: Annotated[int, Option(help="Tokens per example, at most.")] = 256
@@ -109,6 +113,7 @@ class Settings:
     seeds: Annotated[
         int | None, Option(help="Runs, each with the next seed; their mean and interval.", show_default="one run")
     ] = None
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Write the numbers for TensorBoard, too.")] = False
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -125,10 +130,13 @@ class Settings:
             )
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every", "save_every", "keep"):
+        counts = ("steps", "epochs", "batch_size", "accumulate", "max_length", "held_out", "eval_every", "save_every")
+        for name in (*counts, "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{_option(name)} is {value}; it must be at least 1")
+        if self.epochs is not None and self.steps != STEPS:
+            raise UserError("--steps and --epochs say the same in two ways; give one")
         if self.seeds is not None and self.seeds < 2:
             raise UserError(f"--seeds is {self.seeds}; an interval takes at least 2 runs")
         for name in ("target_modules", "skip"):
@@ -198,6 +206,12 @@ class Settings:
     def skipped(self) -> tuple[str, ...]:
         """The names in skip."""
         return () if self.skip is None else _names(self.skip)
+
+    def in_steps(self, examples: int) -> Settings:
+        """These settings with the epochs as steps, for so many examples to train on."""
+        if self.epochs is None:
+            return self
+        return dataclasses.replace(self, epochs=None, steps=self.epochs * -(-examples // self.batch_size))
 
     @property
     def last_seed(self) -> int:

@@ -32,14 +32,14 @@ section 2 and figures 1 and 6 have such sums for LLaMA.)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qloralab.lora.config import LoraConfig
+from qloralab.lora.config import ALL_LINEAR, LoraConfig
 from qloralab.lora.inject import inject_, trainable
 from qloralab.nf4.data_type import DataType
 from qloralab.nf4.linear import QuantizedLinear
@@ -62,6 +62,8 @@ class Job:
         dtype: that is computed in.
         data_type: of the 4-bit weights.
         r: rank of the adapters.
+        target_modules: of ``LoraConfig``: the layers with adapters.
+        skip: layers whose weights stay dense.
         batch_size, max_length: of the largest batch that is computed at once, padding included.
         labelled: positions of it that have a label; None: all.
         checkpointing: whether activations are recomputed.
@@ -79,6 +81,8 @@ class Job:
     checkpointing: bool = False
     state_bits: int = 32
     state_budget: int | None = None
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    skip: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +134,11 @@ def predict(config: Any, job: Job, constants: float | None = None) -> Memory:
         linear = [model.get_parameter(f"{name}.weight") for name in linear_names(model)]
         weights, largest = sum(one.nbytes for one in linear), max(one.numel() for one in linear)
         if job.method == "qlora":
-            quantize_(model, job.data_type, compute_dtype=job.dtype)
+            quantize_(model, job.data_type, compute_dtype=job.dtype, skip=job.skip)
             packed = {id(one.weight): one.weight for one in model.modules() if isinstance(one, QuantizedLinear)}
             weights = sum(one.nbytes for one in packed.values())
         if job.method != "full":
-            inject_(model, LoraConfig(r=job.r, lora_alpha=2 * job.r, lora_dropout=0.05))
+            inject_(model, LoraConfig(job.r, 2 * job.r, 0.05, target_modules=job.target_modules))
         trains = trainable(model)
         adapters = 0 if job.method == "full" else sum(one.nbytes for one in trains)
         everything = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])

@@ -79,10 +79,11 @@ def finetune(settings: Settings, display: Display | None = None) -> Result:
     check_writable(out, out.absolute())
     prepared = prepare(settings, display)
     fingerprints = _fingerprints(prepared)
-    run = _Run.of(settings, prepared, display)
+    in_steps = settings.in_steps(len(prepared.train))
+    run = _Run.of(in_steps, prepared, display)
     first = run.before()
     with _writing(out):
-        directory = _directory(settings, prepared, fingerprints)
+        directory = _directory(settings, prepared, in_steps.steps, fingerprints)
     display.fact("run", str(directory.path))
     return run.train(directory, first)
 
@@ -152,7 +153,7 @@ def _check_unchanged(directory: RunDirectory, settings: Settings, progress: Mapp
     if result and not result["interrupted"] and result["steps"] >= settings.steps:
         raise UserError(f"{path} is complete, with {result['steps']} steps; give --steps to go on")
     now, then = settings.given(), {} if progress is None else progress["settings"]
-    for name in sorted((now.keys() | then.keys()) - {"steps"}) if progress else ():
+    for name in sorted((now.keys() | then.keys()) - {"steps", "epochs"}) if progress else ():
         if now.get(name) != then.get(name):
             option = f"--{name.replace('_', '-')}"
             raise UserError(
@@ -164,7 +165,7 @@ def _check_unchanged(directory: RunDirectory, settings: Settings, progress: Mapp
         LOGGER.warning("%s began with %s: the steps may differ in the last bits", path, "; ".join(changed))
 
 
-def _directory(settings: Settings, prepared: Prepared, fingerprints: dict[str, str]) -> RunDirectory:
+def _directory(settings: Settings, prepared: Prepared, steps: int, fingerprints: dict[str, str]) -> RunDirectory:
     """A new run directory, whose config tells what the settings came to."""
     chosen, layers = prepared.precision, [*adapters(prepared.model).values()]
     used: dict[str, Any] = {}
@@ -178,7 +179,7 @@ def _directory(settings: Settings, prepared: Prepared, fingerprints: dict[str, s
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
     if prepared.init_errors is not None:
         used["init_errors"] = prepared.init_errors
-    used |= {"held_out": len(prepared.held_out), "fingerprints": fingerprints}
+    used |= {"steps": steps, "held_out": len(prepared.held_out), "fingerprints": fingerprints}
     return RunDirectory.create(settings, dtype=chosen.name, dtype_reason=chosen.why, **used)
 
 

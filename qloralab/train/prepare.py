@@ -42,6 +42,28 @@ from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
 from ..settings import DATA_TYPE, QUANTIZATION, SPLITTING, STDLIB, Settings
+from . import tensorboard
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is known of a run before a weight is read.
+
+    Attributes:
+        tokenizer, model_config: of the model.
+        train, held_out: the examples to train on, and those to validate with.
+        precision: what is computed in, and why.
+        lora: of new adapters.
+        data_type: of the weights that this run quantizes; None where it quantizes none.
+    """
+
+    tokenizer: Any
+    model_config: Any
+    train: list[Encoded]
+    held_out: list[Encoded]
+    precision: Precision
+    lora: LoraConfig
+    data_type: DataType | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,21 @@ def prepare(settings: Settings, display: Display) -> Prepared:
     Raises:
         UserError: the data, the model, the adapter or a setting is not usable.
     """
+    read = read_data(settings, display)
+    torch.manual_seed(settings.seed)
+    model, errors = _prepare_model(settings, read.lora, read.data_type, read.precision, display)
+    _check_limits(Limits.of(model), [*read.train, *read.held_out], read.tokenizer, display)
+    return Prepared(model, read.tokenizer, read.train, read.held_out, read.precision, read.data_type, errors)
+
+
+def read_data(settings: Settings, display: Display) -> Material:
+    """Read the data, and of the model what is not weights. Nothing is written.
+
+    Raises:
+        UserError: the data, the model's tokenizer, the adapter or a setting is not usable.
+    """
+    if settings.tensorboard:
+        tensorboard.check()
     config = _lora_config(settings)
     chosen = precision(settings.dtype, run_device())
     _check_paths(settings)
@@ -85,10 +122,7 @@ def prepare(settings: Settings, display: Display) -> Prepared:
     if settings.adapter and (other_model := check_adapter_fits(settings.adapter, model_config)):
         display.fact("note", other_model)
     train, held_out = _encode(examples, tokenizer, limits, settings, display)
-    torch.manual_seed(settings.seed)
-    model, errors = _prepare_model(settings, config, data_type, chosen, display)
-    _check_limits(Limits.of(model), [*train, *held_out], tokenizer, display)
-    return Prepared(model, tokenizer, train, held_out, chosen, data_type, errors)
+    return Material(tokenizer, model_config, train, held_out, chosen, config, data_type)
 
 
 def _lora_config(settings: Settings) -> LoraConfig:

@@ -1,10 +1,12 @@
 """What a run leaves behind.
 
 =================  =================================================================================================
+run.yaml           the settings as they were given: finetune --config run.yaml repeats the run
 config.json        the settings, what they came to and why; the versions and the machine that ran them
 metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_norm, tokens_per_s, rss_mb
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
+tensorboard/       the numbers of metrics.jsonl again, with --tensorboard
 adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
 base/              with --init loftq or pissa: the weights in 4 bits that the adapter belongs to, and the tokenizer
 checkpoints/       step-000050.safetensors, ...: the last few of those that ``--resume`` goes on from
@@ -35,10 +37,13 @@ from qloralab.nf4.files.json_file import read_object
 from qloralab.nf4.processor import processor_class
 
 from .. import __version__
-from ..checkpoint.models import quiet
+from ..checkpoint.models import is_default, quiet
 from ..checkpoint.quantized_model import save_quantized
 from ..errors import UserError
+from ..run_file import NAME
+from ..run_file import write as write_settings
 from ..settings import Settings
+from .tensorboard import Scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ class RunDirectory:
         self.trained = path / ("model" if config.get("method") == "full" else "adapter")
         self.base = path / "base"
         self.metrics: list[Metrics] = []
+        self._scalars: Scalars | None = None
 
     @classmethod
     def create(cls, settings: Settings, **fields: Any) -> RunDirectory:
@@ -100,6 +106,8 @@ class RunDirectory:
         resolved = {"out": path, "lr": settings.learning_rate, "too_long": settings.treats_too_long}
         run = cls(path, lines, {**given, **resolved, **fields, "given": settings.given(), "versions": versions()})
         run.update_config()
+        write_settings(settings, path / NAME, model=is_default(settings.model), steps=settings.epochs is not None)
+        run._follow(None)
         return run
 
     @classmethod
@@ -139,10 +147,10 @@ class RunDirectory:
         given = self.config.get("given")
         if not isinstance(given, dict):
             raise UserError(f"{self.path / 'config.json'} does not tell how the run was started: it cannot be resumed")
-        before = Settings.from_given(given)
-        if steps is not None and steps < before.steps:
-            raise UserError(f"--steps is {steps}, and the run has {before.steps}; a run that goes on may have more")
-        return before if steps is None else dataclasses.replace(before, steps=steps)
+        before, total = Settings.from_given(given), self.config["steps"]
+        if steps is not None and steps < total:
+            raise UserError(f"--steps is {steps}, and the run has {total}; a run that goes on may have more")
+        return dataclasses.replace(before, epochs=None, steps=steps or total)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -186,6 +194,12 @@ class RunDirectory:
         self._lines.seek(end)
         self._lines.truncate()
         self.metrics = kept
+        self._follow(-1 if step is None else step)
+
+    def _follow(self, after: int | None) -> None:
+        """Write for TensorBoard, too, where the settings say so; of a run that goes on, what is after a step anew."""
+        if self.config.get("tensorboard"):
+            self._scalars = Scalars(self.path / "tensorboard", after)
 
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
@@ -198,6 +212,8 @@ class RunDirectory:
         self.metrics.append(metrics)
         self._lines.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._lines.flush()
+        if self._scalars:
+            self._scalars.log(dataclasses.asdict(metrics))
 
     def save(self, model: Any, tokenizer: Any) -> None:
         """Write what was trained into ``trained``: the adapters of a model, or all of it and its tokenizer.
@@ -241,6 +257,8 @@ class RunDirectory:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
         with contextlib.suppress(OSError):
             self._lines.close()
+            if self._scalars:
+                self._scalars.close()
 
 
 def _take(out: Path | None) -> tuple[Path, TextIO]:

@@ -62,7 +62,7 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "eval", "inspect", "quantize", "merge", "memory", "parity", "doctor", "sass"
+        "finetune", "generate", "report", "eval", "inspect", "quantize", "merge", "memory", "parity", "doctor", "sass"
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")

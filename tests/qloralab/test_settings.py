@@ -24,7 +24,7 @@ def refused(refusal, make) -> Callable[..., str]:
     return lambda **changes: refusal(make, **changes)
 
 
-COUNTS = ("steps", "batch_size", "accumulate", "max_length", "held_out", "eval_every")
+COUNTS = ("steps", "epochs", "batch_size", "accumulate", "max_length", "held_out", "eval_every")
 # option, what is refused, why, what is accepted
 RANGES = [
     *((name, value, f"is {value}; it must be at least 1", [1]) for name in COUNTS for value in (0, -1)),
@@ -61,6 +61,14 @@ def test_defaults_that_depend_on_other_settings(make, method, rate):
     assert make(method=method, lr=0.5).learning_rate == 0.5
     assert [make(data=data).treats_too_long for data in ("stdlib", "a.jsonl")] == ["skip", "error"]
     assert make(too_long="cut").treats_too_long == "cut"
+
+
+def test_epochs_are_counted_in_steps(make, refused):
+    settings = make(epochs=3, batch_size=4)
+    assert [settings.in_steps(examples).steps for examples in (1, 4, 5, 16)] == [3, 3, 6, 12]
+    assert settings.in_steps(5) == make(steps=6, batch_size=4)
+    assert make(steps=7).in_steps(5) == make(steps=7)
+    assert refused(epochs=3, steps=7) == "--steps and --epochs say the same in two ways; give one"
 
 
 @pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])

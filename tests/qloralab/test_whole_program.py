@@ -40,7 +40,7 @@ def test_the_default_job(default_gguf, command, metrics_of, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     run = tmp_path / "run"
-    files = {"config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter"}
+    files = {"run.yaml", "config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter", "checkpoints"}
     assert {file.name for file in run.iterdir()} == files
     assert {file.name for file in tmp_path.iterdir()} == {"run"}
 
@@ -163,7 +163,7 @@ def test_two_runs_into_one_directory(launch, words, metrics_of, tmp_path):
 
 def assert_complete(run: Path, metrics_of) -> list[str]:
     """All of a run of three steps is there. Returns its notes."""
-    files = {"config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter"}
+    files = {"run.yaml", "config.json", "metrics.jsonl", "loss.png", "samples.md", "adapter", "checkpoints"}
     assert {file.name for file in run.iterdir()} == files
     assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3]
     weights = load_file(run / "adapter" / "adapter_model.safetensors")

@@ -71,7 +71,7 @@ def test_each_method_learns(settings, silent, metrics_of, method):
     assert (result.steps, result.interrupted) == (30, False)
     saved = {"full": "model"}.get(method, "adapter")
     assert {file.name for file in result.path.iterdir()} == {
-        "config.json", "metrics.jsonl", "loss.png", "samples.md", saved, "checkpoints"
+        "run.yaml", "config.json", "metrics.jsonl", "loss.png", "samples.md", saved, "checkpoints"
     }  # fmt: skip
     assert config_of(result.path)["result"] == {**dataclasses.asdict(result), "path": str(result.path)}
 
