@@ -94,7 +94,9 @@ def _directory(settings: Settings, prepared: Prepared, steps: int) -> RunDirecto
         used |= {"data_type": settings.data_type or DATA_TYPE, "quantization": kind.settings()}
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
     held_out = len(prepared.held_out)
-    return RunDirectory(settings, steps=steps, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used)
+    return RunDirectory(
+        settings, steps=steps, epochs=None, dtype=chosen.name, dtype_reason=chosen.why, held_out=held_out, **used
+    )
 
 
 @contextmanager

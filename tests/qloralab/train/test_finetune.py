@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up_is_one_line(settings, silent, refusal, full_disk, 
     message = refusal(finetune, chosen, silent)
     assert message.startswith(f"{chosen.out} cannot be written: ")
     assert "File too large" in message
-    assert {file.name for file in chosen.out.iterdir()} == {"config.json", "metrics.jsonl", saved[0].name}
+    assert {file.name for file in chosen.out.iterdir()} == {"run.yaml", "config.json", "metrics.jsonl", saved[0].name}
 
 
 def test_a_full_disk_under_the_metrics_is_one_line(settings, silent, refusal, full_disk, monkeypatch):
