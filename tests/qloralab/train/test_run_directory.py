@@ -129,7 +129,8 @@ def test_a_model_that_cannot_be_put_in_place_leaves_the_one_before(trained, monk
 def test_the_config_says_the_settings_again(run):
     config = json.loads((run.path / "config.json").read_text())
     (run.path / "config.json").rename(run.path.parent / "config.json")
-    (run.path / "metrics.jsonl").unlink()  # settings ask for an empty directory
+    for name in ("metrics.jsonl", "run.yaml"):
+        (run.path / name).unlink()  # settings ask for an empty directory
     fields = {name: config[name] for name in Settings.__dataclass_fields__}
     again = Settings(**{**fields, "out": Path(fields["out"]), "model": Path(fields["model"])})
     resolved = {"lr": 1e-3, "too_long": "skip"}
@@ -168,7 +169,7 @@ def test_a_full_disk_leaves_the_config_as_it_was(run, full_disk):
     with full_disk(100), pytest.raises(OSError, match="File too large"):
         run.update_config(more="x" * 1000)
     assert (run.path / "config.json").read_bytes() == before
-    assert {file.name for file in run.path.iterdir()} == {"config.json", "metrics.jsonl"}
+    assert {file.name for file in run.path.iterdir()} == {"run.yaml", "config.json", "metrics.jsonl"}
 
 
 def test_closing_does_not_fail_after_a_line_that_did(run, full_disk):
