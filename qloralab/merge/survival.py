@@ -2,8 +2,10 @@
 
 An update is small against the steps of a 4-bit codebook. Added to dequantized weights, which lie on values of the
 codebook, it moves next to no code. Added to the original weights, which lie anywhere between two values, it moves few
-codes by a whole step each: far from what was asked for, weight by weight, and yet all of it in the sum. With D = scaling * B A, which is wanted, and S = W4' - W', which is left of it (W' the base, W4' the
-merged weight, both dequantized):
+codes by a whole step each: far from what was asked for, weight by weight, and yet all of it in the sum.
+
+With D = scaling * B A, which is wanted, and S = W4' - W', which is left of it (W' the base, W4' the merged weight, both
+dequantized):
 
     codes changed     share of the codes of W4' that are not those of W'
     kept              <D, S> / |D|**2               how much of D there is in S; the rest of S is noise beside it

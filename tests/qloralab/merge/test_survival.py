@@ -66,8 +66,8 @@ def test_layers_are_added_and_then_divided():
     assert (whole.codes_changed, whole.output_error, whole.update_error) == (0.2, 0.5, 0.5)
     assert overall(parts[1:]).output_error is None
     assert Survival("", 1, 1, 0.0, 1.0, 0.0, Outputs(1, 1, 0)).as_json() == {
-        "layer": "", "weights": 1, "codes_changed": 1.0, "kept": 1.0, "cosine": 0.0, "norm_ratio": None, "output_error": 1.0,
-        "update_error": None,
+        "layer": "", "weights": 1, "codes_changed": 1.0, "kept": 1.0, "cosine": 0.0, "norm_ratio": None,
+        "output_error": 1.0, "update_error": None,
     }  # fmt: skip
 
 
