@@ -9,7 +9,7 @@ A directory of dense weights streams (``checkpoint/rewrite.py``), so memory foll
 a directory with 4-bit weights, is loaded whole first.
 
 ``--into 4bit`` quantizes the sum again. Little of the adapter may survive that (``survival.py``), which is measured
-and written as ``merge.json``; where the cosine is too small, nothing is written without ``--force``. A run that was
+and written as ``merge.json``; where too little is kept, nothing is written without ``--force``. A run that was
 merge-aware has trained just those 4 bits (``lora/merge_aware.py``): nothing of it is lost, so nothing is refused.
 """
 
@@ -57,7 +57,7 @@ from ..inspection.run_model import Pieces
 from ..resident import peak_mb
 from ..settings import STDLIB
 from ..train.run_directory import versions
-from .settings import LEAST_COSINE, MergeSettings
+from .settings import LEAST_KEPT, MergeSettings
 from .survival import Outputs, Survival, outputs, overall, survival
 from .table import show
 from .trained_on import TrainedOn, described
@@ -203,10 +203,10 @@ class _Merging:
         if not self.survived:
             return
         whole = overall(self.survived)
-        if whole.cosine < LEAST_COSINE and not self.settings.force and not self.trained.merge_aware:
+        if whole.kept < LEAST_KEPT and not self.settings.force and not self.trained.merge_aware:
             raise UserError(
-                f"of the adapter, a cosine of {whole.cosine:.2f} would survive in 4 bits; merge --into bf16, train "
-                "with finetune --merge-aware, or give --force"
+                f"4 bits would keep {whole.kept:.3f} of the adapter; merge --into bf16 or --onto original, train with "
+                "finetune --merge-aware, or give --force"
             )
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.settings).items()}
         kind = self.trained.data_type

@@ -13,7 +13,7 @@ from ..settings import MODEL_OPTION
 
 Into = Literal["bf16", "4bit"]
 Onto = Literal["dequantized", "original"]
-LEAST_COSINE = 0.5
+LEAST_KEPT = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class MergeSettings:
         bool, Option("--activations", help="Error of the layers' outputs on a text, too; reads the model whole.")
     ] = False
     force: Annotated[
-        bool, Option("--force", help=f"Into 4 bits, also where the cosine of what survives is below {LEAST_COSINE}.")
+        bool, Option("--force", help=f"Into 4 bits, also where less than {LEAST_KEPT} of the update is kept.")
     ] = False
 
     def __post_init__(self) -> None:

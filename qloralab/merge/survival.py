@@ -1,10 +1,14 @@
 """What survives of an adapter when the merged weight is quantized again.
 
-An update is small against the steps of a 4-bit codebook, so most codes stay what they were, and those that change move
-by a whole step. With D = scaling * B A, which is wanted, and S = W4' - W', which is left of it (W' the base, W4' the
-merged weight, both dequantized):
+An update is small against the steps of a 4-bit codebook. Added to dequantized weights, which lie on values of the
+codebook, it moves next to no code. Added to the original weights, which lie anywhere between two values, it moves few
+codes by a whole step each: far from what was asked for, weight by weight, and yet all of it in the sum.
+
+With D = scaling * B A, which is wanted, and S = W4' - W', which is left of it (W' the base, W4' the merged weight, both
+dequantized):
 
     codes changed     share of the codes of W4' that are not those of W'
+    kept              <D, S> / |D|**2               how much of D there is in S; the rest of S is noise beside it
     cosine            <D, S> / (|D| |S|)             1: the update as it was meant; 0: nothing of it
     norm ratio        |S| / |D|                      above 1 where steps are larger than what was asked for
     output error      |X (S - D)'|**2 / |X (W' + D)'|**2         X: what the layer sees on a text, base and adapter
@@ -71,6 +75,11 @@ class Survival:
         return self.product / math.sqrt(self.wanted * self.surviving)
 
     @property
+    def kept(self) -> float:
+        """1 where nothing is wanted."""
+        return self.product / self.wanted if self.wanted else 1.0
+
+    @property
     def norm_ratio(self) -> float:
         return math.sqrt(ratio(self.surviving, self.wanted))
 
@@ -88,7 +97,7 @@ class Survival:
 
     def as_json(self) -> dict[str, Any]:
         """The figures; None for one that is infinite."""
-        names = ("codes_changed", "cosine", "norm_ratio", "output_error", "update_error")
+        names = ("codes_changed", "kept", "cosine", "norm_ratio", "output_error", "update_error")
         found = {name: getattr(self, name) for name in names}
         found = {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
         return {"layer": self.layer, "weights": self.weights, **found}

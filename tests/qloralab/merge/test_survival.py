@@ -29,6 +29,7 @@ def test_figures_are_their_formulas():
     found = survival("layer", base, merged, 2 * B @ A)
     wanted, left = (2 * B @ A).double(), merged.dequantize().double() - base.dequantize().double()
     assert found.cosine == pytest.approx(float((wanted * left).sum() / wanted.norm() / left.norm()), rel=1e-5)
+    assert found.kept == pytest.approx(float((wanted * left).sum() / wanted.square().sum()), rel=1e-5)
     assert found.norm_ratio == pytest.approx(float(left.norm() / wanted.norm()), rel=1e-5)
     assert found.codes_changed == pytest.approx(float((merged.codes() != base.codes()).float().mean()))
     assert 0.5 < found.cosine < 1
@@ -65,8 +66,8 @@ def test_layers_are_added_and_then_divided():
     assert (whole.codes_changed, whole.output_error, whole.update_error) == (0.2, 0.5, 0.5)
     assert overall(parts[1:]).output_error is None
     assert Survival("", 1, 1, 0.0, 1.0, 0.0, Outputs(1, 1, 0)).as_json() == {
-        "layer": "", "weights": 1, "codes_changed": 1.0, "cosine": 0.0, "norm_ratio": None, "output_error": 1.0,
-        "update_error": None,
+        "layer": "", "weights": 1, "codes_changed": 1.0, "kept": 1.0, "cosine": 0.0, "norm_ratio": None,
+        "output_error": 1.0, "update_error": None,
     }  # fmt: skip
 
 
