@@ -25,7 +25,16 @@ from . import charts
 from .runs import Run, read_runs, read_seeds
 
 _TEMPLATE = "page.html"
-_NO_SETTINGS = ("out", "versions", "result", "notes", "given", "fingerprints", "init_errors", "resumed")  # of config.json
+_NO_SETTINGS = (
+    "out",
+    "versions",
+    "result",
+    "notes",
+    "given",
+    "fingerprints",
+    "init_errors",
+    "resumed",
+)  # of config.json
 
 
 def report(paths: Sequence[Path], out: Path, display: Display | None = None) -> Path:
