@@ -86,7 +86,7 @@ def test_a_paged_state_goes_on_too(settings, write_model, tmp_path):
 
 
 def test_a_kill_in_the_middle_of_each_save(settings, tmp_path):
-    """At every file that is made durable or renamed: config, adapter, metrics, checkpoint."""
+    """At every other call that makes a file durable or renames it: of config, adapter, metrics, checkpoint."""
     told = killed(settings(steps=4, save_every=2, keep=1), tmp_path, [{"call": number} for number in range(1, 40, 2)])
     alive = [one["killed"] for one in told].index(False)
     assert alive >= 8
