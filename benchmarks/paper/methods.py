@@ -33,7 +33,7 @@ class Settings:
     r: int = 16
     full_lrs: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
     adapter_lrs: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    data_types: tuple[str, ...] = ("nf4", "fp4", "int4", "bof4-s", "nvfp4")
+    data_types: tuple[str, ...] = ("nf4", "fp4", "int4", "af4", "bof4", "bof4-s", "nvfp4")
 
 
 SETTINGS = {
