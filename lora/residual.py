@@ -105,14 +105,16 @@ def residual_(
 
 
 def start_(model: nn.Module, starts: dict[str, Start]) -> None:
-    """Let the adapters of a model begin as ``residual_`` found, in place.
+    """Let the adapters of a model begin as ``residual_`` found, in place. Beside a layer that was skipped, and so stays
+    dense, an adapter begins as ``inject_`` made it: there is no error to take up.
 
     Raises:
-        ValueError: the model has adapters at other layers, or of another rank. It is unchanged then.
+        ValueError: a layer that gave a part of its weight has no adapter, or one of another rank. The model is
+            unchanged then.
     """
     found = adapters(model)
-    if found.keys() != starts.keys():
-        raise ValueError("the model has adapters at other layers than residual_ was given; use one config for both")
+    if not starts.keys() <= found.keys():
+        raise ValueError("a layer gave a part of its weight and has no adapter; use one config for both")
     for name, start in starts.items():
         if found[name].lora_A.shape != start.A.shape:
             raise ValueError(f"{name}: the adapter has rank {len(found[name].lora_A)}, its start {len(start.A)}")

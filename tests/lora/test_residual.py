@@ -138,5 +138,14 @@ def test_what_is_refused():
     inject_(quantize_(ours), LoraConfig(r=4, lora_alpha=8))
     with pytest.raises(ValueError, match="has rank 4, its start 8"):
         start_(ours, starts)
-    with pytest.raises(ValueError, match="at other layers"):
-        start_(ours, {})
+    with pytest.raises(ValueError, match="has no adapter"):
+        start_(ours, {**starts, "other": starts["left"]})
+
+
+def test_a_layer_that_is_skipped_stays_whole():
+    """It has an adapter all the same, which begins as ``inject_`` makes it."""
+    dense, ours, starts = started("loftq", skip=["left"])
+    assert "left" not in starts
+    layer = adapters(ours)["left"]
+    assert torch.equal(layer.base_layer.weight, dense["left"].weight)
+    assert not layer.lora_B.any()
