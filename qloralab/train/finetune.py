@@ -295,13 +295,17 @@ class _Run:
             self.display.fact("note", note(settings, metrics.step, left, self.prepared.precision, device))
 
     def _save(self) -> None:
-        """What was trained, as others open it, and the checkpoint that a run goes on from."""
+        """What was trained, as others open it, and the checkpoint that a run goes on from.
+
+        After an error in a validation the metrics lack the step, and the checkpoint before stays the last one.
+        """
         trainer, directory = self.trainer, self.directory
         with self.display.busy("saving"), _writing(directory.path):
             directory.save(trainer.model, self.prepared.tokenizer)
-            given = {"settings": trainer.settings.given(), "answers": self.reports.answers}
-            trainer.save(directory.new_checkpoint(trainer.step), **given)
-            directory.forget_checkpoints(trainer.settings.keep)
+            if directory.metrics[-1].step == trainer.step:
+                given = {"settings": trainer.settings.given(), "answers": self.reports.answers}
+                trainer.save(directory.new_checkpoint(trainer.step), **given)
+                directory.forget_checkpoints(trainer.settings.keep)
         self.saved_at = self.trainer.step
 
     def _finish(self, interrupted: bool) -> Result:

@@ -141,13 +141,15 @@ class Trainer:
         self.model.train()
         examples = next(self._order)
         lr = self._set_lr()
-        loss = self._backward(examples)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
-        if not (loss < float("inf") and norm < float("inf")):
-            restore_random_states(*generators)
-            raise Diverged(
-                f"the loss is {loss:.4g} and the gradient {norm:.4g} at step {self.step + 1}{self._advice()}"
-            )
+        try:
+            loss = self._backward(examples)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+            if not (loss < float("inf") and norm < float("inf")):
+                at = f"at step {self.step + 1}{self._advice()}"
+                raise Diverged(f"the loss is {loss:.4g} and the gradient {norm:.4g} {at}")
+        except BaseException:
+            restore_random_states(*generators)  # what is saved now is the state before this step
+            raise
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -145,6 +145,27 @@ def test_an_infinite_loss_leaves_the_state_before_it(settings, silent, refusal, 
     assert_same(given.out, whole.out)
 
 
+@pytest.mark.parametrize(("where", "step"), [("_backward", 4), ("validate", 3)])
+def test_an_unexpected_error_leaves_what_goes_on(settings, silent, tmp_path, monkeypatch, where, step):
+    """In a step, whose dropout has been drawn; in a validation, behind a step whose metrics are not written yet."""
+    whole = settings(steps=6, out=tmp_path / "whole", lora_dropout=0.1)
+    finetune(whole, silent)
+    given, function = settings(steps=6, lora_dropout=0.1), getattr(Trainer, where)
+
+    def breaks(self, *arguments):
+        found = function(self, *arguments)
+        if self.step == step:
+            raise ZeroDivisionError
+        return found
+
+    monkeypatch.setattr(Trainer, where, breaks)
+    with pytest.raises(ZeroDivisionError):
+        finetune(given, silent)
+    monkeypatch.undo()
+    resume(given.out, display=silent)
+    assert_same(given.out, whole.out)
+
+
 def test_the_last_checkpoints_stay(settings, silent):
     given = settings(steps=6, save_every=1, keep=3)
     finetune(given, silent)
