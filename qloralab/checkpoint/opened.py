@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qloralab.lora.inject import train_merge_aware_
 from qloralab.nf4.data_type import DataType
+from qloralab.nf4.files.json_file import read_object
 
 from ..compute import Precision, prepare_kernels, run_device
 from ..display import Display
@@ -98,4 +100,28 @@ class Source:
                 quantize_loaded_(loaded, chosen.dtype, progress, self.data_type, self.skip)
         if self.adapter is not None:
             load_adapter(loaded, self.adapter)
+            if run_of(self.adapter).get("merge_aware"):
+                self._compute_merged(loaded, self.adapter, display)
         return loaded.to(run_device())
+
+    def _compute_merged(self, loaded: Any, adapter: Path, display: Display) -> None:
+        """Let an adapter that was trained merge-aware compute so; added to the base it is another model."""
+        try:
+            train_merge_aware_(loaded)
+        except ValueError as error:
+            raise UserError(f"{adapter} was trained merge-aware, and {error}") from None
+        display.fact(
+            "note", "trained merge-aware: weights are merged at each call; qloralab merge --into 4bit is faster"
+        )
+
+
+def run_of(adapter: Path) -> dict[str, Any]:
+    """config.json of the run that an adapter belongs to; empty where there is none.
+
+    Raises:
+        FormatError: it is damaged.
+    """
+    folder = adapter.absolute().parent
+    if not ((folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file()):
+        return {}
+    return read_object(folder / "config.json")

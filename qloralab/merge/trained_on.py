@@ -7,14 +7,12 @@ then options tell, or the defaults of ``qloralab finetune`` are taken, which a l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from qloralab.nf4.data_type import DataType
 from qloralab.nf4.files.errors import FormatError
-from qloralab.nf4.files.json_file import read_object
 
 from ..checkpoint.models import holds_4bit
+from ..checkpoint.opened import run_of
 from ..data_types import named_data_type
 from ..errors import UserError
 from ..settings import DATA_TYPE
@@ -47,7 +45,7 @@ class TrainedOn:
             UserError: an option would be ignored, or there is no such data type.
             FormatError: config.json is not that of a run.
         """
-        run = _run(settings.adapter)
+        run = run_of(settings.adapter)
         aware = run.get("merge_aware") is True
         if holds_4bit(settings.model):
             settings.refuse_quantization(f"{settings.model} holds 4-bit weights")
@@ -77,11 +75,3 @@ def described(kind: DataType) -> str:
     """A data type in words."""
     scales = f"{kind.encoding if isinstance(kind.encoding, str) else kind.encoding.decoded.__name__} scales"
     return f"{kind.name} in blocks of {kind.block_size}, {'double quantization' if kind.double_quant else scales}"
-
-
-def _run(adapter: Path) -> dict[str, Any]:
-    """config.json of the run that an adapter belongs to; empty where there is none."""
-    folder = adapter.absolute().parent
-    if not ((folder / "metrics.jsonl").is_file() and (folder / "config.json").is_file()):
-        return {}
-    return read_object(folder / "config.json")

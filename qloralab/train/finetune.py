@@ -355,9 +355,7 @@ class _Run:
             return
         how = "" if settings.method == "qlora" else " --dense"
         how = how if settings.data_type is None else f" --data-type {settings.data_type}"
-        if (settings.block_size, settings.double_quant, settings.skip) == (
-            None,
-            None,
-            None,
-        ):
+        how = how if self.prepared.init_errors is None else ""  # base is in 4 bits already
+        own = settings.block_size, settings.double_quant, settings.skip
+        if self.prepared.init_errors is not None or own == (None, None, None):  # generate has no such options
             fact("try it", f'qloralab generate {what}{how} --prompt "…"')

@@ -16,7 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qloralab import inject_, load_adapter_, load_quantized, quantize, quantize_, save_adapter
 from qloralab.checkpoint.models import load_model, quiet
+from qloralab.checkpoint.opened import Source
+from qloralab.compute import precision, run_device
+from qloralab.data_types import named_data_type
 from qloralab.display import Display
+from qloralab.errors import UserError
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, wrap_
 from qloralab.lora.merged_weight import merged_quantized
@@ -341,4 +345,9 @@ def test_a_merge_aware_run_is_merged_into_the_bits_that_it_trained(
         pairs: Any = zip(file.get_submodule(name).weight.operands(), expected.operands(), strict=True)
         assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs), name
     assert torch.equal(logits(file), logits(model))
+    kind = named_data_type("nf4", None, double_quant)
+    opened = Source.of(model_dir, kind, options["adapter"], silent).open(precision("auto", run_device()), silent)
+    assert torch.equal(logits(file), logits(opened))  # as eval and generate open it
+    with pytest.raises(UserError, match=r"was trained merge-aware, and .* is dense; merge-aware training takes"):
+        Source.of(model_dir, None, options["adapter"], silent).open(precision("auto", run_device()), silent)
     assert not torch.equal(logits(file), logits(quantize_(load_model(model_dir), compute_dtype=model.dtype)))
