@@ -100,9 +100,9 @@ class Display:
                     bars.remove_task(task)
 
     @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        """The progress of the training loop."""
-        self._steps = _Work(self._clock)
+    def training(self, steps: int, done: int = 0) -> Iterator[None]:
+        """The progress of the training loop, of whose steps some may have been done by an earlier process."""
+        self._steps = _Work(self._clock, done)
         self._said = self._clock()
         if not self.console.is_terminal:
             yield
@@ -186,19 +186,20 @@ def duration(seconds: float) -> str:
 class _Work:
     """How much of something is done, and when that was known."""
 
-    def __init__(self, clock: Callable[[], float]):
+    def __init__(self, clock: Callable[[], float], before: int = 0):
         self._clock = clock
         self._start = self._known = clock()
-        self._done, self._total = 0, 0
+        self._before = self._done = before  # what was done before the clock started
+        self._total = 0
 
     def update(self, done: int, total: int) -> None:
         self._done, self._total, self._known = done, total, self._clock()
 
     def left(self) -> float | None:
         """Seconds, at the pace so far; None before anything is done."""
-        if not self._done:
+        if self._done <= self._before:
             return None
-        rest = (self._known - self._start) * (self._total - self._done) / self._done
+        rest = (self._known - self._start) * (self._total - self._done) / (self._done - self._before)
         return max(0.0, rest - (self._clock() - self._known))
 
     def described(self, unit: str) -> str:

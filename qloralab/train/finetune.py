@@ -266,7 +266,7 @@ class _Run:
 
     def _steps(self, stop: StopRequest) -> None:
         steps = self.trainer.settings.steps
-        with self.display.training(steps):
+        with self.display.training(steps, self.trainer.step):
             self.display.step(self.directory.metrics[-1], steps)
             while self.trainer.step < steps and not stop.requested:
                 self._step(stop)

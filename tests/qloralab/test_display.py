@@ -69,6 +69,18 @@ def test_a_file_gets_plain_lines():
     ]
 
 
+def test_a_run_that_goes_on_does_not_count_what_was_done_before():
+    clock = Clock()
+    shown, file = display(False, clock)
+    with shown.training(150, 100):
+        shown.step(metrics(100), 150)
+        for step in range(101, 111):
+            clock.now += 2
+            shown.step(metrics(step), 150)
+    assert [line.split()[-2:] for line in file.getvalue().splitlines()][-1] == ["1:20", "left"]
+    assert "left" not in file.getvalue().splitlines()[0]
+
+
 @pytest.mark.parametrize(("seconds", "steps"), [(1.0, [5, 10, 15, 20]), (3.0, [2, 4, 6]), (60.0, [1, 2, 3])])
 def test_slow_steps_have_more_lines(seconds, steps):
     printed = train(terminal=False, steps=steps[-1] + 5, seconds=seconds)
