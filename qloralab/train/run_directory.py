@@ -131,9 +131,20 @@ class RunDirectory:
         except BaseException:
             lines.close()
             raise
-        for part in path.rglob(".*.part"):  # of a file that was being written
-            part.unlink(missing_ok=True)
-        return cls(path, lines, config)
+        run = cls(path, lines, config)
+        run._tidy()
+        return run
+
+    def _tidy(self) -> None:
+        """Remove what a killed process was writing; put a model back that it had put aside."""
+        old = self.path / ".model.old"
+        if old.exists() and not self.trained.exists():
+            old.rename(self.trained)
+        for left in [old, *self.path.rglob(".*.part")]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def settings(self, steps: int | None = None) -> Settings:
         """The settings that the run began with; ``out`` is None, for the directory is here.

@@ -54,7 +54,7 @@ def in_a_fork(work: Callable[[], Any], out: Path | None = None, seconds: float =
 
 
 def killing_at(call: int) -> None:
-    """Let this process kill itself at a call of ``os.fsync`` or ``os.replace``, before it does anything."""
+    """Let this process kill itself at a call of ``os.fsync``, ``os.replace`` or ``os.rename``, before that."""
     left = [call]
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def killing_at(call: int) -> None:
 
         return counting
 
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
 
 
 def main() -> None:

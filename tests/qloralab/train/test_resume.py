@@ -85,9 +85,11 @@ def test_a_paged_state_goes_on_too(settings, write_model, tmp_path):
     assert config["state_budget"] == 17
 
 
-def test_a_kill_in_the_middle_of_each_save(settings, tmp_path):
+@pytest.mark.parametrize(("method", "calls"), [("qlora", range(1, 40, 2)), ("full", range(5, 20))])
+def test_a_kill_in_the_middle_of_each_save(settings, tmp_path, method, calls):
     """At every other call that makes a file durable or renames it: of config, adapter, metrics, checkpoint."""
-    told = killed(settings(steps=4, save_every=2, keep=1), tmp_path, [{"call": number} for number in range(1, 40, 2)])
+    given = settings(method=method, steps=4, save_every=2, keep=1)
+    told = killed(given, tmp_path, [{"call": number} for number in calls])
     alive = [one["killed"] for one in told].index(False)
     assert alive >= 8
     assert not any(one["killed"] for one in told[alive:])
