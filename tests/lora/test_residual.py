@@ -147,5 +147,5 @@ def test_a_layer_that_is_skipped_stays_whole():
     dense, ours, starts = started("loftq", skip=["left"])
     assert "left" not in starts
     layer = adapters(ours)["left"]
-    assert torch.equal(layer.base_layer.weight, dense["left"].weight)
+    assert torch.equal(layer.get_parameter("base_layer.weight"), dense["left"].weight)
     assert not layer.lora_B.any()
