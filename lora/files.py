@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qloralab.nf4.distributed import whole, writes
 from qloralab.nf4.files import pretrained
 from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.files.errors import FormatError
@@ -65,11 +66,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: with adapters, from ``inject_``.
+            Where several processes share them (``fully_shard``), all have to call this, and the first one writes.
         directory: made if missing. What an earlier call has written there is replaced by all of this one or none of it;
             killed between the two files, this leaves a directory without a config, which nothing opens.
 
     Raises:
-        ValueError: the model has no adapters, is merged, or has some that are on the meta device or sharded.
+        ValueError: the model has no adapters, is merged, or has some that are on the meta device or in parts of no
+            known shape (FSDP1).
 
     Warns:
         UserWarning: parameters outside of the adapters train, and are not saved; or PEFT will leave adapters out.
@@ -89,10 +92,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for key, tensor, shape in zip(_keys(name), (layer.lora_A, layer.lora_B), shapes, strict=True):
             if tensor.is_meta:
                 raise ValueError(f"{name} is on the meta device: its adapter has no values to save")
-            if hasattr(tensor, "full_tensor") or tensor.shape != shape:
+            if tensor.shape != shape:
                 raise ValueError(f"{name}: its adapter is sharded; gather it before saving")
             tensors[key] = tensor.detach()
-    for what, names in _what_is_left_out(model, paths).items():
+    first = writes(tensors.values())
+    tensors = {key: whole(tensor) for key, tensor in tensors.items()}
+    if not first:
+        return
+    for what, names in _what_is_left_out(model, paths, tensors).items():
         if names:
             more = f" and {len(names) - 3} others" if len(names) > 3 else ""
             warnings.warn(f"save_adapter: {what}: {', '.join(names[:3])}{more}", UserWarning, stacklevel=2)
@@ -149,10 +156,12 @@ def _keys(name: str) -> tuple[str, str]:
     return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
 
 
-def _what_is_left_out(model: nn.Module, paths: dict[LoRALinear, list[str]]) -> dict[str, list[str]]:
+def _what_is_left_out(
+    model: nn.Module, paths: dict[LoRALinear, list[str]], tensors: dict[str, Tensor]
+) -> dict[str, list[str]]:
     """What the file does not hold or PEFT does not take: the names, by what to say of them."""
     inside = {id(p) for layer in paths for p in (layer.lora_A, layer.lora_B)}
-    idle = [names[0] for layer, names in paths.items() if not layer.lora_B.any()]
+    idle = [name for name, *_ in paths.values() if not tensors[_keys(name)[1]].any()]
     # The last components of names by which PEFT means the experts of such a model, and no layer of that name.
     kinds = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
     kind = getattr(getattr(without_wrappers(model), "config", None), "model_type", None)

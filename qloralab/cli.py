@@ -24,6 +24,7 @@ from qloralab.nf4.files.errors import FormatError
 from . import __version__
 from .errors import UserError
 from .interrupt import LINE, STATUS, no_lost_interrupt, stopping_at_once
+from .one_voice import speaks
 from .terminal import lasting_output
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     """The ``qloralab`` command."""
     with lasting_output():
         status, line = _run()
-        if line:
+        if line and speaks():
             print(line, file=sys.stderr)
     sys.exit(status)
 

@@ -22,8 +22,9 @@ from .evaluate.settings import EvalSettings
 from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
 from .merge.settings import MergeSettings
+from .one_voice import is_first
 from .run_file import drop_the_other, use_config
-from .settings import MODEL_OPTION, DtypeOption, Method, Settings
+from .settings import MODEL_OPTION, DtypeOption, Method, Parallel, Settings
 
 app = typer.Typer(
     help="QLoRA from scratch: fine-tune a language model whose weights are held in 4 bits.",
@@ -46,7 +47,7 @@ def _loading(file: TextIO) -> Iterator[None]:
 
         from .display import Display
 
-        with Display(Console(file=file)).busy("loading PyTorch and transformers"):
+        with Display(Console(file=file, quiet=not is_first())).busy("loading PyTorch and transformers"):
             yield
 
 
@@ -110,6 +111,10 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it takes; run nothing.")] = (
         False
     ),
+    parallel: Annotated[
+        Parallel | None,
+        typer.Option(help="Of several processes, started by torchrun: copies, or a part each.", show_default=False),
+    ] = None,
     **options: Any,
 ) -> None:
     """Fine-tune a language model.
@@ -118,20 +123,26 @@ def finetune(
     """
     if resume is not None:
         given = {"config": config, "dry_run": dry_run, **options}
-        _go_on(resume, {name: given[name] for name in given if _is_given(context, name)})
+        _go_on(resume, {name: given[name] for name in given if _is_given(context, name)}, parallel)
         return
     drop_the_other(context, options, "steps", "epochs")
     with _loading(sys.stdout):
         from .checkpoint.models import default_model
         from .train.dry_run import dry_run as show
         from .train.finetune import finetune as run
+        from .train.processes import processes
         from .train.seeds import finetune_seeds
 
     settings = Settings(**{**options, "model": options["model"] or default_model()})
     if dry_run:
+        if parallel is not None:
+            raise UserError("--parallel would be ignored: --dry-run plans one process; leave it out")
         show(settings)
         return
-    if (run(settings) if settings.seeds is None else finetune_seeds(settings)).interrupted:
+    with processes(parallel) as group:
+        one = settings.seeds is None or parallel is not None
+        result = run(settings, processes=group) if one else finetune_seeds(settings)
+    if result.interrupted:
         raise typer.Exit(STATUS)
 
 
@@ -140,14 +151,17 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _go_on(path: Path, given: dict[str, Any]) -> None:
+def _go_on(path: Path, given: dict[str, Any], parallel: Parallel | None) -> None:
     """``finetune --resume``: all settings but the steps are the run's own."""
     steps = given.pop("steps", None)
     for name in given:
         raise UserError(f"--{name.replace('_', '-')} would be ignored: {path} has its own settings; leave it out")
     with _loading(sys.stdout):
         from .train.finetune import resume
-    if resume(path, steps).interrupted:
+        from .train.processes import processes
+    with processes(parallel) as group:
+        result = resume(path, steps, processes=group)
+    if result.interrupted:
         raise typer.Exit(STATUS)
 
 

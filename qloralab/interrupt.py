@@ -27,11 +27,14 @@ class StopRequest:
 
     Args:
         on_request: called at the first signal.
+        launched: by ``torchrun``, which sends SIGTERM to processes that a Ctrl-C has reached already. Then only a
+            second SIGINT raises.
     """
 
-    def __init__(self, on_request: Callable[[], None]):
+    def __init__(self, on_request: Callable[[], None], launched: bool = False):
         self.requested = False
         self._on_request = on_request
+        self._repeatable = (signal.SIGINT,) if launched else (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -46,7 +49,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number != signal.SIGHUP:
+        if self.requested and number in self._repeatable:
             raise KeyboardInterrupt
         if self.requested:
             return

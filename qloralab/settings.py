@@ -13,6 +13,7 @@ from .errors import UserError
 
 Method = Literal["qlora", "lora", "full"]
 Dtype = Literal["auto", "bfloat16", "float32"]
+Parallel = Literal["ddp", "fsdp"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 STDLIB = "stdlib"
 LEAST_STATE_BUDGET = 17  # 10**6 bytes: the 16 MiB of ``PagedAdamW``

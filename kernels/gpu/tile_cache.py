@@ -7,7 +7,8 @@ The operators take a weight in the canonical layout; ``linear.py`` and ``linear_
 
 A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
 device (``self_check.py``), and the weight can be tiled: K and the block size are multiples of 64, and the codebook has
-16 values that ``lookup.py`` can order. All of that holds for both directions of a layer or for none.
+16 values that ``lookup.py`` can order. All of that holds for both directions of a layer or for none. A weight that is
+whole for the time of a product only (``nf4/sharded.py``) has no tiles, which would keep all of it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def tiles(operands: Packed) -> packing.TiledWeight | None:
 
 def _weight(x: Tensor, operands: Packed) -> packing.TiledWeight | None:
     (N, K), packed, M = operands.shape, operands.packed, math.prod(x.shape[:-1])
+    if getattr(packed, "is_fleeting", False):
+        return None
     if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.architecture(x.device)).kernel != "fused":
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing() and packed not in _tiles:

@@ -11,7 +11,9 @@ is JSON in the metadata of the header, where floating-point numbers are written 
 file grows beside its name, is made durable and renamed: a process that is killed at any moment leaves this checkpoint
 whole, or the one before it.
 
-The state of a paged optimizer is written and read tensor by tensor, from and to where it pages.
+The state of a paged optimizer is written and read tensor by tensor, from and to where it pages. What several processes
+share (``fully_shard``) is gathered so, too, and each takes its part when it reads: the file is the same whatever their
+number, and is read by any other.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qloralab.nf4.distributed import part_of, whole, writes
 from qloralab.nf4.files.errors import FormatError
 from qloralab.nf4.files.safetensors_reader import SafetensorsFile
 from qloralab.nf4.files.safetensors_writer import SafetensorsWriter
@@ -47,9 +50,11 @@ def save_checkpoint(
             dictionaries of them.
         progress: what the loop needs besides (steps done, position in the data, its own schedule), as JSON.
 
+    Where processes share parameters, all of them call this, and the first one writes: its random states, and progress.
+
     Raises:
-        ValueError: a parameter of the optimizer is not one of the model, is on the meta device or sharded; or a state
-            or the progress cannot be written.
+        ValueError: a parameter of the optimizer is not one of the model, or is on the meta device; or a state or the
+            progress cannot be written.
         OSError: the file cannot be written.
     """
     named = _trainable(model)
@@ -60,8 +65,8 @@ def save_checkpoint(
         names[number]: _apart(entry, f"optimizer.{names[number]}", tensors) for number, entry in found["state"].items()
     }
     for name, tensor in tensors.items():
-        if tensor.is_meta or hasattr(tensor, "full_tensor"):
-            raise ValueError(f"{name} is {'on the meta device' if tensor.is_meta else 'sharded'}: it cannot be written")
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device: it cannot be written")
     groups = [{key: value for key, value in group.items() if key != "params"} for group in found["param_groups"]]
     states, generators = random_states()
     tensors |= generators
@@ -70,10 +75,14 @@ def save_checkpoint(
         metadata = {"format": FORMAT, **{name: json.dumps(fact) for name, fact in facts.items()}}
     except TypeError as error:
         raise ValueError(f"the optimizer's options or the progress cannot be written as JSON: {error}") from None
+    if not writes(tensors.values()):
+        for tensor in tensors.values():
+            whole(tensor)
+        return
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, layout, metadata=metadata) as file:
         for name, tensor in tensors.items():
-            file.write(name, tensor)
+            file.write(name, whole(tensor))
 
 
 def load_checkpoint_(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -103,12 +112,12 @@ def load_checkpoint_(path: str | os.PathLike[str], model: nn.Module, optimizer: 
     numbers = {name: number for number, name in names.items()}
     if unknown := facts["state"].keys() - numbers.keys():
         raise ValueError(f"{path} has a state of {sorted(unknown)[0]}, which the optimizer does not have")
-    state = {numbers[name]: _together(entry, file) for name, entry in facts["state"].items()}
+    state = {numbers[name]: _together(entry, file, named[name]) for name, entry in facts["state"].items()}
     groups = [{**mine, **_like(mine, saved)} for mine, saved in zip(own, facts["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(file.tensor(f"parameter.{name}"))
+            parameter.copy_(part_of(file.tensor(f"parameter.{name}").to(parameter.device), parameter))
     restore_random_states(
         facts["random"], {name: file.tensor(name) for name in file.names() if name.startswith("random.")}
     )
@@ -175,13 +184,13 @@ def _apart(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _together(value: Any, file: SafetensorsFile) -> Any:
-    """What ``_apart`` took apart."""
+def _together(value: Any, file: SafetensorsFile, parameter: Tensor) -> Any:
+    """What ``_apart`` took apart, of the state of a parameter."""
     if not isinstance(value, dict):
         return value
     if value.keys() == {_TENSOR}:
-        return file.tensor(value[_TENSOR])
-    return {key: _together(one, file) for key, one in value.items()}
+        return part_of(file.tensor(value[_TENSOR]), parameter)
+    return {key: _together(one, file, parameter) for key, one in value.items()}
 
 
 def _like(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,16 +27,17 @@ from qloralab.lora.inject import adapters
 from qloralab.nf4.dense_shares import LOGGER
 
 from ..checkpoint.models import is_default
-from ..checkpoint.output_directory import check_writable
+from ..checkpoint.output_directory import check_writable, size_text
 from ..data.encoding import fingerprint
 from ..display import Display
 from ..errors import UserError
 from ..interrupt import StopRequest
 from ..resident import peak_mb, resident_mb
-from ..settings import ADAPTERS, DATA_TYPE, Settings
+from ..settings import ADAPTERS, DATA_TYPE, SPLITTING, Settings
 from .checkpoint import read_progress
 from .outlook import LONG, note, seconds_left
 from .prepare import Prepared, prepare
+from .processes import ALONE, Processes, held_bytes
 from .report import Reports
 from .run_directory import Metrics, RunDirectory, versions
 from .trainer import Diverged, Trainer
@@ -63,32 +67,44 @@ class Result:
     seconds: float
 
 
-def finetune(settings: Settings, display: Display | None = None) -> Result:
+def finetune(settings: Settings, display: Display | None = None, processes: Processes = ALONE) -> Result:
     """Run a fine-tuning. Nothing is written before the data and the model have been read and the model was measured.
 
     After Ctrl-C, SIGTERM, SIGHUP, an infinite loss or an error that nobody expects, what was trained is saved. After a
     second Ctrl-C or another UserError, the directory holds the last checkpoint. A sample or a picture that cannot be
     made ends nothing and is noted, and so is a display that nobody reads.
 
+    Args:
+        settings: of the run.
+        display: shows what is going on.
+        processes: that train together (``processes.py``). Each of them calls this, with the same settings.
+
     Raises:
         UserError: the data, the model, the adapter or a setting is not usable, the loss became infinite, or the run
             directory cannot be written.
     """
-    display = display or Display()
+    display = _shown(display, processes)
+    _check_together(settings, processes)
     out = settings.out or Path("runs")
     check_writable(out, out.absolute())
     prepared = prepare(settings, display)
     fingerprints = _fingerprints(prepared)
+    processes.check_same(fingerprints)
     in_steps = settings.in_steps(len(prepared.train))
-    run = _Run.of(in_steps, prepared, display)
+    run = _Run.of(in_steps, prepared, display, processes)
     first = run.before()
     with _writing(out):
-        directory = _directory(settings, prepared, in_steps.steps, fingerprints)
+        directory = None
+        if processes.first:
+            directory = _directory(settings, prepared, in_steps.steps, fingerprints, processes)
+    directory = _followed(directory, processes)
     display.fact("run", str(directory.path))
     return run.train(directory, first)
 
 
-def resume(path: Path, steps: int | None = None, display: Display | None = None) -> Result:
+def resume(
+    path: Path, steps: int | None = None, display: Display | None = None, processes: Processes = ALONE
+) -> Result:
     """Go on with a run that was interrupted or killed, or that is to have more steps, in its own directory.
 
     Args:
@@ -96,17 +112,19 @@ def resume(path: Path, steps: int | None = None, display: Display | None = None)
         steps: the run is to have in all; by default as many as it was started with. The learning rate falls towards
             the new end from where it goes on, so that such a run is not the one that had these steps from the start.
         display: shows what is going on.
+        processes: that go on together; not necessarily as many as before, or in the same way.
 
     Raises:
         UserError: there is no run, it lives or is complete; its model, data or a setting has changed; or see
             ``finetune``.
         FormatError: a checkpoint is damaged.
     """
-    display = display or Display()
-    directory = RunDirectory.reopen(path)
+    display = _shown(display, processes)
+    directory = _followed(RunDirectory.reopen(path) if processes.first else None, processes)
     try:
         settings = directory.settings(steps)
-        checkpoint = directory.checkpoints[-1] if directory.checkpoints else None
+        _check_together(settings, processes)
+        checkpoint = processes.from_first(directory.checkpoints[-1] if directory.checkpoints else None)
         progress = read_progress(checkpoint) if checkpoint else None
         _check_unchanged(directory, settings, progress)
         prepared = prepare(settings, display)
@@ -114,7 +132,8 @@ def resume(path: Path, steps: int | None = None, display: Display | None = None)
         for what, found in fingerprints.items():
             if directory.config["fingerprints"][what] != found:
                 raise UserError(f"{path} began with {_CHANGED[what]}: its {what} changed since; it cannot go on")
-        run = _Run.of(settings, prepared, display)
+        processes.check_same(fingerprints)
+        run = _Run.of(settings, prepared, display, processes)
         if checkpoint is None:  # it was killed before the first one: from the start
             first = run.before()
             directory.rewind(None)
@@ -122,14 +141,48 @@ def resume(path: Path, steps: int | None = None, display: Display | None = None)
             first = None
             run.reports.answers = run.trainer.load(checkpoint)["answers"]
             directory.rewind(run.trainer.step)
+        directory.metrics = processes.from_first(directory.metrics)
         display.fact("run", f"{path}, from step {run.trainer.step} of {settings.steps}")
         with _writing(path):
-            again = [*directory.config.get("resumed", []), {"step": run.trainer.step, "versions": versions()}]
+            again = {"step": run.trainer.step, "versions": versions(), **_told(processes)}
+            again = [*directory.config.get("resumed", []), again]
             directory.update_config(steps=settings.steps, given=settings.given(), resumed=again)
     except BaseException:
         directory.close()
         raise
     return run.train(directory, first)
+
+
+def _shown(display: Display | None, processes: Processes) -> Display:
+    """The display of the first process; one that nobody sees in all others."""
+    return display or Display() if processes.first else Display(Console(file=io.StringIO(), quiet=True))
+
+
+def _check_together(settings: Settings, processes: Processes) -> None:
+    """Refuse what several processes cannot do."""
+    if processes.parallel is not None and settings.seeds is not None:
+        raise UserError("--seeds takes one process; start a run with --parallel for each --seed")
+    if processes.sharded and settings.state_bits == 8:
+        raise UserError(
+            "--parallel fsdp has no --state-bits 8, whose scales cannot be split; each process holds a part"
+        )
+    if processes.sharded and settings.init in SPLITTING:
+        raise UserError(
+            f"--parallel fsdp has no --init {settings.init}, which saves a base; start from one that a run has saved: "
+            "--model RUN/base --adapter RUN/adapter"
+        )
+
+
+def _followed(directory: RunDirectory | None, processes: Processes) -> RunDirectory:
+    """The directory that the first process has, in all of them."""
+    found = processes.from_first(None if directory is None else (directory.path, directory.config))
+    assert found is not None
+    return directory or RunDirectory.of_another(*found)
+
+
+def _told(processes: Processes) -> dict[str, Any]:
+    """The processes, for config.json."""
+    return {} if processes.parallel is None else {"parallel": processes.parallel, "processes": processes.count}
 
 
 _CHANGED = {"data": "other examples, or another tokenizer", "model": "other weights"}
@@ -165,7 +218,9 @@ def _check_unchanged(directory: RunDirectory, settings: Settings, progress: Mapp
         LOGGER.warning("%s began with %s: the steps may differ in the last bits", path, "; ".join(changed))
 
 
-def _directory(settings: Settings, prepared: Prepared, steps: int, fingerprints: dict[str, str]) -> RunDirectory:
+def _directory(
+    settings: Settings, prepared: Prepared, steps: int, fingerprints: dict[str, str], processes: Processes
+) -> RunDirectory:
     """A new run directory, whose config tells what the settings came to."""
     chosen, layers = prepared.precision, [*adapters(prepared.model).values()]
     used: dict[str, Any] = {}
@@ -180,6 +235,7 @@ def _directory(settings: Settings, prepared: Prepared, steps: int, fingerprints:
     if prepared.init_errors is not None:
         used["init_errors"] = prepared.init_errors
     used |= {"steps": steps, "epochs": None, "held_out": len(prepared.held_out), "fingerprints": fingerprints}
+    used |= _told(processes)
     return RunDirectory.create(settings, dtype=chosen.name, dtype_reason=chosen.why, **used)
 
 
@@ -205,14 +261,20 @@ class _Run:
     prepared: Prepared
     reports: Reports
     display: Display
+    processes: Processes
     directory: RunDirectory = dataclasses.field(init=False)
     validation_s: float = 0.0
     saved_at: int = -1  # the step after which it was saved last
+    stopping: bool = False  # a signal has reached one of the processes
 
     @classmethod
-    def of(cls, settings: Settings, prepared: Prepared, display: Display) -> _Run:
-        trainer = Trainer(prepared.model, prepared.train, prepared.held_out, settings, prepared.precision.dtype)
-        return cls(trainer, prepared, Reports(trainer, prepared.tokenizer, display), display)
+    def of(cls, settings: Settings, prepared: Prepared, display: Display, processes: Processes) -> _Run:
+        model, before = prepared.model, held_bytes(prepared.model)
+        trainer = Trainer(model, prepared.train, prepared.held_out, settings, prepared.precision.dtype, processes)
+        if processes.parallel is not None:
+            held = f"{size_text(held_bytes(model))} of the model in each, of {size_text(before)}"
+            display.fact("processes", f"{processes.count}, {processes.parallel}: {held}")
+        return cls(trainer, prepared, Reports(trainer, prepared.tokenizer, display), display, processes)
 
     def before(self) -> Metrics:
         """The model before training: its answers, and its loss."""
@@ -235,13 +297,15 @@ class _Run:
         with contextlib.closing(directory):
             if first is not None:
                 with _writing(directory.path):
-                    if self.prepared.init_errors is not None:
+                    if self.prepared.init_errors is not None and self.processes.first:
                         directory.save_base(self.trainer.model, self.prepared.tokenizer)
                     directory.log(first)
             return self._train()
 
     def _train(self) -> Result:
-        with StopRequest(lambda: self.display.fact("stopping", "and saving; Ctrl-C again to stop at once")) as stop:
+        launched = self.processes.parallel is not None
+        saying = functools.partial(self.display.fact, "stopping", "and saving; Ctrl-C again to stop at once")
+        with StopRequest(saying, launched) as stop:
             try:
                 self._steps(stop)
             except Diverged as error:
@@ -268,16 +332,18 @@ class _Run:
         steps = self.trainer.settings.steps
         with self.display.training(steps, self.trainer.step):
             self.display.step(self.directory.metrics[-1], steps)
-            while self.trainer.step < steps and not stop.requested:
+            self.stopping = self.processes.any(stop.requested)
+            while self.trainer.step < steps and not self.stopping:
                 self._step(stop)
-                if self.trainer.step < steps and not stop.requested:
+                if self.trainer.step < steps and not self.stopping:
                     self._tell_if_long(self.directory.metrics[-1])
 
     def _step(self, stop: StopRequest) -> None:
         """One step; a validation where one is due; a checkpoint where one is due, when the metrics are written."""
         settings, metrics = self.trainer.settings, self.trainer.train_step()
         last = metrics.step == settings.steps
-        if last or (metrics.step % settings.eval_every == 0 and not stop.requested):
+        self.stopping = self.processes.any(stop.requested)
+        if last or (metrics.step % settings.eval_every == 0 and not self.stopping):
             metrics = dataclasses.replace(metrics, val_loss=_validate(self.trainer, self.display))
         with _writing(self.directory.path):
             self.directory.log(metrics)
@@ -300,13 +366,17 @@ class _Run:
         After an error in a validation the metrics lack the step, and the checkpoint before stays the last one.
         """
         trainer, directory = self.trainer, self.directory
+        if self.processes.first or self.processes.sharded:
+            self._write(trainer, directory)
+        self.saved_at = trainer.step
+
+    def _write(self, trainer: Trainer, directory: RunDirectory) -> None:
         with self.display.busy("saving"), _writing(directory.path):
             directory.save(trainer.model, self.prepared.tokenizer)
             if directory.metrics[-1].step == trainer.step:
                 given = {"settings": trainer.settings.given(), "answers": self.reports.answers}
                 trainer.save(directory.new_checkpoint(trainer.step), **given)
                 directory.forget_checkpoints(trainer.settings.keep)
-        self.saved_at = self.trainer.step
 
     def _finish(self, interrupted: bool) -> Result:
         """Save, report and sum up."""
@@ -314,8 +384,9 @@ class _Run:
             self._save()
         if not interrupted:
             self.reports.answer("after")
-        with self.display.busy("drawing the losses"):
-            self.reports.write(self.directory)
+        if self.processes.first:
+            with self.display.busy("drawing the losses"):
+                self.reports.write(self.directory)
         if self.display.failure:
             self.reports.notes.append(f"the display could not be written: {self.display.failure}")
         result = self._result(interrupted)

@@ -30,7 +30,7 @@ from ..errors import UserError
 CHUNK_BYTES = 32 * 2**20  # of float32 logits
 
 
-class AnswerLoss:
+class AnswerLoss(nn.Module):
     """The loss of a causal language model where labels are, without the logits of other positions.
 
     Two things are tried out once, on a few tokens, without dropout. Does the model see the future? Where it is causal,
@@ -45,9 +45,8 @@ class AnswerLoss:
     """
 
     def __init__(self, model: Any):
+        super().__init__()
         self.model = model
-        self.decoder = model.base_model
-        self.head = model.get_output_embeddings()
         training = [module for module in model.modules() if module.training]
         model.eval()
         embeddings = model.get_input_embeddings()
@@ -57,6 +56,16 @@ class AnswerLoss:
         self.fused = self._head_is_plain(ids)
         for module in training:
             module.training = True
+
+    @property
+    def decoder(self) -> Any:
+        """The model below its head."""
+        return self.model.base_model
+
+    @property
+    def head(self) -> Any:
+        """What turns hidden states into logits."""
+        return self.model.get_output_embeddings()
 
     @torch.enable_grad()
     def _check_causal(self, ids: Tensor, embeddings: nn.Module) -> None:
@@ -84,7 +93,7 @@ class AnswerLoss:
         plain = self.head(hidden.to(self.head.weight.dtype))  # Mamba's residual stream is in float32
         return torch.equal(plain.float(), logits.float())
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss of a batch and how many labels it has.
 
         Args:

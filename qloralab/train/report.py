@@ -41,12 +41,15 @@ class Reports:
 
     def answer(self, when: str) -> None:
         """Answer the held-out prompts, "before" or "after" training."""
-        prompts = [prompt for prompt, _ in self._samples]
+        prompts, trainer = [prompt for prompt, _ in self._samples], self._trainer
+        if not (trainer.processes.first or trainer.processes.sharded):
+            return
         with (
             self._optional(f"answers {when} training"),
+            trainer.processes.whole(trainer.loss),
             self._display.busy(f"answering held-out prompts {when} training", "tokens") as progress,
         ):
-            self.answers[when] = generate(self._trainer.model, self._tokenizer, prompts, _SAMPLE_TOKENS, progress)
+            self.answers[when] = generate(trainer.model, self._tokenizer, prompts, _SAMPLE_TOKENS, progress)
 
     def write(self, run: RunDirectory) -> None:
         """Write loss.png and samples.md."""

@@ -32,6 +32,7 @@ import torch
 
 from qloralab.lora.files import save_adapter
 from qloralab.lora.inject import without_adapters
+from qloralab.nf4.distributed import whole
 from qloralab.nf4.files.atomic import replacing
 from qloralab.nf4.files.json_file import read_object
 from qloralab.nf4.processor import processor_class
@@ -74,6 +75,9 @@ class Metrics:
 class RunDirectory:
     """A directory that this run alone writes into, as it goes: a new one, from ``create``, or ``reopen``'s.
 
+    Of several processes the first one does; the others follow it with ``of_another``, by which nothing is written, and
+    what all have to gather is gathered.
+
     Attributes:
         path: of the directory.
         trained: where what was trained is saved.
@@ -82,7 +86,7 @@ class RunDirectory:
         config: the fields of config.json.
     """
 
-    def __init__(self, path: Path, lines: TextIO, config: dict[str, Any]):
+    def __init__(self, path: Path, lines: TextIO | None, config: dict[str, Any]):
         self.path, self._lines, self.config = path, lines, config
         self.trained = path / ("model" if config.get("method") == "full" else "adapter")
         self.base = path / "base"
@@ -135,6 +139,11 @@ class RunDirectory:
         run._tidy()
         return run
 
+    @classmethod
+    def of_another(cls, path: Path, config: dict[str, Any]) -> RunDirectory:
+        """The directory that another process writes into."""
+        return cls(path, None, config)
+
     def _tidy(self) -> None:
         """Remove what a killed process was writing; put a model back that it had put aside."""
         old = self.path / ".model.old"
@@ -174,13 +183,14 @@ class RunDirectory:
         Raises:
             OSError: they cannot be written.
         """
-        os.fsync(self._lines.fileno())
-        (self.path / "checkpoints").mkdir(exist_ok=True)
+        if self._lines:
+            os.fsync(self._lines.fileno())
+            (self.path / "checkpoints").mkdir(exist_ok=True)
         return self.path / "checkpoints" / f"step-{step:06}.safetensors"
 
     def forget_checkpoints(self, keep: int) -> None:
         """Remove all checkpoints but the last few."""
-        for path in self.checkpoints[:-keep]:
+        for path in self.checkpoints[:-keep] if self._lines else ():
             path.unlink(missing_ok=True)
 
     def rewind(self, step: int | None) -> None:
@@ -189,6 +199,8 @@ class RunDirectory:
         Raises:
             UserError: metrics up to this step are missing.
         """
+        if not self._lines:
+            return
         self._lines.seek(0)
         kept, end = [], 0
         for line in iter(self._lines.readline, ""):
@@ -215,12 +227,16 @@ class RunDirectory:
     def update_config(self, **fields: Any) -> None:
         """Add fields to config.json, which is either as before or as after."""
         self.config.update(fields)
+        if not self._lines:
+            return
         with replacing(self.path / "config.json") as (part,):
             part.write_text(json.dumps(self.config, indent=2, default=str) + "\n", encoding="utf-8")
 
     def log(self, metrics: Metrics) -> None:
         """Append a line to metrics.jsonl; it is on disk when this returns."""
         self.metrics.append(metrics)
+        if not self._lines:
+            return
         self._lines.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
         self._lines.flush()
         if self._scalars:
@@ -237,10 +253,13 @@ class RunDirectory:
         if self.trained.name == "adapter":
             save_adapter(model, self.trained)
             return
+        tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        if not self._lines:
+            return
         part, old = self.path / ".model.part", self.path / ".model.old"
         try:
             with quiet():
-                model.save_pretrained(part)
+                model.save_pretrained(part, state_dict=tensors)
             for weights in part.glob("*.safetensors"):  # which transformers writes for this user alone
                 weights.chmod((part / "config.json").stat().st_mode)
             tokenizer.save_pretrained(part)
@@ -267,7 +286,8 @@ class RunDirectory:
     def close(self) -> None:
         """Close metrics.jsonl. What could not be written was an error of ``log`` already."""
         with contextlib.suppress(OSError):
-            self._lines.close()
+            if self._lines:
+                self._lines.close()
             if self._scalars:
                 self._scalars.close()
 

@@ -7,6 +7,7 @@ gains from.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from qloralab.lora.inject import trainable
+from qloralab.nf4.distributed import whole
 from qloralab.optim.paged_adamw import PagedAdamW
 
 from ..checkpoint.limits import Limits
@@ -27,6 +29,7 @@ from ..resident import resident_mb
 from ..settings import Settings
 from .checkpoint import load_checkpoint_, random_states, restore_random_states, save_checkpoint
 from .loss import AnswerLoss
+from .processes import ALONE, Processes
 from .run_directory import Metrics
 
 LENGTH_MULTIPLE = 16  # oneDNN compiles kernels for each new length, and keeps a thousand of them
@@ -45,6 +48,7 @@ class Trainer:
         held_out: those to validate with.
         settings: of the run.
         dtype: what is computed in. The model has it already, but for "full": there it is that of autocast.
+        processes: that train the model together. All have the same examples, and call the same methods.
 
     Attributes:
         step, tokens, seconds: done so far.
@@ -54,12 +58,18 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Any, train: Sequence[Encoded], held_out: Sequence[Encoded], settings: Settings, dtype: torch.dtype
+        self,
+        model: Any,
+        train: Sequence[Encoded],
+        held_out: Sequence[Encoded],
+        settings: Settings,
+        dtype: torch.dtype,
+        processes: Processes = ALONE,
     ):
         self.model, self.train, self.held_out = model, train, held_out
-        self.settings, self.dtype = settings, dtype
+        self.settings, self.dtype, self.processes = settings, dtype, processes
         self.device = next(model.parameters()).device
-        self.loss = AnswerLoss(model)
+        self.loss = processes.spread(AnswerLoss(model))
         self.positions = Limits.of(model).positions
         self.parameters = trainable(model)
         self.optimizer = self._optimizer()
@@ -138,12 +148,13 @@ class Trainer:
             Diverged: the loss is NaN or infinite.
         """
         start, generators = time.perf_counter(), random_states()
+        self.processes.seed(self.settings.seed, self.step)
         self.model.train()
         examples = next(self._order)
         lr = self._set_lr()
         try:
             loss = self._backward(examples)
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm))
+            norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)))
             if not (loss < float("inf") and norm < float("inf")):
                 at = f"at step {self.step + 1}{self._advice()}"
                 raise Diverged(f"the loss is {loss:.4g} and the gradient {norm:.4g} {at}")
@@ -162,17 +173,18 @@ class Trainer:
 
     def _backward(self, examples: Sequence[Encoded]) -> float:
         """The mean loss of a batch, whose gradients the parameters get, in as many parts as the settings say."""
-        answers = sum(label != NO_LABEL for example in examples for label in example.labels[1:])
-        total = 0.0
-        for part in range(min(self.settings.accumulate, len(examples))):
-            loss, _ = self._loss(examples[part :: self.settings.accumulate])
-            loss = loss / answers
-            loss.backward()
+        answers, count, total = _answers(examples), self.processes.count, 0.0
+        parts = min(self.settings.accumulate, -(-len(examples) // count))
+        for part in range(parts):
+            mine = self.processes.share(examples)[part::parts]
+            with self.processes.exchanging(self.loss, last=part == parts - 1):
+                loss = self._loss(mine or [_unlabelled(examples[0])]) / answers
+                (loss * count).backward()  # of the gradients of all processes, PyTorch takes the mean
             total += loss.item()
-        return total
+        return self.processes.total(total)[0]
 
-    def _loss(self, examples: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
-        """The summed loss of some examples and how many labels they have.
+    def _loss(self, examples: Sequence[Encoded]) -> torch.Tensor:
+        """The summed loss of some examples.
 
         Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
         faster.
@@ -180,7 +192,8 @@ class Trainer:
         batch = collate(examples, LENGTH_MULTIPLE, self.positions)
         mixed = self.settings.method == "full" and self.dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            return self.loss(batch["input_ids"].to(self.device), batch["labels"].to(self.device))
+            loss, _ = self.loss(batch["input_ids"].to(self.device), batch["labels"].to(self.device))
+        return loss
 
     def paging(self) -> str:
         """How much of the optimizer's state is in memory, in words; empty without a budget."""
@@ -212,18 +225,28 @@ class Trainer:
         tokens = sum(len(example.input_ids) for example in order)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            loss, answers = self._loss(batch)
-            total += loss.item()
-            count += answers
+            total += self._loss(self.processes.share(batch) or [_unlabelled(batch[0])]).item()
+            count += _answers(batch)
             done += sum(len(example.input_ids) for example in batch)
             if progress:
                 progress(done, tokens)
+        (total,) = self.processes.total(total)
         if not total < float("inf"):
             raise UserError(f"the validation loss is {total / count:.4g} after step {self.step}{self._advice()}")
         return total / count
 
     def _advice(self) -> str:
         return "; try a smaller --lr" if self.step else ", before --lr was used: the model overflows"
+
+
+def _answers(examples: Sequence[Encoded]) -> int:
+    """How many tokens are predicted that count."""
+    return sum(label != NO_LABEL for example in examples for label in example.labels[1:])
+
+
+def _unlabelled(example: Encoded) -> Encoded:
+    """What a process computes that has no example in a batch, because all have to take part: a loss of 0."""
+    return dataclasses.replace(example, labels=[NO_LABEL] * len(example.labels))
 
 
 def schedule(step: int, steps: int) -> float:
