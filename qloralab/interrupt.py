@@ -27,13 +27,15 @@ class StopRequest:
 
     Args:
         on_request: called at the first signal.
-        launched: by ``torchrun``, which sends SIGTERM to processes that a Ctrl-C has reached already. Then only a
-            second SIGINT raises.
+        launched: by ``torchrun``, which sends SIGTERM to processes that a Ctrl-C has reached already, and to those that
+            are about to say which other one they lost. Only a second SIGINT raises, and after an error SIGTERM is
+            ignored.
     """
 
     def __init__(self, on_request: Callable[[], None], launched: bool = False):
         self.requested = False
         self._on_request = on_request
+        self._launched = launched
         self._repeatable = (signal.SIGINT,) if launched else (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, object] = {}
 
@@ -45,7 +47,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        ending = self._launched and kind is not None
         for number, handler in self._before.items():
+            handler = signal.SIG_IGN if ending and number == signal.SIGTERM else handler
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -111,7 +111,7 @@ class Processes:
         for number, theirs in enumerate(self.from_all(dict(facts))):
             for name, value in facts.items():
                 if theirs[name] != value and number != self.rank:
-                    raise UserError(f"it has another {name} than process {number}; give all the same files")
+                    raise UserError(f"it has another {name} than rank {number}; give all the same files")
 
     def seed(self, seed: int, step: int) -> None:
         """Seed PyTorch's generators for a step of this process. In a run of one process they go on as they were."""
@@ -208,11 +208,11 @@ def processes(parallel: Parallel | None) -> Iterator[Processes]:
     if not dist.is_available():
         raise UserError("--parallel needs a PyTorch with torch.distributed")
     ours = not dist.is_initialized()  # Ray Train has done it
+    if ours and "RANK" not in os.environ:
+        raise UserError(f"--parallel {parallel} takes several processes: {HOW}")
     try:
         store = _start() if ours else None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"--parallel {parallel} takes several processes: {HOW} ({error})") from None
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the processes did not find each other: {' '.join(str(error).split())}") from error
     group = Processes(parallel, dist.get_rank(), dist.get_world_size())
     if not group.first:
@@ -228,7 +228,7 @@ def processes(parallel: Parallel | None) -> Iterator[Processes]:
                 "another process of this run has ended; its own message, or torchrun's, says why"
             ) from error
         if isinstance(error, UserError) and not group.first:
-            raise UserError(f"process {group.rank} of {group.count}: {error}") from error
+            raise UserError(f"rank {group.rank} of {group.count}: {error}") from error
         raise  # the others see the connection close when this process ends
     if ours:
         dist.destroy_process_group()
