@@ -6,7 +6,6 @@ one, each process takes its part of every tensor. So a file that N processes wro
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,16 +13,15 @@ import torch
 from torch import Tensor
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. There is none before its module is imported, and that takes a while."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, whose module need not be imported to know."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Of a DTensor all processes that share it have to ask, at the same time."""
     shared: Any = tensor
-    return shared.full_tensor() if is_distributed(tensor) else tensor
+    return shared.full_tensor() if _is_shared(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -31,7 +29,7 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
     Nothing is sent: each process keeps its part.
     """
-    if not is_distributed(like) or tensor.shape != like.shape:
+    if not _is_shared(like) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -43,7 +41,7 @@ def writes(tensors: Iterable[Tensor]) -> bool:
     """Whether this process is the one that writes a file of tensors: always, or the first one of those that share
     one."""
     for tensor in tensors:
-        if is_distributed(tensor):
+        if _is_shared(tensor):
             shared: Any = tensor
             return not any(shared.device_mesh.get_coordinate() or [1])
     return True
@@ -53,4 +51,4 @@ def local_bytes(tensor: Tensor) -> int:
     """What this process holds of a tensor."""
     shared: Any = tensor
     with torch.no_grad():
-        return shared.to_local().nbytes if is_distributed(tensor) else tensor.nbytes
+        return shared.to_local().nbytes if _is_shared(tensor) else tensor.nbytes

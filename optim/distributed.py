@@ -10,6 +10,7 @@ The state is shown as DTensors with the placements of the parameter, as ``torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,14 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.update import has_memory
-from qloralab.nf4.distributed import is_distributed
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # tensors of these very types are no DTensors
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. There is none before its module is imported, and that takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ from qloralab import __version__
 from qloralab.settings import Settings
 from qloralab.train import finetune as finetune_module
 from qloralab.train import generate as generate_module
+from qloralab.train.processes import ALONE
 
 
 def test_every_setting_is_an_option_with_its_default(program, model_dir, monkeypatch):
     seen: list[Settings] = []
     stopped = finetune_module.UserError("enough")
 
-    def stop(settings):
+    def stop(settings, processes):
         seen.append(settings)
+        assert processes is ALONE
         raise stopped
 
     monkeypatch.setattr(finetune_module, "finetune", stop)
