@@ -22,7 +22,7 @@ from .evaluate.settings import EvalSettings
 from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
 from .merge.settings import MergeSettings
-from .one_voice import is_first
+from .one_voice import expect_others, speaks
 from .run_file import drop_the_other, use_config
 from .settings import MODEL_OPTION, DtypeOption, Method, Parallel, Settings
 
@@ -47,7 +47,7 @@ def _loading(file: TextIO) -> Iterator[None]:
 
         from .display import Display
 
-        with Display(Console(file=file, quiet=not is_first())).busy("loading PyTorch and transformers"):
+        with Display(Console(file=file, quiet=not speaks())).busy("loading PyTorch and transformers"):
             yield
 
 
@@ -90,6 +90,12 @@ def _takes(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
+def _one_of_several(parallel: Parallel | None) -> Parallel | None:
+    if parallel is not None:
+        expect_others()
+    return parallel
+
+
 @app.command()
 @_takes(Settings)
 def finetune(
@@ -113,7 +119,12 @@ def finetune(
     ),
     parallel: Annotated[
         Parallel | None,
-        typer.Option(help="Of several processes, started by torchrun: copies, or a part each.", show_default=False),
+        typer.Option(
+            help="Of several processes, started by torchrun: copies, or a part each.",
+            show_default=False,
+            callback=_one_of_several,
+            is_eager=True,
+        ),
     ] = None,
     **options: Any,
 ) -> None:

@@ -21,7 +21,12 @@ def is_first() -> bool:
     return started() == 1 or os.environ["RANK"] == "0"
 
 
-_asked: list[Callable[[], bool]] = [is_first]
+_asked: list[Callable[[], bool]] = [lambda: True]
+
+
+def expect_others() -> None:
+    """This command may be one of several processes: the first of them speaks."""
+    ask(is_first)
 
 
 def speaks() -> bool:

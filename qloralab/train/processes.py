@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
@@ -46,12 +46,19 @@ from qloralab.nf4.linear import QuantizedLinear
 from qloralab.nf4.sharded import shardable_
 
 from .. import one_voice
+from ..data.encoding import NO_LABEL
 from ..errors import UserError
 from ..settings import Parallel
 
 HOW = "torchrun --nproc-per-node N -m qloralab finetune --parallel …"
 _PATIENCE = datetime.timedelta(minutes=30)  # for a process that is behind: reading a model, writing one
-_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "ncclRemoteError")
+_LOST = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 T = TypeVar("T")
 
 
@@ -131,7 +138,12 @@ class Processes:
             engine = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(engine).parameters  # in PyTorch 2.13
             no_buffers: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            return engine(loss, init_sync=False, **no_buffers)
+            spread = engine(loss, init_sync=False, **no_buffers)
+            # After its first backward it groups gradients anew, in the order in which they came, and adds them up in
+            # another order from then on. So that a run that goes on does as it did, that is done before the first step.
+            _nothing(spread).backward()
+            loss.zero_grad(set_to_none=True)
+            return spread
         if self.parallel == "fsdp":
             _shard_(loss)
         return loss
@@ -180,11 +192,15 @@ def _shard_(loss: nn.Module) -> None:
                 if next(item.parameters(), None) is not None:
                     fully_shard(item)
     fully_shard(loss)
-    device = next(loss.parameters()).device
-    nothing = torch.zeros(1, 2, dtype=torch.int64, device=device)
     with torch.no_grad():  # the first forward makes the outermost module the one that the others follow
-        loss(nothing, nothing - 100)
+        _nothing(loss)
     loss.reshard()  # pyright: ignore[reportCallIssue]  now it is an FSDPModule
+
+
+def _nothing(loss: nn.Module) -> Tensor:
+    """The loss of two tokens without a label: 0."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(loss.parameters()).device)
+    return loss(tokens, tokens + NO_LABEL)[0]
 
 
 @contextlib.contextmanager
@@ -224,9 +240,7 @@ def processes(parallel: Parallel | None) -> Iterator[Processes]:
         yield group
     except Exception as error:
         if _is_lost(error):
-            raise UserError(
-                "another process of this run has ended; its own message, or torchrun's, says why"
-            ) from error
+            raise UserError("another process of this run was lost; its own message, or torchrun's, says why") from error
         if isinstance(error, UserError) and not group.first:
             raise UserError(f"rank {group.rank} of {group.count}: {error}") from error
         raise  # the others see the connection close when this process ends

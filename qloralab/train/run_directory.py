@@ -253,7 +253,7 @@ class RunDirectory:
         if self.trained.name == "adapter":
             save_adapter(model, self.trained)
             return
-        tensors = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        tensors = _whole_state(model)
         if not self._lines:
             return
         part, old = self.path / ".model.part", self.path / ".model.old"
@@ -290,6 +290,15 @@ class RunDirectory:
                 self._lines.close()
             if self._scalars:
                 self._scalars.close()
+
+
+def _whole_state(model: Any) -> dict[str, torch.Tensor]:
+    """All of the tensors of a model, of which processes may have parts; names that share one go on sharing it."""
+    found, known = model.state_dict(keep_vars=True), dict[int, torch.Tensor]()
+    for tensor in found.values():
+        if id(tensor) not in known:
+            known[id(tensor)] = whole(tensor.detach())
+    return {name: known[id(tensor)] for name, tensor in found.items()}
 
 
 def _take(out: Path | None) -> tuple[Path, TextIO]:

@@ -78,7 +78,7 @@ def assert_close(run: Path, other: Path) -> None:
 KINDS: dict[str, Job] = {
     "qlora": {"save_every": 2},
     "lora": {"method": "lora", "checkpointing": True},
-    "full": {"method": "full"},
+    "full": {"method": "full", "tied": True},
     "merge-aware": {"merge_aware": True},
     "parts": {"batch_size": 5, "accumulate": 2, "state_budget": 17},
     "few": {"batch_size": 3, "held_out": 3, "steps": 8},  # fewer examples than processes; a last batch of one
@@ -87,11 +87,14 @@ ENGINES = [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")]
 
 
 @pytest.fixture(scope="module")
-def given(model_dir: Path, colours: Path) -> Callable[..., Job]:
+def given(model_dir: Path, write_model: Callable[..., Path], colours: Path) -> Callable[..., Job]:
     """Settings of a short run as JSON."""
 
-    def make(**changes: Any) -> Job:
-        small = {"model": model_dir, "data": str(colours), "steps": 4, "held_out": 4, "eval_every": 2, "out": None}
+    tied_dir = write_model("tied", tie_word_embeddings=True)
+
+    def make(tied: bool = False, **changes: Any) -> Job:
+        model = tied_dir if tied else model_dir
+        small = {"model": model, "data": str(colours), "steps": 4, "held_out": 4, "eval_every": 2, "out": None}
         dropout = (
             {}
             if changes.keys() & {"merge_aware", "lora_dropout"} or changes.get("method") == "full"
@@ -168,7 +171,7 @@ def cut_off(run: Path, out: Path, step: int) -> Path:
 def test_a_run_goes_on_with_any_number_of_processes(runs, tmp_path):
     """With as many, bit for bit."""
     ways = [("qlora-2-ddp", 2, "ddp"), ("qlora-4-fsdp", 4, "fsdp"), ("qlora-4-fsdp", 2, "ddp")]
-    ways += [("qlora-2-ddp", 4, "fsdp"), ("qlora-4-fsdp", 1, None), ("qlora-1", 2, "fsdp")]
+    ways += [("qlora-4-ddp", 4, "ddp"), ("qlora-2-ddp", 4, "fsdp"), ("qlora-4-fsdp", 1, None), ("qlora-1", 2, "fsdp")]
     jobs = []
     for began, count, parallel in ways:
         run = cut_off(runs / began, tmp_path / f"{began}-then-{count}-{parallel}", 2)
@@ -191,7 +194,7 @@ def test_a_process_that_is_lost(runs, given, tmp_path):
         assert told["statuses"][lost] == 9
         assert told["statuses"][left] == 1
         assert told["told"] == [
-            f"{left} UserError: another process of this run has ended; its own message, or torchrun's, says why"
+            f"{left} UserError: another process of this run was lost; its own message, or torchrun's, says why"
         ]
         assert len(metrics_of(Path(job["out"]))) == 1
 
@@ -285,7 +288,9 @@ def test_one_voice(monkeypatch, environment, count, first):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(one_voice, "_asked", [one_voice.is_first])
+    monkeypatch.setattr(one_voice, "_asked", list(one_voice._asked))
+    assert one_voice.speaks()  # another command is one process, whatever the environment says
+    one_voice.expect_others()
     assert (one_voice.started(), one_voice.is_first(), one_voice.speaks()) == (count, first, first)
     one_voice.ask(lambda: not first)
     assert one_voice.speaks() is not first
