@@ -31,7 +31,7 @@ PROJECT = "qloralab"
 def check(name: str) -> None:
     """Refuse, by a ``UserError``, a tracker that is not installed, before anything is read."""
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"--track {name} needs a package: pip install 'qloralab[{name}]'")
+        raise UserError(f"--track {name} needs a package: pip install {name}")
 
 
 class Tracker:

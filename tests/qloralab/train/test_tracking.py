@@ -22,7 +22,7 @@ from qloralab.train.tracking import Tracker
 @pytest.fixture
 def wandb(monkeypatch):
     if importlib.util.find_spec("wandb") is None:
-        pytest.skip("needs wandb: pip install 'qloralab[wandb]'")
+        pytest.skip("needs wandb: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     module = importlib.import_module("wandb")
     module.teardown()  # it keeps the environment that it has seen
@@ -33,7 +33,7 @@ def wandb(monkeypatch):
 @pytest.fixture
 def trackio(monkeypatch, tmp_path_factory):
     if importlib.util.find_spec("trackio") is None:
-        pytest.skip("needs trackio: pip install 'qloralab[trackio]'")
+        pytest.skip("needs trackio: pip install trackio")
     if "trackio" not in sys.modules:  # which reads it when it is loaded
         monkeypatch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))
     return importlib.import_module("trackio.sqlite_storage").SQLiteStorage
@@ -164,7 +164,7 @@ def test_without_the_package_it_is_refused_before_anything_is_read(settings, sil
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(prepare_module, "read_jsonl", None)
     line = refusal(finetune, settings(track=name), silent)
-    assert line == f"--track {name} needs a package: pip install 'qloralab[{name}]'"
+    assert line == f"--track {name} needs a package: pip install {name}"
 
 
 def test_an_unknown_tracker_is_refused(settings, refusal):
