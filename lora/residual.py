@@ -8,7 +8,7 @@ part of W into the adapter before they quantize, so that less of it is lost::
 
 LoftQ begins with B A = 0. PiSSA trains the directions in which W is largest, LoftQ those in which the quantizer is
 worst. Q is the whole quantizer, double quantization and rounding to the weight's dtype included; PEFT's LoftQ leaves
-double quantization out, and with it an error that its adapters could have taken up.
+double quantization out; what its adapters could have taken up of it is little (``docs/initialisation.md``).
 
 The base is another one than Q(W), so an adapter from here is of no use without it: save both. An adapter's file then
 says nothing of how it started, and PEFT opens it beside that base as any other.

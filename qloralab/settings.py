@@ -22,6 +22,7 @@ DATA_TYPE = "nf4"
 STEPS = 150
 QUANTIZATION = ("data_type", "block_size", "double_quant", "skip")  # what only a run that quantizes has
 Init = Literal["kaiming", "gaussian", "loftq", "pissa"]
+Tracking = Literal["wandb", "trackio"]
 SPLITTING: tuple[Init, ...] = ("loftq", "pissa")  # those that put a part of the weight into the adapter
 
 # Of the three methods of the paper's Figure 1, only full fine-tuning moves all weights, and wants smaller steps.
@@ -115,6 +116,9 @@ class Settings:
         int | None, Option(help="Runs, each with the next seed; their mean and interval.", show_default="one run")
     ] = None
     tensorboard: Annotated[bool, Option("--tensorboard", help="Write the numbers for TensorBoard, too.")] = False
+    track: Annotated[
+        Tracking | None, Option(help="Follow the run in W&B or trackio, too.", show_default="in neither")
+    ] = None
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -146,6 +150,8 @@ class Settings:
                 raise UserError(f"{_option(name)} is {value!r}; it takes names with commas between them")
         if self.init not in (None, *get_args(Init)):
             raise UserError(f"--init is {self.init!r}; it must be one of {', '.join(get_args(Init))}")
+        if self.track not in (None, *get_args(Tracking)):
+            raise UserError(f"--track is {self.track!r}; it must be one of {', '.join(get_args(Tracking))}")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} is more than the {self.batch_size} examples of a batch")
         for option, value in (("--lr", self.learning_rate), ("--max-grad-norm", self.max_grad_norm)):

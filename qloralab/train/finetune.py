@@ -294,12 +294,14 @@ class _Run:
         self.directory = directory
         if self.prepared.init_errors is not None:
             self.trainer.model.config._name_or_path = str(directory.base)  # what the adapter's file says it is for
-        with contextlib.closing(directory):
+        with contextlib.closing(directory), contextlib.closing(self.reports):
+            self.reports.follow(directory)
             if first is not None:
                 with _writing(directory.path):
                     if self.prepared.init_errors is not None and self.processes.first:
                         directory.save_base(self.trainer.model, self.prepared.tokenizer)
                     directory.log(first)
+                self.reports.track(first)
             return self._train()
 
     def _train(self) -> Result:
@@ -347,6 +349,7 @@ class _Run:
             metrics = dataclasses.replace(metrics, val_loss=_validate(self.trainer, self.display))
         with _writing(self.directory.path):
             self.directory.log(metrics)
+        self.reports.track(metrics)
         if last or metrics.step % (settings.save_every or settings.eval_every) == 0:
             self._save()
         self.display.step(metrics, settings.steps, self.trainer.paging())

@@ -42,7 +42,7 @@ from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
 from ..settings import DATA_TYPE, QUANTIZATION, SPLITTING, STDLIB, Settings
-from . import tensorboard
+from . import tensorboard, tracking
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def read_data(settings: Settings, display: Display) -> Material:
     """
     if settings.tensorboard:
         tensorboard.check()
+    if settings.track:
+        tracking.check(settings.track)
     config = _lora_config(settings)
     chosen = precision(settings.dtype, run_device())
     _check_paths(settings)

@@ -1,7 +1,8 @@
-"""The two things of a run that a person looks at: the curves, and the answers before and after."""
+"""What a person looks at: the curves, the answers before and after, and a tracker's page while it runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from ..data.encoding import NO_LABEL, Encoded
 from ..display import Display
 from .generate import generate
 from .run_directory import Metrics, RunDirectory
+from .tracking import PROJECT, Tracker
 from .trainer import Trainer
 
 _SAMPLES = 3
@@ -38,6 +40,7 @@ class Reports:
         self._examples = trainer.held_out[:_SAMPLES]
         self._samples = [prompt_and_answer(example) for example in self._examples]
         self.answers: dict[str, list[str]] = {}
+        self._tracker: Tracker | None = None
 
     def answer(self, when: str) -> None:
         """Answer the held-out prompts, "before" or "after" training."""
@@ -64,6 +67,29 @@ class Reports:
             )
             answers = {**self.answers, "reference": references}
             write_samples(run.path / "samples.md", prompts, answers, [one.source for one in self._examples], title)
+
+    def follow(self, run: RunDirectory) -> None:
+        """Begin to follow the run in its tracker, if the settings name one, or go on there."""
+        if (name := self._trainer.settings.track) is None or not self._trainer.processes.first:
+            return
+        with self._optional(name), self._display.busy(f"starting {name}"):
+            self._tracker = Tracker(name, run.path, run.config, run.config.get("tracker_id"), run.logged)
+            run.update_config(tracker_id=self._tracker.id)
+            self._display.fact(name, f"project {PROJECT}, run {self._tracker.id}")
+
+    def track(self, metrics: Metrics) -> None:
+        """Log a step in the tracker. The first failure is the last."""
+        if (tracker := self._tracker) is not None:
+            self._tracker = None
+            with self._optional(f"more in {self._trainer.settings.track}"):
+                tracker.log(dataclasses.asdict(metrics))
+                self._tracker = tracker
+
+    def close(self) -> None:
+        """End the run in its tracker."""
+        if self._tracker is not None:
+            with self._optional(f"end in {self._trainer.settings.track}"):
+                self._tracker.close()
 
     @contextmanager
     def _optional(self, what: str) -> Iterator[None]:

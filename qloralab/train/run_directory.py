@@ -7,6 +7,7 @@ metrics.jsonl      a line for each step: step, tokens, loss, val_loss, lr, grad_
 loss.png           the curves
 samples.md         held-out prompts, answered before and after
 tensorboard/       the numbers of metrics.jsonl again, with --tensorboard
+wandb/             what W&B keeps or has yet to send, with --track wandb
 adapter/           the adapter, in PEFT's format (or model/, the whole model, after full fine-tuning)
 base/              with --init loftq or pissa: the weights in 4 bits that the adapter belongs to, and the tokenizer
 checkpoints/       step-000050.safetensors, ...: the last few of those that ``--resume`` goes on from
@@ -84,6 +85,7 @@ class RunDirectory:
         base: where weights in 4 bits are saved that are not the model's.
         metrics: the lines of metrics.jsonl.
         config: the fields of config.json.
+        logged: the last step whose metrics were written when it was reopened, taken back or not; -1 for none.
     """
 
     def __init__(self, path: Path, lines: TextIO | None, config: dict[str, Any]):
@@ -91,6 +93,7 @@ class RunDirectory:
         self.trained = path / ("model" if config.get("method") == "full" else "adapter")
         self.base = path / "base"
         self.metrics: list[Metrics] = []
+        self.logged = -1
         self._scalars: Scalars | None = None
 
     @classmethod
@@ -214,6 +217,8 @@ class RunDirectory:
             end = self._lines.tell()
         if step is not None and [metrics.step for metrics in kept] != list(range(step + 1)):
             raise UserError(f"{self.path / 'metrics.jsonl'} does not have the {step} steps of the checkpoint")
+        self._lines.seek(0)
+        self.logged = sum(line.endswith("\n") for line in self._lines) - 1
         self._lines.seek(end)
         self._lines.truncate()
         self.metrics = kept
