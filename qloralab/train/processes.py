@@ -37,8 +37,6 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import distributed_c10d as c10d
-from torch.distributed.rendezvous import rendezvous
 
 from qloralab.nf4.dense_shares import LOGGER
 from qloralab.nf4.distributed import local_bytes
@@ -118,7 +116,7 @@ class Processes:
         for number, theirs in enumerate(self.from_all(dict(facts))):
             for name, value in facts.items():
                 if theirs[name] != value and number != self.rank:
-                    raise UserError(f"it has another {name} than rank {number}; give all the same files")
+                    raise UserError(f"its {name} is not that of rank {number}; give all the same files")
 
     def seed(self, seed: int, step: int) -> None:
         """Seed PyTorch's generators for a step of this process. In a run of one process they go on as they were."""
@@ -248,8 +246,11 @@ def processes(parallel: Parallel | None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def _start() -> c10d.Store:
-    """Join the processes of this run; the store is what the launcher lets them leave notes in."""
+def _start() -> Any:
+    """Join the processes of this run. Returns the ``Store`` that the launcher lets them leave notes in."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -257,7 +258,7 @@ def _start() -> c10d.Store:
     store.set_timeout(_PATIENCE)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=c10d.PrefixStore("qloralab", store),
+        store=PrefixStore("qloralab", store),
         rank=rank,
         world_size=count,
         timeout=_PATIENCE,
@@ -265,7 +266,7 @@ def _start() -> c10d.Store:
     return store
 
 
-def _asks_first(store: c10d.Store, otherwise: bool) -> bool:
+def _asks_first(store: Any, otherwise: bool) -> bool:
     try:
         return store.add("qloralab ends", 1) == 1
     except RuntimeError:  # it went with the process that held it

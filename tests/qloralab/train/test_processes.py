@@ -208,8 +208,8 @@ def test_another_file_in_one_process_is_refused(given, tmp_path, colours):
     (told,) = run_together([{**job, "data_of_its_own": 1}])
     assert told["statuses"] == [1, 1]
     assert sorted(told["told"]) == [
-        "0 UserError: it has another data than rank 1; give all the same files",
-        "1 UserError: rank 1 of 2: it has another data than rank 0; give all the same files",
+        "0 UserError: its data is not that of rank 1; give all the same files",
+        "1 UserError: rank 1 of 2: its data is not that of rank 0; give all the same files",
     ]
     assert not Path(out).exists()
 
