@@ -40,6 +40,16 @@ def install() -> None:
     _load().qloralab_install_allocator()
 
 
+def give_back() -> None:
+    """Return to the system what the C library keeps of memory that was freed (``malloc_trim``).
+
+    The GNU C library returns the end of its memory by itself, and large pieces only until it has seen some freed. A
+    process that has just let go of most of a model would keep all of it. Does nothing with another C library.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _load() -> ctypes.CDLL:
     home = Path(torch.__file__).parent
     headers = [f"-I{home / 'include'}", f"-DTORCH_VERSION={torch.__version__}"]  # the version makes it another library

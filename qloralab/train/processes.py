@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from qloralab.kernels.cpu.allocator import give_back
 from qloralab.nf4.dense_shares import LOGGER
 from qloralab.nf4.distributed import local_bytes
 from qloralab.nf4.linear import QuantizedLinear
@@ -144,6 +145,7 @@ class Processes:
             return spread
         if self.parallel == "fsdp":
             _shard_(loss)
+            give_back()  # the parts of the others
         return loss
 
     @contextlib.contextmanager
