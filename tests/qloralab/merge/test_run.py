@@ -211,7 +211,7 @@ class TestInto4Bits:
         """The merged weight in float32, quantized as the base is; the rest is the base."""
         some = write_adapter(model_dir, tmp_path / "some", 0.5, target_modules=["q_proj", "up_proj"])
         model = four_bits(model_dir, tmp_path / "packed") if from_4bit else model_dir
-        result = run(adapter=some, into="4bit", model=model)
+        result = run(adapter=some, into="4bit", model=model, onto="dequantized")
         memory, file = trained(model_dir, some), load_quantized(tmp_path / "out")
         bitsandbytes: Any = plain(tmp_path / "out")
         for name in linear_names(memory):
@@ -230,14 +230,14 @@ class TestInto4Bits:
 
     def test_too_little_of_it_is_refused_without_force(self, model_dir, run, tmp_path, refusal):
         small = write_adapter(model_dir, tmp_path / "small", 3e-3)
-        message = refusal(run, adapter=small, into="4bit")
+        message = refusal(run, adapter=small, into="4bit", onto="dequantized")
         assert re.fullmatch(
             r"4 bits would keep 0\.\d\d\d of the adapter; merge --into bf16 or --onto original, train with finetune "
             r"--merge-aware, or give --force",
             message,
         )
         assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
-        result = run(adapter=small, into="4bit", force=True)
+        result = run(adapter=small, into="4bit", onto="dequantized", force=True)
         report = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert report["overall"]["kept"] < 0.5
         assert f"{report['overall']['kept']:.3f}" in message
@@ -246,12 +246,24 @@ class TestInto4Bits:
         assert report["overall"]["output_error"] is None
         assert report["trained_on"]["codebook"] == "nf4"
 
+    @pytest.mark.parametrize("onto", [None, "original"])
+    def test_nothing_is_advised_that_is_done_or_cannot_be(self, onto, model_dir, four_bits, run, tmp_path, refusal):
+        """Of 4-bit weights there is no original; where it is the original, it is no advice."""
+        model, options = tmp_path / "model", {} if onto is None else {"double_quant": False}
+        if onto is None:
+            four_bits(model_dir, model)
+        else:
+            load_model(model_dir).save_pretrained(model)
+        small = write_adapter(model_dir, tmp_path / "small", 3e-3 if onto is None else 1e-9)
+        advised = "merge --into bf16, train with finetune --merge-aware, or give --force"
+        assert refusal(run, model=model, adapter=small, into="4bit", onto=onto, **options).endswith(advised)
+
     def test_other_data_types_are_refused(self, run, refusal):
         said = "--into 4bit writes nf4 and fp4 alone, and this is int4 in blocks of 64, double quantization; use bf16"
         assert refusal(run, into="4bit", data_type="int4") == said
 
-    def test_the_original_weights_are_under_it(self, model_dir, adapter, run, tmp_path):
-        kept = overall(run(into="4bit", onto="original").survived).kept
+    def test_the_original_weights_are_under_it_by_default(self, model_dir, adapter, run, tmp_path):
+        kept = overall(run(into="4bit").survived).kept
         assert 0.9 < kept < 1.1  # as a mean over weights that lie anywhere between two values
         name = "model.layers.1.mlp.up_proj"
         layer = adapters(load_adapter_(load_model(model_dir), adapter))[name]
@@ -261,8 +273,8 @@ class TestInto4Bits:
 
     def test_the_table_and_the_activations(self, model_dir, adapter, tmp_path, watched):
         display, printed = watched()
-        options = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out", "into": "4bit", "force": True}
-        result = merge(MergeSettings(**options, activations=True), display)
+        options: Any = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out", "into": "4bit", "force": True}
+        result = merge(MergeSettings(**options, onto="dequantized", activations=True), display)
         lines = [line.split() for line in printed().splitlines() if re.match(r" *(all layers|model\.)", line)]
         assert len(lines) == 6
         assert lines[-1][:2] == ["all", "layers"]
@@ -285,7 +297,48 @@ def test_what_would_be_ignored_is_refused(refusal):
     for name, value in {"data_type": "nf4", "block_size": 64, "double_quant": False}.items():
         said = f"--{name.replace('_', '-')} would be ignored: --onto original quantizes nothing; leave it out"
         assert refusal(settings, onto="original", **{name: value}) == said
-    assert "--activations would be ignored" in refusal(settings, into="4bit", onto="original", activations=True)
+    said = "--activations would be ignored: it goes with --onto dequantized; leave it out"
+    assert refusal(settings, into="4bit", onto="original", activations=True) == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "onto"),
+    [
+        ("none", {}, "dequantized"),
+        ("none", {"into": "4bit"}, "original"),
+        ("none", {"into": "4bit", "onto": "dequantized", "force": True}, "dequantized"),
+        ("lora", {"into": "4bit"}, "original"),
+        ("merge-aware", {"into": "4bit"}, "dequantized"),
+        ("merge-aware", {"into": "4bit", "onto": "original"}, "original"),
+        ("packed", {"into": "4bit"}, "dequantized"),
+    ],
+)
+def test_what_the_update_is_added_to(
+    kind, options, onto, model_dir, adapter, settings, four_bits, tmp_path, watched, silent
+):
+    """By default what training saw; into 4 bits the original weights, but for those that are there in 4 bits alone."""
+    if kind in ("lora", "merge-aware"):
+        own = {"method": "lora"} if kind == "lora" else {"merge_aware": True, "lora_dropout": None}
+        finetune(settings(steps=2, lr=0.1, **own), silent)
+        adapter = tmp_path / "run" / "adapter"
+    model = four_bits(model_dir, tmp_path / "packed") if kind == "packed" else model_dir
+    display, printed = watched()
+    merge(MergeSettings(model=model, adapter=adapter, out=tmp_path / "out", **options), display)
+    assert re.search(rf"^ +onto  the {onto} weights, ", printed(), re.MULTILINE)
+    if options:
+        assert json.loads((tmp_path / "out" / "merge.json").read_text())["settings"]["onto"] == onto
+        name = "model.layers.1.mlp.up_proj"
+        layer, weight = adapters(load_adapter_(load_model(model_dir), adapter))[name], f"{name}.weight"
+        start = Checkpoint(model_dir).tensor(weight)
+        expected = merged_quantized(
+            quantize(start.bfloat16()), layer.lora_A, layer.lora_B, 2.0, start if onto == "original" else None
+        )
+        assert torch.equal(Checkpoint(tmp_path / "out").quantized(weight).codes(), expected.codes())
+
+
+def test_activations_of_the_original_weights_are_refused(run, refusal):
+    said = "--activations goes with --onto dequantized, and original is the default here; give --onto dequantized"
+    assert refusal(run, into="4bit", activations=True) == said
 
 
 def test_what_does_not_fit_is_refused(model_dir, run, tmp_path, refusal, write_model):
