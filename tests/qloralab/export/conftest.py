@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 TEXT = "It is red. It is blue! It's 1234 of them,  and   more:\n\n\tthe end of it, the last one.\r\n"
 
 
-def bpe(splitting: Any = None, words: int = 280, decoder: Any = None) -> Any:
+def _bpe(splitting: Any = None, words: int = 280, decoder: Any = None) -> Any:
     """Byte-level BPE of so many words, learned from TEXT, and four more: three of them special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitting or pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,6 +28,12 @@ def bpe(splitting: Any = None, words: int = 280, decoder: Any = None) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.chat_template = "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
     return fast
+
+
+@pytest.fixture(scope="session")
+def bpe() -> Callable[..., Any]:
+    """A tokenizer: ``bpe(splitting, words, decoder)``."""
+    return _bpe
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,7 @@ def exportable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 if "norm" in name or name.endswith("bias"):
                     torch.nn.init.normal_(parameter, 1.0, 0.1)  # as they start, they tell nothing
         model.save_pretrained(path)
-        bpe().save_pretrained(path)
+        _bpe().save_pretrained(path)
         return path
 
     return write
