@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,20 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qloralab import inject_, load_adapter_, load_quantized, quantize, quantize_, save_adapter
-from qloralab.checkpoint.models import load_model, quiet
+from qloralab.benchmarks.quantize import Shape, make
+from qloralab.checkpoint.models import load_model, load_tokenizer, quiet
 from qloralab.checkpoint.opened import Source
 from qloralab.compute import precision, run_device
 from qloralab.data_types import named_data_type
 from qloralab.display import Display
 from qloralab.errors import UserError
+from qloralab.export.run import export
+from qloralab.export.settings import ExportSettings
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, wrap_
 from qloralab.lora.merged_weight import merged_quantized
@@ -404,3 +410,58 @@ def test_a_merge_aware_run_is_merged_into_the_bits_that_it_trained(
     with pytest.raises(UserError, match=r"was trained merge-aware, and .* is dense; merge-aware training takes"):
         Source.of(model_dir, None, options["adapter"], silent).open(precision("auto", run_device()), silent)
     assert not torch.equal(logits(file), logits(quantize_(load_model(model_dir), compute_dtype=model.dtype)))
+
+
+@pytest.mark.parametrize("options", [{}, {"into": "4bit"}], ids=["bf16", "4bit"])
+def test_a_gguf_file_is_merged_as_its_directory_is(options, exportable, tmp_path, silent):
+    """Loaded whole or streamed: the same tensors, and the tokenizer from the file."""
+    directory, file = exportable("llama", torch.bfloat16), tmp_path / "model.gguf"
+    export(ExportSettings(model=directory, gguf=file), silent)
+    adapter = write_adapter(directory, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    for model in (directory, file):
+        out = tmp_path / model.name
+        merge(MergeSettings(model=model, adapter=adapter, out=out.with_suffix(".out"), **options), silent)
+    one, other = (Checkpoint(tmp_path / f"{name}.out") for name in (directory.name, "model"))
+    assert {*one.names()} == {*other.names()}
+    assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.names())
+    first, second = (load_tokenizer(path) for path in (directory, tmp_path / "model.out"))
+    assert first("It is red").input_ids == second("It is red").input_ids
+
+
+_IN_A_PROCESS = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+from qloralab.display import Display
+from qloralab.merge.run import merge
+from qloralab.merge.settings import MergeSettings
+
+model, adapter, out = map(Path, sys.argv[1:])
+for into in ("bf16", "4bit"):
+    settings = MergeSettings(model=model, adapter=adapter, out=out / into, into=into)
+    peak = merge(settings, Display(Console(file=io.StringIO()))).peak_mb
+print(peak)
+"""
+
+
+@pytest.mark.slow
+def test_memory_follows_the_largest_tensor_not_the_model(tmp_path):
+    """The peak of a process that merges 284 MB in bfloat16, beside that of one that merges 15 MB."""
+    sizes, peaks = [], []
+    for layers in (1, 20):
+        model, adapter = tmp_path / f"model-{layers}", tmp_path / f"adapter-{layers}"
+        sizes.append(make(model, Shape(hidden=768, intermediate=2048, vocabulary=256, layers=layers)) / 1e6)
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+        parts = {
+            f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{part}.weight": torch.randn(shape) / 100
+            for layer in range(layers)
+            for part, shape in (("A", (2, 768)), ("B", (2048, 2)))
+        }
+        save_file(parts, adapter / "adapter_model.safetensors")
+        words = [sys.executable, "-c", _IN_A_PROCESS, model, adapter, tmp_path / f"out-{layers}"]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(float(done.stdout))
+    assert sizes[1] - sizes[0] > 250
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4
