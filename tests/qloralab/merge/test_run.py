@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from qloralab import inject_, load_adapter_, load_quantized, quantize, quantize_, save_adapter
 from qloralab.benchmarks.quantize import Shape, make
@@ -412,10 +413,11 @@ def test_a_merge_aware_run_is_merged_into_the_bits_that_it_trained(
     assert not torch.equal(logits(file), logits(quantize_(load_model(model_dir), compute_dtype=model.dtype)))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("options", [{}, {"into": "4bit"}], ids=["bf16", "4bit"])
-def test_a_gguf_file_is_merged_as_its_directory_is(options, exportable, tmp_path, silent):
-    """Loaded whole or streamed: the same tensors, and the tokenizer from the file."""
-    directory, file = exportable("llama", torch.bfloat16), tmp_path / "model.gguf"
+def test_a_gguf_file_is_merged_as_its_directory_is(kind, options, exportable, tmp_path, silent):
+    """Loaded whole or streamed: the same tensors, biases among them, and the tokenizer from the file."""
+    directory, file = exportable(kind, torch.bfloat16), tmp_path / "model.gguf"
     export(ExportSettings(model=directory, gguf=file), silent)
     adapter = write_adapter(directory, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     for model in (directory, file):
@@ -426,6 +428,55 @@ def test_a_gguf_file_is_merged_as_its_directory_is(options, exportable, tmp_path
     assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.names())
     first, second = (load_tokenizer(path) for path in (directory, tmp_path / "model.out"))
     assert first("It is red").input_ids == second("It is red").input_ids
+
+
+def test_what_is_no_parameter_or_is_kept_in_float32_keeps_its_dtype(exportable, tmp_path, silent, monkeypatch):
+    directory = exportable("llama", torch.bfloat16)
+    adapter = write_adapter(directory, tmp_path / "adapter")
+    tensors = load_file(directory / "model.safetensors")
+    frequencies, positions = "model.layers.0.self_attn.rotary_emb.inv_freq", "model.embeddings.position_ids"
+    extra = {frequencies: torch.rand(8), positions: torch.arange(8)}
+    norms = {name: tensor.float() for name, tensor in tensors.items() if name.endswith("input_layernorm.weight")}
+    save_file(tensors | extra | norms, directory / "model.safetensors")
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    merge(MergeSettings(model=directory, adapter=adapter, out=tmp_path / "out"), silent)
+    after = Checkpoint(tmp_path / "out")
+    for name, tensor in (extra | norms).items():
+        assert after.tensor(name).dtype == tensor.dtype
+        assert torch.equal(after.tensor(name), tensor)
+    assert after.tensor("model.norm.weight").dtype == torch.bfloat16
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["dtype"] == "bfloat16"
+    assert "torch_dtype" not in fields
+
+
+def test_the_older_name_of_the_dtype_does_not_stay(model_dir, adapter, run, tmp_path):
+    old = shutil.copytree(model_dir, tmp_path / "old")
+    fields = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({**fields, "torch_dtype": "float16"}))
+    run(model=old)
+    assert "torch_dtype" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_layers_that_transformers_never_quantizes_are_written_dense(model_dir, adapter, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["down_proj"])
+    result = run(into="4bit")
+    packed = {name.split(".")[-2] for name in Checkpoint(tmp_path / "out").quantized_names()}
+    assert packed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert len(result.survived) == 12
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert any("down_proj" in name for name in skipped["llm_int8_skip_modules"])
+
+
+def test_of_a_merge_aware_run_nothing_is_refused(model_dir, settings, tmp_path, silent, refusal):
+    """However little of the update moves a code: it is what was trained."""
+    finetune(settings(merge_aware=True, lora_dropout=None, steps=1, lr=1e-4), silent)
+    aware = tmp_path / "run" / "adapter"
+    result = merge(MergeSettings(model=model_dir, adapter=aware, out=tmp_path / "out", into="4bit"), silent)
+    assert overall(result.survived).kept < 0.5
+    other = shutil.copytree(aware, tmp_path / "other" / "adapter")  # whose run nobody knows
+    options: dict[str, Any] = {"model": model_dir, "adapter": other, "into": "4bit", "onto": "dequantized"}
+    assert "4 bits would keep" in refusal(merge, MergeSettings(**options, out=tmp_path / "again"), silent)
 
 
 _IN_A_PROCESS = """
