@@ -9,7 +9,8 @@ draws them, so models are compared seed by seed; the interval of a difference is
 base and adapter, are the run's own validations. A merged directory is read again and validated in the same batches and
 dtype; where the merge-aware one is not what its run came to, there is no record.
 
-Runs stay in ``--runs``. One that is complete is not run again, and one that was stopped goes on.
+Runs stay in ``--runs``. One that is complete is not run again, and one that was stopped goes on. What was measured of
+a seed is in its ``merged.json`` and is not measured again while that is there.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from qloralab.display import Display
 from qloralab.merge.run import merge
 from qloralab.merge.settings import Into, MergeSettings, Onto
 from qloralab.merge.survival import overall
-from qloralab.nf4.files.json_file import read_object
+from qloralab.nf4.files.json_file import read_object, write_object
 from qloralab.nf4.processor import processor_class
 from qloralab.settings import STDLIB, STEPS, Settings
 from qloralab.train.finetune import finetune, resume
 from qloralab.train.loss import AnswerLoss
-from qloralab.train.prepare import read_data
+from qloralab.train.prepare import Material, read_data
 from qloralab.train.trainer import LENGTH_MULTIPLE
 
 from .case import WrongResultError
@@ -51,6 +52,7 @@ from .view import grid, show
 SEEDS = 3
 PLAIN, AWARE = "plain", "merge-aware"  # the runs of a seed
 BASE, ADAPTED, MERGED_AWARE = "base", "base and adapter", "merge-aware, 4 bits"
+MEASURED = "merged.json"
 SURVIVING = ("codes_changed", "kept", "cosine")
 SAME_LOSS = 1e-4  # the same weights, multiplied by the same code
 WIDTH = 140  # of the table, where the terminal says less or is none
@@ -134,28 +136,33 @@ def models(settings: Settings, folder: Path, display: Display) -> dict[str, dict
         BASE: {"loss": results[PLAIN]["val_before"]},
         ADAPTED: {"loss": results[PLAIN]["val_after"]},
     }
+    kept = folder / MEASURED
+    found |= read_object(kept) if kept.is_file() else {}
     silent = Display(Console(file=io.StringIO()))
     read = read_data(settings, silent)
     for name, way in WAYS.items():
-        display.fact("merging", f"{folder}: {name}")
-        with tempfile.TemporaryDirectory() as directory:
-            out, force = Path(directory, "model"), way.into == "4bit"
-            adapter = folder / way.run / "adapter"
-            made = merge(
-                MergeSettings(
-                    model=settings.model, adapter=adapter, out=out, into=way.into, onto=way.onto, force=force
-                ),
-                silent,
-            )
-            found[name] = {"bytes": made.bytes}
-            if made.survived:
-                whole = overall(made.survived)
-                found[name] |= {figure: getattr(whole, figure) for figure in SURVIVING}
-            found[name]["loss"] = validation(out, read.held_out, read.precision.dtype, settings.batch_size)
+        if name not in found:
+            display.fact("merging", f"{folder}: {name}")
+            found[name] = _measured(way, settings, folder / way.run / "adapter", read, silent)
+            write_object(kept, {one: found[one] for one in WAYS if one in found})
     merged, as_trained = found[MERGED_AWARE]["loss"], results[AWARE]["val_after"]
     if abs(merged - as_trained) > SAME_LOSS:
         raise WrongResultError(f"{folder}: {AWARE} is {as_trained:.6f} as it trained, and {merged:.6f} merged")
     return found
+
+
+def _measured(way: Way, settings: Settings, adapter: Path, read: Material, silent: Display) -> dict[str, Any]:
+    """Merge in a way; read what came of it, and validate it."""
+    with tempfile.TemporaryDirectory() as directory:
+        out, force = Path(directory, "model"), way.into == "4bit"
+        made = merge(
+            MergeSettings(model=settings.model, adapter=adapter, out=out, into=way.into, onto=way.onto, force=force),
+            silent,
+        )
+        loss = validation(out, read.held_out, read.precision.dtype, settings.batch_size)
+    survived = overall(made.survived) if made.survived else None
+    figures = {figure: getattr(survived, figure) for figure in SURVIVING} if survived else {}
+    return {"loss": loss, "bytes": made.bytes, **figures}
 
 
 def records(by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]], steps: int) -> list[dict[str, Any]]:

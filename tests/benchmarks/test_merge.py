@@ -58,10 +58,10 @@ def test_runs_are_trained_merged_and_validated_once(tiny, tmp_path, capsys):
     original = found["merged, 4 bits, onto original"]
     assert original["kept"] > found["merged, 4 bits, onto dequantized"]["kept"]
     assert not list(tmp_path.glob("**/model/*.safetensors")), "a merged model is left"
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*")}
     capsys.readouterr()
     main([str(one) for one in (*options, "--steps", "3")])
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*/*")} == times
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*")} == times
     assert [one["losses"] for one in json.loads(file.read_text())] == [one["losses"] for one in found.values()]
     with pytest.raises(SystemExit, match="is a run with other settings; give --runs another folder"):
         main([str(one) for one in (*options, "--steps", "4")])
