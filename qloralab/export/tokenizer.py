@@ -52,7 +52,7 @@ def describe(tokenizer: Any, rows: int, writer: Any, pre: str | None = None) -> 
         raise UserError(f"the tokenizer is {kind}; byte-level BPE alone is written as GGUF")
     pre = pre or _splitting(fields)
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [TokenType.UNUSED] * rows
-    for token, number in tokenizer.get_vocab().items():
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda one: one[1]):
         if number >= rows:
             raise UserError(f"token {token!r} has the number {number}, and the embedding {rows} rows")
         tokens[number], types[number] = token, TokenType.NORMAL
