@@ -19,6 +19,7 @@ import typer
 from . import __version__
 from .errors import UserError
 from .evaluate.settings import EvalSettings
+from .export.settings import ExportSettings
 from .inspection.settings import InspectSettings
 from .interrupt import STATUS, stopping_at_once
 from .merge.settings import MergeSettings
@@ -310,6 +311,23 @@ def merge(**options: Any) -> None:
         from .merge.run import merge as run
 
     run(MergeSettings(**{**options, "model": options["model"] or default_model()}))
+
+
+@app.command()
+@_takes(ExportSettings)
+def export(**options: Any) -> None:
+    """Write a model, or an adapter, as a GGUF file.
+
+    It is what llama.cpp opens, and transformers. A directory streams, one tensor after the other; 4-bit weights are
+    dequantized.
+    """
+    if options["gguf"] is None:
+        raise UserError("Missing option '--gguf'.")
+    with _loading(sys.stdout):
+        from .checkpoint.models import default_model
+        from .export.run import export as run
+
+    run(ExportSettings(**{**options, "model": options["model"] or default_model()}))
 
 
 @app.command()

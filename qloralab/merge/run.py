@@ -3,7 +3,8 @@
 Training saw the dequantized weights W', and the adapter has learned to repair them as well. So it is W' to which the
 update is added, W' + scaling * B A in float32, rounded once to bfloat16; layers that were quantized and have no adapter
 are dequantized too, and everything else is in bfloat16, as training read it. ``--onto original`` adds to the weights
-before they were quantized.
+before they were quantized. Into 4 bits that is the default, where the model is dense and training did not pass the
+quantizer: of an update to dequantized weights next to nothing would survive.
 
 A directory of dense weights streams (``checkpoint/rewrite.py``), so memory follows the largest tensor. A GGUF file, and
 a directory with 4-bit weights, is loaded whole first.
@@ -63,6 +64,10 @@ from .table import show
 from .trained_on import TrainedOn, described
 
 REPORT = "merge.json"
+_ONTO = {
+    "dequantized": "the dequantized weights, which training saw",
+    "original": "the original weights, before they are quantized",
+}
 _PIECES = 4  # of the text, of 256 tokens at most
 
 
@@ -104,6 +109,7 @@ def merge(settings: MergeSettings, display: Display | None = None) -> Result:
     if (kind := trained.data_type) and settings.into == "4bit" and not (kind.is_plain and kind.codebook in KNOWN):
         raise UserError(f"--into 4bit writes {' and '.join(KNOWN)} alone, and this is {described(kind)}; use bf16")
     display.fact("trained on", trained.said)
+    display.fact("onto", _ONTO[trained.onto])
     if trained.merge_aware and settings.into == "bf16":
         display.fact("note", "the run was merge-aware: what it trained is --into 4bit")
     start = time.perf_counter()
@@ -174,7 +180,7 @@ class _Merging:
     def _merged(self, layer: str, weight: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
         adapter, scaling = self.adapters.get(layer), self.config.scaling
         base = weight if isinstance(weight, QuantizedTensor) else self._quantized(layer, weight)
-        onto_base = base is not None and self.settings.onto == "dequantized"
+        onto_base = base is not None and self.trained.onto == "dequantized"
         if base is not None and layer in self.written:
             if adapter is None:
                 return base
@@ -187,13 +193,13 @@ class _Merging:
         if base is not None and (onto_base or isinstance(weight, QuantizedTensor)):
             weight = base.dequantize(torch.float32)
         assert isinstance(weight, Tensor)
-        if self.trained.data_type is not None and self.settings.onto == "dequantized" and base is None:
+        if self.trained.data_type is not None and self.trained.onto == "dequantized" and base is None:
             weight = weight.to(DENSE_DTYPE)  # a layer that stayed dense, as the run read it
         return (weight if adapter is None else merged_weight(weight, *adapter, scaling)).to(DENSE_DTYPE)
 
     def _quantized(self, layer: str, weight: Tensor) -> QuantizedTensor | None:
         """What training saw of a dense weight; None where it saw that, or nobody asks."""
-        if layer not in self.quantized or (self.settings.onto == "original" and layer not in self.written):
+        if layer not in self.quantized or (self.trained.onto == "original" and layer not in self.written):
             return None
         assert self.trained.data_type is not None
         return quantize(weight.to(DENSE_DTYPE), self.trained.data_type, name=f"{layer}.weight")
@@ -204,11 +210,13 @@ class _Merging:
             return
         whole = overall(self.survived)
         if whole.kept < LEAST_KEPT and not self.settings.force and not self.trained.merge_aware:
+            original = "" if self.trained.packed or self.trained.onto == "original" else " or --onto original"
             raise UserError(
-                f"4 bits would keep {whole.kept:.3f} of the adapter; merge --into bf16 or --onto original, train with "
+                f"4 bits would keep {whole.kept:.3f} of the adapter; merge --into bf16{original}, train with "
                 "finetune --merge-aware, or give --force"
             )
         settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.settings).items()}
+        settings["onto"] = self.trained.onto
         kind = self.trained.data_type
         report = {
             "settings": settings,

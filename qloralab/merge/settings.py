@@ -30,7 +30,13 @@ class MergeSettings:
     into: Annotated[Into, Option(help="Dense weights, or weights in 4 bits again, where little of it survives.")] = (
         "bf16"
     )
-    onto: Annotated[Onto, Option(help="The weights that training saw, or those that it quantized.")] = "dequantized"
+    onto: Annotated[
+        Onto | None,
+        Option(
+            help="The weights that training saw, or those that it quantized.",
+            show_default="dequantized; 4bit of a dense model: original",
+        ),
+    ] = None
     data_type: Annotated[
         str | None, Option(help="That the run trained on: a name, or FILE.py:NAME.", show_default="the run's, else nf4")
     ] = None
@@ -54,7 +60,7 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         for name, choices in (("into", get_args(Into)), ("onto", get_args(Onto))):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and (name, self.onto) != ("onto", None):
                 raise UserError(f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if self.into == "bf16":
             self.refuse("--into bf16 loses nothing of the adapter", "activations", "force")

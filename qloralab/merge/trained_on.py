@@ -16,7 +16,7 @@ from ..checkpoint.opened import run_of
 from ..data_types import named_data_type
 from ..errors import UserError
 from ..settings import DATA_TYPE
-from .settings import MergeSettings
+from .settings import MergeSettings, Onto
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ class TrainedOn:
         skip: modules that stayed dense.
         packed: whether the model's directory holds the 4-bit weights.
         merge_aware: whether it was trained through the quantizer, so that 4 bits lose nothing.
-        said: the same in words.
+        onto: the weights that the update is added to: "dequantized" or "original".
+        said: what training saw, in words.
     """
 
     data_type: DataType | None
     skip: tuple[str, ...]
     packed: bool
     merge_aware: bool
+    onto: Onto
     said: str
 
     @classmethod
@@ -51,7 +53,12 @@ class TrainedOn:
             settings.refuse_quantization(f"{settings.model} holds 4-bit weights")
             if settings.onto == "original":
                 raise UserError(f"--onto original needs the dense model; {settings.model} holds 4-bit weights")
-            return cls(None, (), True, aware, "the 4-bit weights of the model")
+            return cls(None, (), True, aware, "dequantized", "the 4-bit weights of the model")
+        onto = settings.onto or ("original" if settings.into == "4bit" and not aware else "dequantized")
+        if settings.activations and onto == "original":
+            raise UserError(
+                "--activations goes with --onto dequantized, and original is the default here; give --onto dequantized"
+            )
         options = settings.data_type, settings.block_size, settings.double_quant
         where = settings.adapter.absolute().parent / "config.json"
         if run.get("data_type") is not None:
@@ -61,14 +68,15 @@ class TrainedOn:
                 skip = tuple(run["skip"])
             except (KeyError, TypeError) as error:
                 raise FormatError("does not say how the run quantized", file=where, field=str(error)) from None
-            return cls(kind, skip, False, aware, f"{described(kind)}, says {where}")
+            return cls(kind, skip, False, aware, onto, f"{described(kind)}, says {where}")
         kind = named_data_type(settings.data_type or DATA_TYPE, *options[1:])
         if run.get("method") == "lora":
             if settings.into == "bf16":
                 settings.refuse_quantization(f"{where} says that the run trained beside dense weights")
-            return cls(kind if settings.into == "4bit" else None, (), False, aware, f"dense weights, says {where}")
+            kept = kind if settings.into == "4bit" else None
+            return cls(kept, (), False, aware, onto, f"dense weights, says {where}")
         how = "as the options say" if options != (None, None, None) else "the default: no run's config.json says more"
-        return cls(kind, (), False, aware, f"{described(kind)}, {how}")
+        return cls(kind, (), False, aware, onto, f"{described(kind)}, {how}")
 
 
 def described(kind: DataType) -> str:

@@ -144,6 +144,19 @@ def test_training_mode_has_no_dropout_and_lets_gradients_through():
     assert unmerge_(model.eval())[0].base_layer.training is False
 
 
+def test_a_merged_layer_follows_the_mode_of_its_layer():
+    for mode in (True, False):
+        model = adapted(nn.Sequential(nn.Linear(64, 8))).train(mode)
+        assert merge_(model)[0].training is mode
+        assert unmerge_(model)[0].training is mode
+
+
+def test_adapters_come_back_on_the_device_that_the_model_is_on():
+    model = merge_(adapted(base(True))).to("meta")
+    unmerge_(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_a_merged_layer_does_not_train():
     model = merge_(adapted(quantize_(nn.Sequential(nn.Linear(64, 8)))))
     model.requires_grad_(True)
@@ -217,5 +230,9 @@ def test_what_cannot_be_merged_is_refused_and_unchanged():
     with pytest.raises(ValueError, match=r"^0 is on the meta device"):
         merge_(meta)
     assert isinstance(meta[0], LoRALinear)
+    sharded = adapted(nn.Sequential(nn.Linear(64, 64)))
+    sharded[0].lora_A.data = torch.empty(0)  # as FSDP leaves it between two calls
+    with pytest.raises(ValueError, match=r"^0: its adapter is sharded; gather it before merging$"):
+        merge_(sharded)
     with pytest.raises(ValueError, match="is itself a layer with an adapter"):
         merge_(adapted(nn.Sequential(nn.Linear(64, 64)))[0])

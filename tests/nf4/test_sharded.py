@@ -142,16 +142,15 @@ answer = [held, full - before, resident() - before, sum(map(local_bytes, large.p
 
 
 def test_layers_that_share_a_weight_go_on_sharing_it():
-    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64, bias=False)})
+    model: Any = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64, bias=False)})
     model["b"].weight = model["a"].weight
     quantize_(model, compute_dtype=torch.float32)
     inject_(model, LoraConfig(r=2, lora_alpha=4, target_modules=["a"]))
     x = torch.randn(3, 64)
     before = [model[name](x) for name in "ab"]
-    layer: Any = model["b"]
-    weight = layer.weight
+    weight = model["b"].weight
     shardable_(model)
-    a, b = model.get_submodule("a.base_layer"), model.get_submodule("b")
+    a, b = model["a"].base_layer, model["b"]
     assert isinstance(a, ShardableLinear)
     assert isinstance(b, ShardableLinear)
     assert a.packed is b.packed

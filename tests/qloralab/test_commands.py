@@ -64,7 +64,8 @@ def test_help(program):
     assert (status, err) == (0, "")
     commands = out.partition("Commands:")[2]
     assert re.findall(r"^  (\w+)  +[A-Z].*\.$", commands, re.MULTILINE) == [
-        "finetune", "generate", "report", "eval", "inspect", "quantize", "merge", "memory", "parity", "doctor", "sass"
+        "finetune", "generate", "report", "eval", "inspect", "quantize", "merge", "export", "memory", "parity",
+        "doctor", "sass",
     ]  # fmt: skip
     assert program("--help") == (0, out, "")
     status, out, _ = program("finetune", "--help")
@@ -89,6 +90,7 @@ def test_version(program):
         "eval --help",
         "inspect --help",
         "merge --help",
+        "export --help",
     ],
 )
 def test_what_needs_no_torch_loads_none(line):

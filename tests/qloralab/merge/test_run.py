@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,20 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from qloralab import inject_, load_adapter_, load_quantized, quantize, quantize_, save_adapter
-from qloralab.checkpoint.models import load_model, quiet
+from qloralab.benchmarks.quantize import Shape, make
+from qloralab.checkpoint.models import load_model, load_tokenizer, quiet
 from qloralab.checkpoint.opened import Source
 from qloralab.compute import precision, run_device
 from qloralab.data_types import named_data_type
 from qloralab.display import Display
 from qloralab.errors import UserError
+from qloralab.export.run import export
+from qloralab.export.settings import ExportSettings
 from qloralab.lora.config import LoraConfig
 from qloralab.lora.inject import adapters, wrap_
 from qloralab.lora.merged_weight import merged_quantized
@@ -211,7 +218,7 @@ class TestInto4Bits:
         """The merged weight in float32, quantized as the base is; the rest is the base."""
         some = write_adapter(model_dir, tmp_path / "some", 0.5, target_modules=["q_proj", "up_proj"])
         model = four_bits(model_dir, tmp_path / "packed") if from_4bit else model_dir
-        result = run(adapter=some, into="4bit", model=model)
+        result = run(adapter=some, into="4bit", model=model, onto="dequantized")
         memory, file = trained(model_dir, some), load_quantized(tmp_path / "out")
         bitsandbytes: Any = plain(tmp_path / "out")
         for name in linear_names(memory):
@@ -230,14 +237,14 @@ class TestInto4Bits:
 
     def test_too_little_of_it_is_refused_without_force(self, model_dir, run, tmp_path, refusal):
         small = write_adapter(model_dir, tmp_path / "small", 3e-3)
-        message = refusal(run, adapter=small, into="4bit")
+        message = refusal(run, adapter=small, into="4bit", onto="dequantized")
         assert re.fullmatch(
             r"4 bits would keep 0\.\d\d\d of the adapter; merge --into bf16 or --onto original, train with finetune "
             r"--merge-aware, or give --force",
             message,
         )
         assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
-        result = run(adapter=small, into="4bit", force=True)
+        result = run(adapter=small, into="4bit", onto="dequantized", force=True)
         report = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert report["overall"]["kept"] < 0.5
         assert f"{report['overall']['kept']:.3f}" in message
@@ -246,12 +253,24 @@ class TestInto4Bits:
         assert report["overall"]["output_error"] is None
         assert report["trained_on"]["codebook"] == "nf4"
 
+    @pytest.mark.parametrize("onto", [None, "original"])
+    def test_nothing_is_advised_that_is_done_or_cannot_be(self, onto, model_dir, four_bits, run, tmp_path, refusal):
+        """Of 4-bit weights there is no original; where it is the original, it is no advice."""
+        model, options = tmp_path / "model", {} if onto is None else {"double_quant": False}
+        if onto is None:
+            four_bits(model_dir, model)
+        else:
+            load_model(model_dir).save_pretrained(model)
+        small = write_adapter(model_dir, tmp_path / "small", 3e-3 if onto is None else 1e-9)
+        advised = "merge --into bf16, train with finetune --merge-aware, or give --force"
+        assert refusal(run, model=model, adapter=small, into="4bit", onto=onto, **options).endswith(advised)
+
     def test_other_data_types_are_refused(self, run, refusal):
         said = "--into 4bit writes nf4 and fp4 alone, and this is int4 in blocks of 64, double quantization; use bf16"
         assert refusal(run, into="4bit", data_type="int4") == said
 
-    def test_the_original_weights_are_under_it(self, model_dir, adapter, run, tmp_path):
-        kept = overall(run(into="4bit", onto="original").survived).kept
+    def test_the_original_weights_are_under_it_by_default(self, model_dir, adapter, run, tmp_path):
+        kept = overall(run(into="4bit").survived).kept
         assert 0.9 < kept < 1.1  # as a mean over weights that lie anywhere between two values
         name = "model.layers.1.mlp.up_proj"
         layer = adapters(load_adapter_(load_model(model_dir), adapter))[name]
@@ -261,8 +280,8 @@ class TestInto4Bits:
 
     def test_the_table_and_the_activations(self, model_dir, adapter, tmp_path, watched):
         display, printed = watched()
-        options = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out", "into": "4bit", "force": True}
-        result = merge(MergeSettings(**options, activations=True), display)
+        options: Any = {"model": model_dir, "adapter": adapter, "out": tmp_path / "out", "into": "4bit", "force": True}
+        result = merge(MergeSettings(**options, onto="dequantized", activations=True), display)
         lines = [line.split() for line in printed().splitlines() if re.match(r" *(all layers|model\.)", line)]
         assert len(lines) == 6
         assert lines[-1][:2] == ["all", "layers"]
@@ -285,7 +304,48 @@ def test_what_would_be_ignored_is_refused(refusal):
     for name, value in {"data_type": "nf4", "block_size": 64, "double_quant": False}.items():
         said = f"--{name.replace('_', '-')} would be ignored: --onto original quantizes nothing; leave it out"
         assert refusal(settings, onto="original", **{name: value}) == said
-    assert "--activations would be ignored" in refusal(settings, into="4bit", onto="original", activations=True)
+    said = "--activations would be ignored: it goes with --onto dequantized; leave it out"
+    assert refusal(settings, into="4bit", onto="original", activations=True) == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "onto"),
+    [
+        ("none", {}, "dequantized"),
+        ("none", {"into": "4bit"}, "original"),
+        ("none", {"into": "4bit", "onto": "dequantized", "force": True}, "dequantized"),
+        ("lora", {"into": "4bit"}, "original"),
+        ("merge-aware", {"into": "4bit"}, "dequantized"),
+        ("merge-aware", {"into": "4bit", "onto": "original"}, "original"),
+        ("packed", {"into": "4bit"}, "dequantized"),
+    ],
+)
+def test_what_the_update_is_added_to(
+    kind, options, onto, model_dir, adapter, settings, four_bits, tmp_path, watched, silent
+):
+    """By default what training saw; into 4 bits the original weights, but for those that are there in 4 bits alone."""
+    if kind in ("lora", "merge-aware"):
+        own = {"method": "lora"} if kind == "lora" else {"merge_aware": True, "lora_dropout": None}
+        finetune(settings(steps=2, lr=0.1, **own), silent)
+        adapter = tmp_path / "run" / "adapter"
+    model = four_bits(model_dir, tmp_path / "packed") if kind == "packed" else model_dir
+    display, printed = watched()
+    merge(MergeSettings(model=model, adapter=adapter, out=tmp_path / "out", **options), display)
+    assert re.search(rf"^ +onto  the {onto} weights, ", printed(), re.MULTILINE)
+    if options:
+        assert json.loads((tmp_path / "out" / "merge.json").read_text())["settings"]["onto"] == onto
+        name = "model.layers.1.mlp.up_proj"
+        layer, weight = adapters(load_adapter_(load_model(model_dir), adapter))[name], f"{name}.weight"
+        start = Checkpoint(model_dir).tensor(weight)
+        expected = merged_quantized(
+            quantize(start.bfloat16()), layer.lora_A, layer.lora_B, 2.0, start if onto == "original" else None
+        )
+        assert torch.equal(Checkpoint(tmp_path / "out").quantized(weight).codes(), expected.codes())
+
+
+def test_activations_of_the_original_weights_are_refused(run, refusal):
+    said = "--activations goes with --onto dequantized, and original is the default here; give --onto dequantized"
+    assert refusal(run, into="4bit", activations=True) == said
 
 
 def test_what_does_not_fit_is_refused(model_dir, run, tmp_path, refusal, write_model):
@@ -351,3 +411,108 @@ def test_a_merge_aware_run_is_merged_into_the_bits_that_it_trained(
     with pytest.raises(UserError, match=r"was trained merge-aware, and .* is dense; merge-aware training takes"):
         Source.of(model_dir, None, options["adapter"], silent).open(precision("auto", run_device()), silent)
     assert not torch.equal(logits(file), logits(quantize_(load_model(model_dir), compute_dtype=model.dtype)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("options", [{}, {"into": "4bit"}], ids=["bf16", "4bit"])
+def test_a_gguf_file_is_merged_as_its_directory_is(kind, options, exportable, tmp_path, silent):
+    """Loaded whole or streamed: the same tensors, biases among them, and the tokenizer from the file."""
+    directory, file = exportable(kind, torch.bfloat16), tmp_path / "model.gguf"
+    export(ExportSettings(model=directory, gguf=file), silent)
+    adapter = write_adapter(directory, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    for model in (directory, file):
+        out = tmp_path / model.name
+        merge(MergeSettings(model=model, adapter=adapter, out=out.with_suffix(".out"), **options), silent)
+    one, other = (Checkpoint(tmp_path / f"{name}.out") for name in (directory.name, "model"))
+    assert {*one.names()} == {*other.names()}
+    assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.names())
+    first, second = (load_tokenizer(path) for path in (directory, tmp_path / "model.out"))
+    assert first("It is red").input_ids == second("It is red").input_ids
+
+
+def test_what_is_no_parameter_or_is_kept_in_float32_keeps_its_dtype(exportable, tmp_path, silent, monkeypatch):
+    directory = exportable("llama", torch.bfloat16)
+    adapter = write_adapter(directory, tmp_path / "adapter")
+    tensors = load_file(directory / "model.safetensors")
+    frequencies, positions = "model.layers.0.self_attn.rotary_emb.inv_freq", "model.embeddings.position_ids"
+    extra = {frequencies: torch.rand(8), positions: torch.arange(8)}
+    norms = {name: tensor.float() for name, tensor in tensors.items() if name.endswith("input_layernorm.weight")}
+    save_file(tensors | extra | norms, directory / "model.safetensors")
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    merge(MergeSettings(model=directory, adapter=adapter, out=tmp_path / "out"), silent)
+    after = Checkpoint(tmp_path / "out")
+    for name, tensor in (extra | norms).items():
+        assert after.tensor(name).dtype == tensor.dtype
+        assert torch.equal(after.tensor(name), tensor)
+    assert after.tensor("model.norm.weight").dtype == torch.bfloat16
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["dtype"] == "bfloat16"
+    assert "torch_dtype" not in fields
+
+
+def test_the_older_name_of_the_dtype_does_not_stay(model_dir, adapter, run, tmp_path):
+    old = shutil.copytree(model_dir, tmp_path / "old")
+    fields = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({**fields, "torch_dtype": "float16"}))
+    run(model=old)
+    assert "torch_dtype" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_layers_that_transformers_never_quantizes_are_written_dense(model_dir, adapter, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["down_proj"])
+    result = run(into="4bit")
+    packed = {name.split(".")[-2] for name in Checkpoint(tmp_path / "out").quantized_names()}
+    assert packed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    assert len(result.survived) == 12
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert any("down_proj" in name for name in skipped["llm_int8_skip_modules"])
+
+
+def test_of_a_merge_aware_run_nothing_is_refused(model_dir, settings, tmp_path, silent, refusal):
+    """However little of the update moves a code: it is what was trained."""
+    finetune(settings(merge_aware=True, lora_dropout=None, steps=1, lr=1e-4), silent)
+    aware = tmp_path / "run" / "adapter"
+    result = merge(MergeSettings(model=model_dir, adapter=aware, out=tmp_path / "out", into="4bit"), silent)
+    assert overall(result.survived).kept < 0.5
+    other = shutil.copytree(aware, tmp_path / "other" / "adapter")  # whose run nobody knows
+    options: dict[str, Any] = {"model": model_dir, "adapter": other, "into": "4bit", "onto": "dequantized"}
+    assert "4 bits would keep" in refusal(merge, MergeSettings(**options, out=tmp_path / "again"), silent)
+
+
+_IN_A_PROCESS = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+from qloralab.display import Display
+from qloralab.merge.run import merge
+from qloralab.merge.settings import MergeSettings
+
+model, adapter, out = map(Path, sys.argv[1:])
+for into in ("bf16", "4bit"):
+    settings = MergeSettings(model=model, adapter=adapter, out=out / into, into=into)
+    peak = merge(settings, Display(Console(file=io.StringIO()))).peak_mb
+print(peak)
+"""
+
+
+@pytest.mark.slow
+def test_memory_follows_the_largest_tensor_not_the_model(tmp_path):
+    """The peak of a process that merges 284 MB in bfloat16, beside that of one that merges 15 MB."""
+    sizes, peaks = [], []
+    for layers in (1, 20):
+        model, adapter = tmp_path / f"model-{layers}", tmp_path / f"adapter-{layers}"
+        sizes.append(make(model, Shape(hidden=768, intermediate=2048, vocabulary=256, layers=layers)) / 1e6)
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+        parts = {
+            f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{part}.weight": torch.randn(shape) / 100
+            for layer in range(layers)
+            for part, shape in (("A", (2, 768)), ("B", (2048, 2)))
+        }
+        save_file(parts, adapter / "adapter_model.safetensors")
+        words = [sys.executable, "-c", _IN_A_PROCESS, model, adapter, tmp_path / f"out-{layers}"]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(float(done.stdout))
+    assert sizes[1] - sizes[0] > 250
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4

@@ -99,3 +99,12 @@ def test_outputs_are_those_of_base_and_adapter_on_what_each_layer_sees():
         for value, expected in zip(vars(found[name]).values(), sums, strict=True):
             assert value == pytest.approx(float(expected.double().square().sum()), rel=1e-4)
     assert not model.up._forward_hooks
+
+
+def test_outputs_are_of_layers_in_4_bits_alone_and_progress_counts_them_in_each_text():
+    model = _Model()
+    model = inject_(quantize_(model, compute_dtype=torch.float32, skip=["down"]), LoraConfig(2, 4))
+    calls: list[tuple[int, int]] = []
+    found = outputs(model, [Encoded(one, one, "") for one in ([1, 2], [3], [4])], lambda *done: calls.append(done))
+    assert [*found] == ["up"]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
