@@ -31,6 +31,9 @@ class ShardableLinear(QuantizedLinear):
         packed, scales: see ``Packed``; parameters that do not train, as absmax2 is where there is one.
     """
 
+    packed: Tensor
+    scales: Tensor
+
     def __init__(self, layer: QuantizedLinear, parts: dict[str, nn.Parameter]):
         super().__init__(layer.weight, layer.bias, layer.compute_dtype)
         self.follows_device = layer.follows_device
