@@ -23,7 +23,7 @@ def given(program, monkeypatch, tmp_path, model_dir):
     def call(text: str | bytes, *words):
         seen: list[Settings] = []
 
-        def stop(settings):
+        def stop(settings, processes):
             seen.append(settings)
             raise ENOUGH
 
