@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -15,6 +16,8 @@ import qloralab as ql
 from qloralab.kernels.gpu import choice, operators, self_check, tile_cache, two_pass
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
+from qloralab.nf4.linear import QuantizedLinear
+from qloralab.nf4.sharded import shardable_
 
 N, K = SHAPE = (64, 128)
 CLOSE = 0.006  # bfloat16 products with weights that are rounded elsewhere, root mean square over that of the result
@@ -77,6 +80,21 @@ def test_a_measured_choice_is_followed(device, launched, measured):
     assert launched == ["linear", "linear_grad_input"]
     assert error(y, F.linear(x.float(), W, bias.float())) < CLOSE
     assert error(dx, grad.float() @ W) < CLOSE
+
+
+def test_a_weight_that_is_whole_for_a_product_only_has_no_tiles(device, launched, measured):
+    """Those of fully_shard: tiles would keep all of what is shared. The product is the two-pass one."""
+    measured(16)
+    model: Any = nn.Sequential(QuantizedLinear(weight(device)))
+    x, _, _ = inputs(device)
+    fused = operators.linear(x, *model[0].weight.operands(), None)
+    assert launched == ["linear"]
+    shardable_(model)
+    launched.clear()
+    before = len(tile_cache._tiles)
+    assert error(operators.linear(x, *model[0].weight.operands(), None), fused) < CLOSE
+    assert launched == ["two-pass"]
+    assert len(tile_cache._tiles) == before
 
 
 def test_an_adapter_is_in_the_fused_products(device, launched, measured):
