@@ -84,7 +84,9 @@ def main() -> None:
     for trial in asked["trials"]:
         out = Path(trial["out"])
         seconds = trial.get("moment", 1e9) * whole
-        status, _ = in_a_fork(lambda: begin(str(out), trial.get("call")), out, seconds)  # noqa: B023  it has ended
+        status, took = in_a_fork(lambda: begin(str(out), trial.get("call")), out, seconds)  # noqa: B023  it has ended
+        if status == 0:  # before it could be killed: the machine has less to do than it had
+            whole = min(whole, took)
         lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
         found = {"killed": status == signal.SIGKILL, "steps": len(lines) - 1}
         if not (out / "config.json").exists():  # it was killed before it began
