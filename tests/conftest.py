@@ -7,10 +7,13 @@ algorithms are on, so every test runs with them on. That also turns an operation
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 # Read by the libraries when they are imported, hence before them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -97,3 +100,27 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def two_processes(tmp_path: Path) -> Callable[[str, Sequence[str]], list[Any]]:
+    """Runs code in two processes that share a gloo group: ``two_processes(code, modules)``; what each called `answer`.
+
+    The code finds its ``rank``, and a ``folder``. The modules are imported before it runs.
+    """
+
+    def run(code: str, modules: Sequence[str]) -> list[Any]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*modules, "torch.distributed.fsdp", "qloralab.kernels.cpu.library"])
+        processes = []
+        for rank in range(2):
+            tail = f"\ntorch.save(answer, '{tmp_path}/answer-{rank}')\ndist.barrier()\ndist.destroy_process_group()\n"
+            processes.append(context.Process(target=exec, args=(code + tail, {"folder": tmp_path, "rank": rank})))
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0, "what it wrote to stderr is above"
+        return [torch.load(tmp_path / f"answer-{rank}") for rank in range(2)]
+
+    return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,25 +43,12 @@ def layers(**options):
 """
 
 
-def two_processes(code: str, folder: Path) -> list[Any]:
-    """What both processes have called `answer` in this code."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "qloralab.lora.inject", "qloralab.kernels.cpu.library"])
-    processes = []
-    for rank in range(2):
-        tail = f"\ntorch.save(answer, '{folder}/answer-{rank}')\ndist.barrier()\ndist.destroy_process_group()\n"
-        processes.append(context.Process(target=exec, args=(CODE + code + tail, {"folder": folder, "rank": rank})))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    return [torch.load(folder / f"answer-{rank}") for rank in range(2)]
+MODULES = ["qloralab.lora.inject"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_bits_of_one_process(name, tmp_path):
+def test_the_bits_of_one_process(name, two_processes):
     """Forward, both gradients, and the bytes themselves, after they were split, gathered and let go."""
     code = f"""
 options = {SETTINGS[name]!r}
@@ -91,13 +76,13 @@ for mine, its in zip(one, shared, strict=True):
             answer += [isinstance(found, DTensor), found.dtype == tensor.dtype, torch.equal(whole(found), tensor)]
             answer.append(local_bytes(found) < tensor.nbytes or rank == 0)
 """
-    for found in two_processes(code, tmp_path):
+    for found in two_processes(CODE + code, MODULES):
         assert len(found) > 20
         assert all(found)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
-def test_files_and_processes(tmp_path):
+def test_files_and_processes(two_processes):
     """What processes share is read by part_of without a word to each other, is whole again, and one process writes."""
     code = """
 one, shared = layers(), layers()
@@ -113,12 +98,12 @@ if rank == 0:
     answer.append(read[0] == read[1])
 answer.append(os.path.exists(f"{folder}/adapter-of-1") is False)
 """
-    assert all(all(found) for found in two_processes(code, tmp_path))
+    assert all(all(found) for found in two_processes(CODE + code, MODULES))
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.slow
-def test_a_process_lets_go_of_what_the_other_has(tmp_path):
+def test_a_process_lets_go_of_what_the_other_has(two_processes):
     """Resident memory, 100 MB of packed weights: half of them are given back to the system."""
     code = """
 def resident():
@@ -135,7 +120,7 @@ for layer in large:
     fully_shard(layer)
 answer = [held, full - before, resident() - before, sum(map(local_bytes, large.parameters()))]
 """
-    for held, full, after, local in two_processes(code, tmp_path):
+    for held, full, after, local in two_processes(CODE + code, MODULES):
         assert local == pytest.approx(held / 2, rel=0.001)
         assert full > 0.95 * held
         assert after < 0.65 * held

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -46,24 +42,10 @@ def same(found, expected):
 """
 
 
-def two_processes(code: str, folder: Path) -> list[Any]:
-    """What both processes have called `answer` in this code."""
-    context = multiprocessing.get_context("forkserver")
-    modules = ("torch.distributed.fsdp", "torch.distributed.checkpoint", "qloralab.optim.paged_adamw")
-    context.set_forkserver_preload([*modules, "qloralab.kernels.cpu.library"])  # imported, and nothing done yet
-    processes = []
-    for rank in range(2):
-        tail = f"\ntorch.save(answer, '{folder}/answer-{rank}')\ndist.barrier()\ndist.destroy_process_group()\n"
-        processes.append(context.Process(target=exec, args=(CODE + code + tail, {"folder": folder, "rank": rank})))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0, "what it wrote to stderr is above"
-    return [torch.load(folder / f"answer-{rank}") for rank in range(2)]
+MODULES = ["torch.distributed.checkpoint", "qloralab.optim.paged_adamw"]
 
 
-def test_steps_and_states_are_those_of_torch(tmp_path):
+def test_steps_and_states_are_those_of_torch(two_processes):
     """Steps, a checkpoint by torch.distributed, and what torch's AdamW goes on from."""
     code = """
 ours, theirs = parameters(), parameters()
@@ -101,12 +83,12 @@ for step in range(3):
     alone.step()
 answer["lion"] = all(torch.equal(a, b) for a, b in zip(whole(shared, lion), whole(plain, alone), strict=True))
 """
-    for answer in two_processes(code, tmp_path):
+    for answer in two_processes(CODE + code, MODULES):
         assert answer == dict.fromkeys(answer, True)
         assert len(answer) == 4
 
 
-def test_fully_shard_and_what_both_have_to_agree_on(tmp_path):
+def test_fully_shard_and_what_both_have_to_agree_on(two_processes):
     code = """
 def model():
     torch.manual_seed(1)
@@ -145,7 +127,7 @@ params[1].grad = distribute_tensor(grads[1][1], mesh, [Replicate()])
 answer["refused"] = [caught(lambda: ql.PagedAdamW(params, state_bits=8)), caught(optimizer.step)]
 answer["untouched"] = all(torch.equal(p.full_tensor(), b) for p, b in zip(params, before))
 """
-    answers = two_processes(code, tmp_path)
+    answers = two_processes(CODE + code, MODULES)
     for answer in answers:
         narrow, placed = answer.pop("refused")
         assert narrow == "ValueError: a parameter [7, 3] is a DTensor, which needs state_bits=32"
