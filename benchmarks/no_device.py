@@ -1,16 +1,16 @@
 """The GPU's operators on a machine that has none: everything that the host does, and nothing that a device would.
 
 Triton's driver is replaced by `Driver`: kernels are compiled for a real target, the JIT binds, looks up and launches as
-it always does, and the launcher counts instead of calling CUDA. The operators of ``kernels/gpu`` are registered for CPU
-tensors, instead of the C ones. What a kernel would have written is whatever the memory held; products that a GPU gives
-to cuBLAS run on the CPU, so shapes are to be small.
+it always does, and the launcher counts instead of calling CUDA. The operators of ``kernels/gpu`` serve CPU tensors, but
+for those that quantize. What a kernel would have written is whatever the memory held; products that a GPU gives to
+cuBLAS run on the CPU, so shapes are to be small.
 
-This changes the process for good: ``pretend`` is called before anything imports the operators, in a process of its own.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,25 +58,27 @@ class Driver:
         return torch.device("cpu")
 
 
-def pretend() -> None:
-    """Serve CPU tensors by the GPU's operators, from now on.
+@contextmanager
+def pretend() -> Iterator[None]:
+    """Serve eager calls with CPU tensors by the GPU's operators, inside the body. It is the whole process'."""
+    from qloralab.kernels.gpu import operators, self_check
+    from qloralab.lora import ops as lora_ops
+    from qloralab.nf4 import ops
+    from qloralab.nf4.operator import backend
 
-    Raises:
-        RuntimeError: the operators are registered already.
-    """
-    if "qloralab.kernels.cpu.operators" in sys.modules:
-        raise RuntimeError("the operators are registered already: pretend() comes first, in a process of its own")
-    active.set_active(Driver())
-    from qloralab.nf4.operator import Operator
-
-    register = Operator.on
-
-    def on(self: Operator, device: str, *around: Any) -> Any:
-        if device == "CPU" or self._name.startswith("quantize"):  # weights are to hold something
-            return lambda function: function
-        return register(self, "CPU", *around)
-
-    Operator.on = on
-    from qloralab.kernels.gpu import self_check
-
-    self_check._failure = lambda name, device: ""  # there are no results to check
+    found = {**vars(ops), **vars(lora_ops)}
+    implementations = [found[name].implementations for name in operators.KERNELS if not name.startswith("quantize")]
+    before = [dict(one) for one in implementations], self_check._failure
+    active.set_active(Driver())  # pyright: ignore[reportArgumentType]
+    self_check._failure = lambda *_: ""  # there are no results to check
+    for one in implementations:
+        one[backend("CPU")] = one[backend("CUDA")]
+    try:
+        yield
+    finally:
+        for one, right in zip(implementations, before[0], strict=True):
+            one.update(right)
+        self_check._failure = before[1]
+        self_check._passed.clear()
+        self_check._serving.clear()
+        active._active = None

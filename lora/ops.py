@@ -110,6 +110,7 @@ def _adapted_linear_fake(x, weight, bias, A, B, scaling, p, seed):
 def _keep_adapted(ctx, output, x, weight, bias, A, B, scaling, p, seed) -> None:
     _, h = output
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # of h there is none, and no zeros are to be made for it
     ctx.save_for_backward(x, h, *weight.tensors, A, B, seed)
     ctx.layout, ctx.scaling, ctx.p = weight.layout, scaling, p
 

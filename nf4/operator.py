@@ -38,6 +38,11 @@ def _bits(*names: str) -> int:
     return functools.reduce(int.__or__, keys)
 
 
+def backend(device: str) -> int:
+    """The bit of "CPU" or "CUDA"."""
+    return _bits(device) & _BACKENDS
+
+
 _BACKENDS = 0xFFFF
 # Dense memory, with autograd and autocast; not a view that is still to be negated, say.
 _PLAIN = _bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
@@ -49,13 +54,14 @@ class Operator(CustomOpDef):
 
     Attributes:
         reference: the definition in plain PyTorch, as a function of the arguments of the schema.
+        implementations: what ``on`` registered, likewise, by ``backend``.
     """
 
     def __init__(self, schema: str, reference: _Function):
         before, found, _ = schema.partition(packed.SCHEMA)
         self._at = before.count(",") if found else None  # where the weight is among the arguments
         self.reference = self._flat(reference)
-        self._by_backend: dict[int, _Function] = {}  # the implementations
+        self.implementations: dict[int, _Function] = {}
         self._eager: Any = None  # the autograd.Function
         super().__init__("qloralab", reference.__name__, schema, self.reference)
         self.register_kernel(None)(self.reference)
@@ -79,7 +85,7 @@ class Operator(CustomOpDef):
                 wants = wants or argument.requires_grad
                 keys |= _keys(argument) if type(argument) in _CLASSES else ~_PLAIN
         wants = wants and torch.is_grad_enabled()
-        run = None if keys & ~_PLAIN else self._by_backend.get(keys & _BACKENDS)
+        run = None if keys & ~_PLAIN else self.implementations.get(keys & _BACKENDS)
         if run is None or (wants and self._eager is None):
             return self._opoverload(*arguments)
         return self._eager.apply(*arguments) if wants else run(*arguments)
@@ -104,7 +110,7 @@ class Operator(CustomOpDef):
         self.register_autograd(all_gradients, setup_context=lambda ctx, inputs, output: keep_flat(ctx, output, *inputs))
 
         def forward(ctx, *arguments):
-            output = self._by_backend[_keys(arguments[0]) & _BACKENDS](*arguments)
+            output = self.implementations[_keys(arguments[0]) & _BACKENDS](*arguments)
             keep_flat(ctx, output, *arguments)
             return output
 
@@ -127,7 +133,7 @@ class Operator(CustomOpDef):
         def register(function: _Function) -> _Function:
             flat = self._flat(function) if around is None else around(self._flat(function))
             torch.library.impl(self._qualname, device, flat)
-            self._by_backend[_bits(device) & _BACKENDS] = flat
+            self.implementations[backend(device)] = flat
             return flat
 
         return register

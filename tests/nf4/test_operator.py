@@ -27,13 +27,13 @@ def eager(monkeypatch) -> list[str]:
     """The operators whose implementation was called past the dispatcher."""
     names: list[str] = []
     for operator in (ops.linear, ops.linear_grad_input, lora_ops.adapted_linear, lora_ops.dropout):
-        for backend, run in operator._by_backend.items():
+        for backend, run in operator.implementations.items():
 
             def noted(*arguments: Any, run=run, name=operator._name) -> Any:
                 names.append(name)
                 return run(*arguments)
 
-            monkeypatch.setitem(operator._by_backend, backend, noted)
+            monkeypatch.setitem(operator.implementations, backend, noted)
     return names
 
 
