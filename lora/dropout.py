@@ -57,9 +57,23 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return lanes.add(-32768) >= threshold(p) - 32768  # both shifted: int16 compares with a sign, and wraps
 
 
-def mask(x: Tensor, seed: Tensor, p: float) -> Tensor | None:
-    """The mask for x [..., K]: bool [tokens, K], or None where nothing is dropped."""
-    return keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p) if threshold(p) else None
+def seed_of(seed: Tensor | None, p: float) -> Tensor | None:
+    """The seed, where p drops something, else None.
+
+    Raises:
+        ValueError: something is dropped, and there is no seed.
+    """
+    if not threshold(p):
+        return None
+    if seed is None:
+        raise ValueError(f"dropout of {p} needs a seed")
+    return seed
+
+
+def mask(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+    """The mask for x [..., K]: bool [tokens, K], or None where nothing is dropped. Raises as ``seed_of``."""
+    seed = seed_of(seed, p)
+    return None if seed is None else keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], p)
 
 
 def kept(rows: Tensor, keep: Tensor | None) -> Tensor:

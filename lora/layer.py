@@ -83,14 +83,14 @@ class LoRALinear(Adapted):
             ValueError: x has another width (a quantized base; a dense one raises RuntimeError).
         """
         p = self.config.lora_dropout if self.training else 0.0
-        seed = _draw_seed(x.device) if p else torch.zeros((), dtype=torch.int64, device=x.device)
+        seed = _draw_seed(x.device) if p else None
         if isinstance(self.base_layer, QuantizedLinear):
             return self._on_quantized(self.base_layer, x, p, seed)
         y = self.base_layer(x)
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         return _AddLowRank.apply(y, x.to(y.dtype), A, B, self.config.scaling, p, seed)
 
-    def _on_quantized(self, base: QuantizedLinear, x: Tensor, p: float, seed: Tensor) -> Tensor:
+    def _on_quantized(self, base: QuantizedLinear, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         if x.shape[-1:] != self.lora_A.shape[1:]:
             raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
         bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
@@ -137,7 +137,9 @@ class _AddLowRank(torch.autograd.Function):
     """y + scaling * dropout(x) A' B'. y [..., N], x [..., K], A [r, K], B [N, r] -> [..., N]; all of one dtype."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor) -> Tensor:
+    def forward(
+        ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor | None
+    ) -> Tensor:
         h = matmul(rows(_dropped(x, seed, p)), A.T)  # [tokens, r]
         ctx.save_for_backward(x, A, B, h, seed)
         ctx.scaling, ctx.p = scaling, p
@@ -156,5 +158,5 @@ class _AddLowRank(torch.autograd.Function):
         return dy, dx, dA, dB, None, None, None
 
 
-def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return ops.dropout(x, seed, p) if p else x
+def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    return x if seed is None else ops.dropout(x, seed, p)

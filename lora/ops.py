@@ -73,11 +73,11 @@ dropout.derivative(_keep_seed, _dropout_backward)
 
 
 @operator(
-    f"(Tensor x, {packed.SCHEMA}, Tensor? bias, Tensor A, Tensor B, float scaling, float p, Tensor seed)"
+    f"(Tensor x, {packed.SCHEMA}, Tensor? bias, Tensor A, Tensor B, float scaling, float p, Tensor? seed)"
     " -> (Tensor, Tensor)"
 )
 def adapted_linear(
-    x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor
+    x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x W' + bias + h B'. The first result is differentiable in x, bias, A and B; the second is not.
 
@@ -89,7 +89,7 @@ def adapted_linear(
         B: float32 [N, r].
         scaling: the factor on B A.
         p: dropout probability before the adapter, in [0, 1); 0 is no dropout.
-        seed: int64 [] on the device of x; of no effect when p is 0.
+        seed: int64 [] on the device of x; None will do where p is 0.
 
     Returns:
         y: the dtype of x, [..., N].
@@ -110,6 +110,7 @@ def _adapted_linear_fake(x, weight, bias, A, B, scaling, p, seed):
 def _keep_adapted(ctx, output, x, weight, bias, A, B, scaling, p, seed) -> None:
     _, h = output
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # of h there is none, and no zeros are to be made for it
     ctx.save_for_backward(x, h, *weight.tensors, A, B, seed)
     ctx.layout, ctx.scaling, ctx.p = weight.layout, scaling, p
 
@@ -129,12 +130,12 @@ adapted_linear.derivative(_keep_adapted, _adapted_linear_backward)
 
 
 @operator(
-    f"(Tensor grad, Tensor x, Tensor h, {packed.SCHEMA}, Tensor A, Tensor B, float scaling, float p, Tensor seed, "
+    f"(Tensor grad, Tensor x, Tensor h, {packed.SCHEMA}, Tensor A, Tensor B, float scaling, float p, Tensor? seed, "
     "bool needs_input) -> (Tensor, Tensor, Tensor)"
 )
 def adapted_linear_backward(
-    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor,
-    needs_input: bool,
+    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of ``adapted_linear`` in x, A and B. A second backward raises RuntimeError.
 

@@ -79,8 +79,13 @@ class Packed(NamedTuple):
         )
 
     def meets(self, x: Tensor, axis: int) -> bool:
-        """Whether the weight is a regular matrix whose size along an axis is that of the rows of x [..., size]."""
-        return len(self.shape) == 2 and x.shape[-1:] == (self.shape[axis],) and self.is_regular(x.dtype)
+        """Whether the weight is a regular matrix on the device of x [..., size], of that size along an axis."""
+        return (
+            len(self.shape) == 2
+            and x.shape[-1:] == (self.shape[axis],)
+            and x.device == self.packed.device
+            and self.is_regular(x.dtype)
+        )
 
 
 def has_16_values(values: Tensor) -> bool:

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qloralab.lora import ops as lora_ops
-from qloralab.lora.dropout import rate, threshold
+from qloralab.lora.dropout import rate, seed_of, threshold
 from qloralab.nf4 import ops
 from qloralab.nf4.packed import BLOCK_SIZES, DTYPES, SCALES_PER_BLOCK, Packed, has_16_values
 from qloralab.nf4.processor import emulates
@@ -172,8 +172,8 @@ def adapted_linear(
 
 @lora_ops.adapted_linear_backward.on("CPU")
 def adapted_linear_backward(
-    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor,
-    needs_input: bool,
+    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``product.h``; otherwise the reference, on the operators above."""
     library = dispatch.native()
@@ -200,10 +200,10 @@ def _is_for_torch(library: Library, x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and (has_matrix_unit() or not library.has_bf16_product) and not emulates(x)
 
 
-def _dropout_arguments(scaling: float, p: float, seed: Tensor) -> tuple[float, int, int]:
+def _dropout_arguments(scaling: float, p: float, seed: Tensor | None) -> tuple[float, int, int]:
     """The factor of h, the threshold and the seed."""
-    limit = threshold(p)
-    return scaling / (1 - rate(p)), limit, int(seed) if limit else 0
+    seed = seed_of(seed, p)
+    return scaling / (1 - rate(p)), threshold(p), 0 if seed is None else int(seed)
 
 
 def _panels(length: int, bytes_each: int) -> list[range]:

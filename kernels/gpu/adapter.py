@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qloralab.lora.dropout import keep_mask
+from qloralab.lora.dropout import keep_mask, seed_of
 
 from . import self_check
 from .adapter_operands import (
@@ -145,13 +145,13 @@ def _masked_low_rank(
     tl.store(out + m[:, None] * K + k[None, :], kept, mask=(m[:, None] < M) & (k[None, :] < K))
 
 
-def project(x: Tensor, A: Tensor, seed: Tensor, p: float, factor: float, splits: int | None = None) -> Tensor:
+def project(x: Tensor, A: Tensor, seed: Tensor | None, p: float, factor: float, splits: int | None = None) -> Tensor:
     """factor * (x∘keep) A'.
 
     Args:
         x: float32, bfloat16 or float16 [tokens, K].
         A: float32 [r, K].
-        seed: int64 [] or [1]; of no effect when p is 0.
+        seed: int64 [] or [1]; of no effect when p is 0, where None will do.
         p: dropout probability, in [0, 1).
         factor: on the sums; ``scaling / (1 - rate(p))`` makes h of it.
         splits: into how many ranges K is cut; None: ``split.steps_of`` decides.
@@ -164,6 +164,7 @@ def project(x: Tensor, A: Tensor, seed: Tensor, p: float, factor: float, splits:
     """
     (M, K), (r, _) = _shape("x", x), _shape("A", A)
     expect("A", A, (r, K), torch.float32, x.device)
+    seed = seed_of(seed, p)
     expect_seed(seed, x.device)
     h = x.new_empty((M, r), dtype=x.dtype)
     if not (M and K and r):
@@ -184,7 +185,7 @@ def project(x: Tensor, A: Tensor, seed: Tensor, p: float, factor: float, splits:
     return h
 
 
-def grad_A(G: Tensor, x: Tensor, seed: Tensor, p: float, splits: int | None = None) -> Tensor:
+def grad_A(G: Tensor, x: Tensor, seed: Tensor | None, p: float, splits: int | None = None) -> Tensor:
     """G' (x∘keep).
 
     Args:
@@ -201,6 +202,7 @@ def grad_A(G: Tensor, x: Tensor, seed: Tensor, p: float, splits: int | None = No
     """
     (M, K), (_, r) = _shape("x", x), _shape("G", G)
     expect("G", G, (M, r), x.dtype, x.device)
+    seed = seed_of(seed, p)
     expect_seed(seed, x.device)
     dA = x.new_empty((r, K), dtype=torch.float32)
     if not (M and K and r):
@@ -221,7 +223,7 @@ def grad_A(G: Tensor, x: Tensor, seed: Tensor, p: float, splits: int | None = No
     return dA
 
 
-def masked_low_rank(G: Tensor, A: Tensor, seed: Tensor, p: float) -> Tensor:
+def masked_low_rank(G: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """keep∘(G A). Where p drops nothing, by cuBLAS.
 
     Args:
@@ -237,8 +239,9 @@ def masked_low_rank(G: Tensor, A: Tensor, seed: Tensor, p: float) -> Tensor:
     """
     (M, r), (_, K) = _shape("G", G), _shape("A", A)
     expect("A", A, (r, K), torch.float32, G.device)
+    seed = seed_of(seed, p)
     expect_seed(seed, G.device)
-    if not threshold(p) or 0 in (M, K, r):
+    if seed is None or 0 in (M, K, r):
         return G @ A.to(G.dtype)
     out = G.new_empty((M, K), dtype=G.dtype)
     G, A = G.contiguous(), A.contiguous()
@@ -287,21 +290,27 @@ def _given(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     return x, A, G, seed, keep_mask(seed, M, K, _P)
 
 
-def _check_project(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _check_project(
+    launch: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     x, A, _, seed, keep = _given(device)
-    h = launch(x.bfloat16(), A, seed, _P, 0.5)
-    return (h,), (self_check.product(torch.where(keep, x, 0), A.T).mul(0.5).bfloat16(),)
+    h = launch(x.to(dtype), A, seed, _P, 0.5)
+    return (h,), (self_check.product(torch.where(keep, x, 0), A.T).mul(0.5).to(dtype),)
 
 
-def _check_grad_A(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _check_grad_A(
+    launch: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     x, _, G, seed, keep = _given(device)
-    dA = launch(G.bfloat16(), x.bfloat16(), seed, _P)
+    dA = launch(G.to(dtype), x.to(dtype), seed, _P)
     return (dA,), (self_check.product(G.T, torch.where(keep, x, 0)),)
 
 
-def _check_masked_low_rank(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _check_masked_low_rank(
+    launch: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     _, A, G, seed, keep = _given(device)
-    return (launch(G.bfloat16(), A, seed, _P),), (torch.where(keep, self_check.product(G, A), 0).bfloat16(),)
+    return (launch(G.to(dtype), A, seed, _P),), (torch.where(keep, self_check.product(G, A), 0).to(dtype),)
 
 
 CHECKS = {"project": _check_project, "grad_A": _check_grad_A, "masked_low_rank": _check_masked_low_rank}

@@ -64,7 +64,7 @@ class MaskedLowRank:
 
     G: Tensor  # the dtype of x, [tokens, r]
     A: Tensor  # float32 [r, K]
-    seed: Tensor  # int64 [] or [1]; of no effect when p is 0
+    seed: Tensor | None  # int64 [] or [1]; of no effect when p is 0
     p: float  # dropout probability, in [0, 1)
 
     def check(self, grad: Tensor, tokens: int, K: int) -> None:
@@ -82,9 +82,9 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, 
         raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, not {found}")
 
 
-def expect_seed(seed: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless a tensor is the seed of a mask."""
-    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+def expect_seed(seed: Tensor | None, device: torch.device) -> None:
+    """Raises ValueError unless a tensor is the seed of a mask; None is, of none."""
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(f"seed must be one torch.int64 on {device}, not {seed.dtype} {list(seed.shape)} {seed.device}")
 
 

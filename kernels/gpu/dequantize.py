@@ -55,6 +55,7 @@ from qloralab.nf4.codebook import codebook_values, dynamic_map
 from . import self_check
 from .case import Budget, Case
 from .interpreter import round_to
+from .launch import launch
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
 SCALES_PER_BLOCK = tl.constexpr(packed.SCALES_PER_BLOCK)  # of the second level
@@ -130,8 +131,7 @@ def dequantize(
     if numel:
         scale_map = map_on(packed.device) if double_quant else None
         given = packed, scales, absmax2, offset, scale_map, values, out, numel, packed.numel()
-        kernel: Any = _dequantize
-        kernel[(-(-numel // TILE),)](*given, BLOCK_SIZE=block_size, TILE=TILE, DOUBLE_QUANT=double_quant)
+        launch(_dequantize, (-(-numel // TILE),), *given, BLOCK_SIZE=block_size, TILE=TILE, DOUBLE_QUANT=double_quant)
     return out
 
 
@@ -141,14 +141,22 @@ def map_on(device: torch.device) -> Tensor:
     return dynamic_map().to(device)
 
 
-def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _check(
+    launch: Any,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = self_check.BLOCK_SIZE,
+    levels: int = 2,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     weight, values = self_check.weight(device), codebook_values("nf4").to(device)
-    packed, absmax = blockwise.quantize_blockwise(weight, values, self_check.BLOCK_SIZE)
-    second = double_quant.quantize_scales(absmax)
-    decoded = double_quant.dequantize_scales(*second)
-    expected = blockwise.dequantize_blockwise(packed, decoded, values, self_check.BLOCK_SIZE, weight.numel())
-    result = launch(packed, *second, values, weight.shape, self_check.BLOCK_SIZE, torch.bfloat16)
-    return (result,), (expected.bfloat16().view(weight.shape),)
+    packed, absmax = blockwise.quantize_blockwise(weight, values, block_size)
+    second, decoded = (absmax, None, None), absmax
+    if levels == 2:
+        second = double_quant.quantize_scales(absmax)
+        decoded = double_quant.dequantize_scales(*second)
+    expected = blockwise.dequantize_blockwise(packed, decoded, values, block_size, weight.numel())
+    result = launch(packed, *second, values, weight.shape, block_size, dtype)
+    return (result,), (expected.to(dtype).view(weight.shape),)
 
 
 CHECKS = {"dequantize": _check}

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qloralab.lora.dropout import keep_mask
+from qloralab.lora.dropout import keep_mask, seed_of
 from qloralab.nf4.product import reshaped
 
 from . import self_check
@@ -175,7 +175,12 @@ def linear_grad_input(
         return reshaped(out.zero_(), (*grad.shape[:-1], K))
     G, A, seed, r, dropped = None, None, None, 0, 0
     if adapter is not None:
-        G, A, seed, dropped = adapter.G.contiguous(), adapter.A.contiguous(), adapter.seed, threshold(adapter.p)
+        G, A, seed, dropped = (
+            adapter.G.contiguous(),
+            adapter.A.contiguous(),
+            seed_of(adapter.seed, adapter.p),
+            threshold(adapter.p),
+        )
         r = A.shape[0]
     rank, ranks = rank_tiles(r)
     tokens = token_tile(M, grad.device)

@@ -63,7 +63,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
-        if not first.is_cuda:  # in the interpreter
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():  # not so in the interpreter
             return function(first, *args)
         with torch.cuda.device(first.device):
             return function(first, *args)
@@ -81,7 +81,7 @@ def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple
         and has_16_values(values)
         and values.device == weight.device
     )
-    launch = self_check.kernel("quantize_blockwise", weight.device) if fits else None
+    launch = self_check.kernel("quantize_blockwise", weight.device, weight.dtype, block_size) if fits else None
     if launch is None:
         return ops.quantize_blockwise.reference(weight, values, block_size)
     return launch(weight.contiguous(), values, block_size)
@@ -98,7 +98,8 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @ops.dequantize.on("CUDA", _on_its_device)
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     """``dequantize.py``."""
-    launch = self_check.kernel("dequantize", weight.packed.device) if _is_weight(weight, dtype) else None
+    fits = _is_weight(weight, dtype)
+    launch = self_check.kernel("dequantize", weight.packed.device, *_variant(weight, dtype)) if fits else None
     return (launch or ops.dequantize.reference)(*weight, dtype)
 
 
@@ -106,7 +107,7 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """``two_pass.py``, or fused."""
     fits = weight.meets(x, 1) and _on(x.device, *weight.tensors)
-    if not fits or not _are_served("linear", x.device):
+    if not fits or not _are_served("linear", weight, x):
         return ops.linear.reference(x, *weight, bias)
     return _product("linear", x, weight, bias)
 
@@ -115,17 +116,17 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     """``two_pass.py``, or fused."""
     fits = weight.meets(grad, 0) and _on(grad.device, *weight.tensors)
-    if not fits or not _are_served("linear_grad_input", grad.device):
+    if not fits or not _are_served("linear_grad_input", weight, grad):
         return ops.linear_grad_input.reference(grad, *weight)
     return _product("linear_grad_input", grad, weight)
 
 
 @lora_ops.adapted_linear.on("CUDA", _on_its_device)
 def adapted_linear(
-    x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor
+    x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``adapter.project``, then a product with h B' inside."""
-    if not _is_adapted(x, weight, A, B, seed, bias=bias) or not _are_served("adapted_linear", x.device):
+    if not _is_adapted(x, weight, A, B, seed, bias=bias) or not _are_served("adapted_linear", weight, x):
         return lora_ops.adapted_linear.reference(x, *weight, bias, A, B, scaling, p, seed)
     from .adapter import project
     from .adapter_operands import LowRank
@@ -136,12 +137,12 @@ def adapted_linear(
 
 @lora_ops.adapted_linear_backward.on("CUDA", _on_its_device)
 def adapted_linear_backward(
-    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor,
-    needs_input: bool,
+    grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float,
+    seed: Tensor | None, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """cuBLAS, ``adapter.grad_A``, then a product with keep∘(G A) inside."""
     fits = _is_adapted(x, weight, A, B, seed, grad=grad, h=h)
-    if not fits or not _are_served("adapted_linear_backward", x.device):
+    if not fits or not _are_served("adapted_linear_backward", weight, x):
         return lora_ops.adapted_linear_backward.reference(grad, x, h, *weight, A, B, scaling, p, seed, needs_input)
     from .adapter import grad_A
     from .adapter_operands import MaskedLowRank
@@ -165,9 +166,14 @@ def _product(
     return getattr(two_pass, operation)(x, weight, *bias, adapter=adapter) if y is None else y
 
 
-def _are_served(name: str, device: torch.device) -> bool:
-    """Whether all kernels that an operator needs may run on a device."""
-    return all(self_check.kernel(kernel, device) is not None for kernel in KERNELS[name])
+def _are_served(name: str, weight: Packed, x: Tensor) -> bool:
+    """Whether all kernels that a product needs may run on its operands' device."""
+    device, dtype = x.device, x.dtype
+    return all(
+        self_check.kernel(kernel, device, *(_variant(weight, dtype) if kernel == "dequantize" else (dtype,)))
+        is not None
+        for kernel in KERNELS[name]
+    )
 
 
 def _is_weight(weight: Packed, dtype: torch.dtype) -> bool:
@@ -175,12 +181,17 @@ def _is_weight(weight: Packed, dtype: torch.dtype) -> bool:
     return weight.is_regular(dtype) and _on(weight.packed.device, *weight.tensors)
 
 
-def _is_adapted(x: Tensor, weight: Packed, A: Tensor, B: Tensor, seed: Tensor, **others: Tensor | None) -> bool:
+def _variant(weight: Packed, dtype: torch.dtype) -> tuple[torch.dtype, int, int]:
+    """Which dequantization it is: to what, the block size, the levels of scales."""
+    return dtype, weight.block_size, 1 if weight.absmax2 is None else 2
+
+
+def _is_adapted(x: Tensor, weight: Packed, A: Tensor, B: Tensor, seed: Tensor | None, **others: Tensor | None) -> bool:
     """Whether kernels may run on operands of an adapted product: bias, or grad and h, are the others."""
     return (
         is_adapted(x, weight, A, B, **others)
         and len(A) > 0
-        and (seed.dtype, seed.numel()) == (torch.int64, 1)
+        and (seed is None or (seed.dtype, seed.numel()) == (torch.int64, 1))
         and _on(x.device, A, B, seed, *others.values(), *weight.tensors)
     )
 
@@ -219,6 +230,6 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
         else:
             implementation = "two-pass"
             why = f"Triton's {', '.join(kernels)}, then cuBLAS; "
-            why += choice.summary(choice.architecture(device))
+            why += choice.summary(choice.device(device))
         rows.append({"operator": name, "device": "cuda", "implementation": implementation, "why": why})
     return rows

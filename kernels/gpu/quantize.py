@@ -285,8 +285,13 @@ def _scale_thresholds(device: torch.device) -> Tensor:
     return decision_table(dynamic_map())[0].to(device)
 
 
-def _check_weights(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    given = self_check.weight(device), codebook_values("nf4").to(device), self_check.BLOCK_SIZE
+def _check_weights(
+    launch: Any,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = self_check.BLOCK_SIZE,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    given = self_check.weight(device).to(dtype), codebook_values("nf4").to(device), block_size
     return launch(*given), blockwise.quantize_blockwise(*given)
 
 

@@ -8,10 +8,13 @@ reference  plain PyTorch; Triton is not even imported
 
 **The check.** The tests run the kernels in Triton's interpreter, which is a model of a GPU and no GPU: layouts, the
 order of threads and the compiler itself are not in it. So the first call of a kernel on a device computes something
-small twice, by the kernel and by the definition in ``nf4/``, and the kernel serves only if no bit differs. That takes
-one compilation, which the program needs anyway, and some milliseconds. What failed is not tried again. Sums are checked
-on whole numbers, which are the same in any order. Each kernel's file has its check: ``CHECKS``, by name, functions from
-the launcher and a device to what the kernel computes and what the definition does.
+small twice, by the kernel and by the definition in ``nf4/``, and the kernel serves only if no bit differs. A dtype, a
+block size or a number of levels of scales is another compilation, and has a check of its own at its first call: a
+variant. That takes the compilation, which the program needs anyway, and some milliseconds. What failed is not tried
+again. Sums are checked on whole numbers, which are the same in any order. Each kernel's file has its check: ``CHECKS``,
+by name, functions from the launcher, a device and a variant to what the kernel computes and what the definition does.
+
+The variable is read at the first call of a variant on a device; what serves there then, goes on to.
 
 The check waits for the device, which is not allowed while a CUDA graph is captured: a first call within a capture
 raises ``NotServedError``. Graphs ask for a call before the capture anyway: kernels are loaded at their first call.
@@ -37,10 +40,11 @@ MODES = ("auto", "triton", "reference")
 SHAPE = (67, 127)  # of the weight of a check: an odd count, blocks that cross rows, a short last block
 BLOCK_SIZE = 64
 
-Check = Callable[[Callable[..., Any], torch.device], tuple[Sequence[Tensor], Sequence[Tensor]]]
+Check = Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 _lock = threading.RLock()
-_passed: dict[tuple[str, torch.device], str] = {}  # why it does not serve, "" where it does
+_passed: dict[tuple[Any, ...], str] = {}  # by name, device and variant: why it does not serve, "" where it does
+_serving: dict[tuple[Any, ...], Callable[..., Any]] = {}  # the launchers that a call has got
 _warned: set[str] = set()
 
 
@@ -60,19 +64,27 @@ def mode() -> str:
     return choice
 
 
-def kernel(name: str, device: torch.device) -> Callable[..., Any] | None:
+def kernel(name: str, device: torch.device, *variant: Any) -> Callable[..., Any] | None:
     """The launcher of a kernel, one of ``case.FILES``, or None where the reference is to run.
+
+    Args:
+        name: of the kernel.
+        device: of the tensors.
+        variant: what its check takes besides; none: the usual one.
 
     Raises:
         ValueError: QLORALAB_GPU is none of the three.
         NotServedError: the choice is triton, and the kernel does not serve; or this is the first call, in a capture.
     """
+    found = _serving.get((name, device, *variant))
+    if found is not None:
+        return found
     choice = mode()
     if choice == "reference":
         return None
-    why = reason(name, device)
+    why = reason(name, device, *variant)
     if not why:
-        return _launcher(name)
+        return _serving.setdefault((name, device, *variant), _launcher(name))
     if choice == "triton":
         raise NotServedError(f"{VARIABLE}=triton, and {name} is not served on {device}: {why}")
     note = f"It runs in plain PyTorch, many times slower. {VARIABLE}=reference asks for that silently."
@@ -80,21 +92,22 @@ def kernel(name: str, device: torch.device) -> Callable[..., Any] | None:
     return None
 
 
-def reason(name: str, device: torch.device) -> str:
+def reason(name: str, device: torch.device, *variant: Any) -> str:
     """Why a kernel does not serve on a device; empty where it does. Checks it, the first time.
 
     Raises:
         NotServedError: the first time is within the capture of a CUDA graph.
     """
-    found = _passed.get((name, device))
+    key = name, device, *variant
+    found = _passed.get(key)
     if found is not None:
         return found
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise NotServedError(f"the first call of {name} on {device} is within the capture of a graph; call it before")
     with _lock:
-        if (name, device) not in _passed:
-            _passed[name, device] = _failure(name, device)
-        return _passed[name, device]
+        if key not in _passed:
+            _passed[key] = _failure(*key)
+        return _passed[key]
 
 
 def warn_once(name: str, why: str, note: str) -> None:
@@ -106,14 +119,15 @@ def warn_once(name: str, why: str, note: str) -> None:
         warn(f"qloralab's GPU kernel of {name} is not in use: {why}\n{note}")
 
 
-def _failure(name: str, device: torch.device) -> str:
+def _failure(name: str, device: torch.device, *variant: Any) -> str:
     try:
-        same = _same(*_check(name)(_launcher(name), device))
+        same = _same(*_check(name)(_launcher(name), device, *variant))
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except Exception as error:  # whatever Triton, its compiler or the driver raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return "" if same else f"its result differs from the definition's on {device}"
+    for_ = f" for {', '.join(map(str, variant))}" if variant else ""
+    return "" if same else f"its result differs from the definition's on {device}{for_}"
 
 
 def _launcher(name: str) -> Callable[..., Any]:

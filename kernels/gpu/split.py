@@ -7,7 +7,6 @@ that equal inputs give equal bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .interpreter import bound, round_to, to_float32
+from .launch import launch
 
 # What a sum is cut for: two programs for each multiprocessor of an H100; six, of which five fit at a time, where they
 # are small and each waits for its words. Measured on one: the sixth evens out what the last ones leave idle.
@@ -22,11 +22,11 @@ PROGRAMS, PROGRAMS_OF_FEW_TOKENS = 264, 792
 FEWEST_STEPS, FEWEST_STEPS_OF_FEW_TOKENS = 8, 4  # of a program, when a sum is cut
 FEW_TOKENS = 32
 
-Launch = Callable[[tuple[int, int, int], Tensor, int], None]
+Run = Callable[[tuple[int, int, int], Tensor, int], None]
 
 
 def in_parts(
-    launch: Launch,
+    run: Run,
     out: Tensor,
     grid: tuple[int, int],
     tiles: int,
@@ -34,10 +34,10 @@ def in_parts(
     tokens: int = FEW_TOKENS + 1,
     bias: Tensor | None = None,
 ) -> None:
-    """Launch a kernel over the whole sum, or over parts of it that are added.
+    """Run a kernel over the whole sum, or over parts of it that are added.
 
     Args:
-        launch: is called with the grid, where to write ([parts, *out.shape] in float32, or out itself where there is
+        run: is called with the grid, where to write ([parts, *out.shape] in float32, or out itself where there is
             one part), and the tiles along the sum that a program takes. Where it is called with out, it adds the bias.
         out: float32, bfloat16 or float16 [rows, columns].
         grid: of the programs without a cut.
@@ -49,22 +49,14 @@ def in_parts(
     steps = steps_of(grid[0] * grid[1], tiles, splits, tokens)
     depth = -(-tiles // steps)
     parts = out if depth == 1 else out.new_empty((depth, *out.shape), dtype=torch.float32)
-    launch((*grid, depth), parts, steps)
+    run((*grid, depth), parts, steps)
     if depth > 1:
         size, block = out.numel(), 256
-        kernel: Any = _add_parts
-        kernel[(-(-size // block),)](
-            parts,
-            out if bias is None else bias,
-            out,
-            size,
-            out.shape[1],
-            depth,
-            BIAS=bias is not None,
-            DEPTH=8 if depth > 4 else 4 if depth > 2 else 2,
-            BLOCK=block,
-            num_warps=2,
-        )
+        launch(
+            _add_parts, (-(-size // block),),
+            parts, out if bias is None else bias, out, size, out.shape[1], depth,
+            BIAS=bias is not None, DEPTH=8 if depth > 4 else 4 if depth > 2 else 2, BLOCK=block, num_warps=2,
+        )  # fmt: skip
 
 
 def steps_of(programs: int, tiles: int, splits: int | None = None, tokens: int = FEW_TOKENS + 1) -> int:

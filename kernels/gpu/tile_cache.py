@@ -59,7 +59,7 @@ def _weight(x: Tensor, operands: Packed) -> packing.TiledWeight | None:
     (N, K), packed, M = operands.shape, operands.packed, math.prod(x.shape[:-1])
     if getattr(packed, "is_fleeting", False):
         return None
-    if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.architecture(x.device)).kernel != "fused":
+    if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.device(x.device)).kernel != "fused":
         return None
     if x.is_cuda and torch.cuda.is_current_stream_capturing() and packed not in _tiles:
         return None  # converting and checking wait for the device

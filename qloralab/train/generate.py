@@ -25,6 +25,7 @@ from ..data_types import named_data_type
 from ..display import Display
 from ..errors import UserError
 from ..settings import DATA_TYPE, Dtype
+from .decoding import can_decode, decode, is_plain
 
 
 def answer(
@@ -103,20 +104,22 @@ def generate(
     device = next(model.parameters()).device
     ids = torch.tensor([[0] * (length - len(prompt)) + [*prompt] for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    counter = None if progress is None else _Counter(progress, max_new_tokens)
     was_training = model.training
     model.eval()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=0,
-        streamer=counter,
-    )
+    if ids.is_cuda and can_decode(model) and is_plain(model):
+        rows = decode(model, ids, mask, max_new_tokens, ends, progress)
+    else:
+        rows = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            streamer=None if progress is None else _Counter(progress, max_new_tokens),
+        )[:, length:].tolist()
     model.train(was_training)
-    answers = [[*takewhile(lambda token: token not in ends, row)] for row in out[:, length:].tolist()]
+    answers = [[*takewhile(lambda token: token not in ends, row)] for row in rows]
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 

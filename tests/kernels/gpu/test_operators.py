@@ -20,7 +20,6 @@ from qloralab.benchmarks import gpu_canaries
 from qloralab.benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import report
 from qloralab.kernels.gpu import adapter, choice, operators, self_check, two_pass
-from qloralab.kernels.gpu.case import FILES
 from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import ops
@@ -41,6 +40,7 @@ definition_of_backward: Any = lora_ops.adapted_linear_backward.reference
 def fresh(monkeypatch):
     monkeypatch.delenv(self_check.VARIABLE, raising=False)
     monkeypatch.setattr(self_check, "_passed", {})
+    monkeypatch.setattr(self_check, "_serving", {})
     monkeypatch.setattr(self_check, "_warned", set())
     monkeypatch.setattr(two_pass, "_workspaces", {})
 
@@ -65,9 +65,7 @@ def served(monkeypatch) -> list[str]:
         launched.append("dequantize")
         return find("dequantize")(*args, **kwargs)
 
-    for name in FILES:
-        monkeypatch.setitem(self_check._passed, (name, torch.device("cpu")), "")
-        monkeypatch.setitem(self_check._passed, (name, torch.device("cuda", 0)), "")
+    monkeypatch.setattr(self_check, "_failure", lambda *_: "")
     monkeypatch.setattr(self_check, "_launcher", launcher)
     monkeypatch.setattr(two_pass, "dequantize", dequantize)
     for module, name in ((adapter, "project"), (adapter, "grad_A"), (two_pass, "masked_low_rank")):
@@ -289,7 +287,7 @@ def test_the_report_says_what_serves(device):
         assert found[name] == ("triton", "it agrees with the definition on this device, bit for bit")
     for name in ("linear", "linear_grad_input", "adapted_linear", "adapted_linear_backward"):
         assert found[name][0] == "two-pass"
-        assert found[name][1].endswith("then cuBLAS; " + choice.summary(choice.architecture(torch.device(device))))
+        assert found[name][1].endswith("then cuBLAS; " + choice.summary(choice.device(torch.device(device))))
     assert found["adapted_linear"][1].startswith("Triton's dequantize, project, then cuBLAS; ")
     assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
@@ -334,7 +332,7 @@ from qloralab.kernels import report
 from qloralab.kernels.gpu import choice, operators
 ql.linear(torch.randn(2, 64), ql.quantize(torch.randn(8, 64)))
 report.implementations()
-choice.decide(8, 64, 2, "sm_90")
+choice.decide(8, 64, 2, choice.Device("sm_90", 132, "a card"))
 print([name for name in sys.modules if name.split(".")[0] == "triton"])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)

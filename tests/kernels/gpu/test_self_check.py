@@ -11,6 +11,7 @@ import torch
 from qloralab.kernels.gpu import self_check
 from qloralab.kernels.gpu.case import FILES
 from qloralab.kernels.gpu.self_check import NotServedError, kernel, mode, reason
+from qloralab.nf4.packed import DTYPES
 
 PACKAGE = "qloralab.kernels.gpu"
 
@@ -19,6 +20,7 @@ PACKAGE = "qloralab.kernels.gpu"
 def fresh(monkeypatch) -> None:
     monkeypatch.delenv(self_check.VARIABLE, raising=False)
     monkeypatch.setattr(self_check, "_passed", {})
+    monkeypatch.setattr(self_check, "_serving", {})
     monkeypatch.setattr(self_check, "_warned", set())
 
 
@@ -44,6 +46,36 @@ def test_the_kernels_pass(name, there):
     launch = kernel(name, there)
     assert launch is not None
     assert (launch.__name__, launch.__module__) == (name, f"qloralab.kernels.gpu.{FILES[name]}")
+
+
+VARIANTS = [
+    *(("quantize_blockwise", dtype, size) for dtype in DTYPES for size in (32, 4096)),
+    *(("dequantize", dtype, size, levels) for dtype in DTYPES for size in (32, 4096) for levels in (1, 2)),
+    *((name, dtype) for name in ("project", "grad_A", "masked_low_rank") for dtype in DTYPES),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+def test_every_variant_passes_and_is_checked_for_itself(variant, there, monkeypatch):
+    name, *rest = variant
+    assert reason(name, there, *rest) == ""
+    spoil(
+        monkeypatch,
+        name,
+        lambda result: tuple(part[..., :-1] for part in result) if isinstance(result, tuple) else result[..., :-1],
+    )
+    assert reason(name, there, *rest) == ""  # it is known
+    self_check._passed.clear()
+    assert reason(name, there, *rest) == f"its result differs from the definition's on {there} for " + ", ".join(
+        map(str, rest)
+    )
+
+
+def test_what_serves_is_asked_once(there, monkeypatch):
+    found = kernel("dequantize", there, torch.float16, 64, 2)
+    monkeypatch.setenv(self_check.VARIABLE, "reference")
+    assert kernel("dequantize", there, torch.float16, 64, 2) is found
+    assert kernel("dequantize", there, torch.float16, 64, 1) is None
 
 
 LAST = [(name, -1) for name in ("quantize_blockwise", "quantize_scales", "linear", "linear_grad_input")]

@@ -45,12 +45,11 @@ def measured(device, monkeypatch) -> Iterator[Callable[[int], None]]:
     """``measured(tokens)``: on this device, weights of SHAPE are fused up to so many."""
 
     def up_to(tokens: int) -> None:
-        table = {choice.architecture(torch.device(device)): {SHAPE: tokens}}
-        monkeypatch.setattr(choice, "FUSED_UP_TO", table)
-        choice._measured.cache_clear()
+        monkeypatch.setattr(choice, "MEASURED", {choice.device(torch.device(device)).name: {SHAPE: tokens}})
+        choice._limit.cache_clear()
 
     yield up_to
-    choice._measured.cache_clear()
+    choice._limit.cache_clear()
 
 
 def weight(device: str, **options) -> ql.QuantizedTensor:
