@@ -54,7 +54,7 @@ def why_not(weight: Packed) -> str | None:
         return f"K must be a multiple of {TILE}, not {K}"
     if weight.block_size % TILE:
         return f"the block size must be a multiple of {TILE}, not {weight.block_size}"
-    if (weight.packed.data_ptr() | weight.packed.storage_offset()) % 16:
+    if weight.packed.data_ptr() % 16 or weight.packed.storage_offset() % 4:
         return "the packed codes do not begin at a multiple of 16 bytes"
     try:
         table(weight.values)

@@ -60,7 +60,8 @@ def test_a_blocks_number_is_that_of_its_64_columns_shifted(block_size, shift):
 
 
 @pytest.mark.parametrize(
-    ("capability", "sync", "most"), [((8, 0), True, 64), ((9, 0), False, 128), ((10, 0), False, 128), ((12, 0), True, 64)]
+    ("capability", "sync", "most"),
+    [((8, 0), True, 64), ((9, 0), False, 128), ((10, 0), False, 128), ((12, 0), True, 64)],
 )
 def test_tensor_cores_by_capability(capability, sync, most, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

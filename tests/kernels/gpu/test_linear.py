@@ -1,4 +1,4 @@
-"""Both products from the packed weight, y = x W' + bias and dX = dY W': exact sums, accuracy, splits, no byte too far."""
+"""Both products of a packed weight, y = x W' + bias and dX = dY W': exact sums, accuracy, splits, no byte too far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.gpu import linear as forward_file, linear_grad_input as backward_file
+from qloralab.kernels.gpu import linear as forward_file
+from qloralab.kernels.gpu import linear_grad_input as backward_file
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
 from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
@@ -21,7 +22,7 @@ from qloralab.nf4.codebook import dynamic_map
 from qloralab.nf4.packed import Packed
 
 from ..cpu.cases import NF4, ONE, WHOLE, ZERO
-from .conftest import Guarded, few
+from .conftest import few
 
 # (M, N, K, block size, splits, double quantization): one tile; odd rows and tokens; blocks that span rows; K and N
 # across programs; each tile of tokens, with words of one step and of two
@@ -97,7 +98,8 @@ def rounded(exact: Tensor) -> Tensor:
 
 def moved(weight: Packed, move: Any) -> Packed:
     """A weight with its tensors copied, as into guarded memory."""
-    return Packed(*(None if tensor is None else move(tensor) for tensor in weight.tensors), *weight.layout)
+    tensors = {name: tensor for name, tensor in weight._asdict().items() if isinstance(tensor, Tensor)}
+    return weight._replace(**{name: move(tensor) for name, tensor in tensors.items()})
 
 
 def test_the_whole_numbers_are_exact_in_the_table():
