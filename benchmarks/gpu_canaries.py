@@ -9,7 +9,6 @@ What a canary gives to a kernel lies in guarded memory, between zones of 0xA5 th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import threading
@@ -45,7 +44,7 @@ MARGIN = 4096  # bytes
 POISON = 0xA5
 SHAPES = ((4096, 4096), (1000, 1111), (63, 65), (1, 1))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TILED = ((4096, 4096), (1000, 1088), (64, 64))
+FUSED_SHAPES = ((4096, 4096), (1000, 1088), (64, 64))
 
 CanaryError = WrongResultError
 
@@ -107,13 +106,15 @@ def verdict(canary: Canary, device: torch.device) -> str | None:
     return None
 
 
-def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[int, int]] = TILED) -> Iterator[Canary]:
-    """All of them, the table look-ups first: the products stand on these. The fused ones hold only if the pairs that
-    their inline assembly makes lie where the layout of the tiles says (``kernels/gpu/packing.py``).
+def canaries(
+    shapes: Sequence[tuple[int, int]] = SHAPES, fused: Sequence[tuple[int, int]] = FUSED_SHAPES
+) -> Iterator[Canary]:
+    """All of them, the table look-ups first: the products stand on these. The fused ones hold only if the lanes that
+    exchange scales have the rows that ``kernels/gpu/canonical.py`` says.
 
     Args:
         shapes: [N, K] of the weights.
-        tiled: of those for the fused kernels, K a multiple of 64.
+        fused: of those for the fused kernels, K a multiple of 64.
     """
     for shape, dtype in itertools.product(shapes, DTYPES):
         what = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
@@ -128,10 +129,10 @@ def canaries(shapes: Sequence[tuple[int, int]] = SHAPES, tiled: Sequence[tuple[i
         name = f"{'input gradient' if backward else 'linear'} {shape[0]}x{shape[1]}"
         yield Canary(name, partial(_product, way="", backward=backward, shape=shape, M=33))
     yield Canary("two threads on two streams", _two_streams)
-    for shape, M, backward in itertools.product(tiled, (1, 16, 33, 300), (False, True)):
+    for shape, M, backward in itertools.product(fused, (1, 16, 33, 300), (False, True)):
         name = f"fused {'input gradient' if backward else 'linear'} {shape[0]}x{shape[1]} M={M}"
         yield Canary(name, partial(_product, way="fused", backward=backward, shape=shape, M=M))
-    for shape, way, M, p in itertools.product(tiled, choice.KERNELS, (1, 33, 300), (0.0, 0.1)):
+    for shape, way, M, p in itertools.product(fused, choice.KERNELS, (1, 33, 300), (0.0, 0.1)):
         what = f"{shape[0]}x{shape[1]} M={M} {way}" + (", dropout" if p else "")
         yield Canary(f"adapted layer {what}", partial(_adapted, shape=shape, M=M, way=way, p=p))
 
@@ -175,17 +176,14 @@ def _dequantize(
 
 def _product(guard: Guard, way: str, backward: bool, shape: tuple[int, int], M: int) -> None:
     """y = x W' + bias, or its gradient by x, by one of the ways to multiply; "": as it is registered."""
-    from qloralab.kernels.gpu import linear, linear_grad_input, operators, packing
+    from qloralab.kernels.gpu import linear, linear_grad_input, operators
 
     case = Case("input gradient" if backward else "linear", Weight(shape, guard.device), M)
     operands = guard.operands(case.weight.quantized)
     bias = guard.copy(guard.random(shape[:1], seed=2) * (SCALE * shape[1] ** 0.5))  # as large as the product
     x, (expected,) = guard.copy(case.gradient if backward else case.x), case.frozen
     if way == "fused":
-        tiles = packing.tile(*operands)
-        parts = {name: guard.copy(getattr(tiles, name)) for name in ("words", "scales", "scales_bf16")}
-        tiles = dataclasses.replace(tiles, **parts)
-        y = linear_grad_input.linear_grad_input(x, tiles) if backward else linear.linear(x, tiles, bias)
+        y = linear_grad_input.linear_grad_input(x, operands) if backward else linear.linear(x, operands, bias)
     else:
         y = operators.linear_grad_input(x, *operands) if backward else operators.linear(x, *operands, bias)
     within(y, expected if backward else expected + bias.double(), FUSED if way == "fused" else ONCE)

@@ -2,7 +2,7 @@
 
 ===============  ====================================================================================================
 ours             nf4's operators as they are registered for CUDA, held to the two-pass product
-ours, fused      the fused kernels, from tiles made before
+ours, fused      the fused kernels
 bf16             the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
 bitsandbytes     ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
                  the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
@@ -34,7 +34,7 @@ from .clock import Run
 from .provider import Provider, adapted_layer, both_ways
 
 ONCE = 0.003  # rounding the output to bfloat16 makes 0.0017; cuBLAS may add partial sums in bfloat16
-FUSED = 0.005  # the weights, too, are rounded to bfloat16 once more: 0.0026 at most (``linear.py``)
+FUSED = 0.005  # the weights, too, are rounded to bfloat16 once more: 0.0024 at most (``linear.py``)
 ADAPTED = 0.01  # of an adapted layer: h, G and the adapter's matrices are rounded to bfloat16 as well
 PEER = 0.02  # peers round products or scales to bfloat16 too; this is to refuse nonsense
 PEER_TABLE = 0.002
@@ -73,14 +73,13 @@ def _adapted(case: Case, kernel: str) -> list[Run]:
 
 
 def _fused(case: Case) -> list[Run]:
-    from qloralab.kernels.gpu import linear, linear_grad_input, packing
+    from qloralab.kernels.gpu import linear, linear_grad_input
 
     if case.adapted:
         return _adapted(case, "fused")
-    tiled = case.form("tiles", partial(packing.tile, *case.weight.quantized.operands()))
     if case.operation == "linear":
-        return [partial(linear.linear, case.x, part) for part in tiled]
-    return [partial(linear_grad_input.linear_grad_input, case.gradient, part) for part in tiled]
+        return [partial(linear.linear, case.x, part.operands()) for part in case.packed]
+    return [partial(linear_grad_input.linear_grad_input, case.gradient, part.operands()) for part in case.packed]
 
 
 def _bf16(case: Case) -> list[Run]:

@@ -12,9 +12,8 @@ Faster implementations register themselves for a device and change nothing else;
 them. A reference that contains an operator calls it as one, so a device that has a fast ``dequantize`` and no
 ``linear`` of its own uses it in ``linear`` too. ``lora/ops.py`` has the operators with an adapter.
 
-For backward the linear operators keep the packed weight itself, never a dequantized one; a GPU whose fused products
-serve holds a second copy of the codes in tiles for both directions (``kernels/gpu/tile_cache.py``). Both directions
-dequantize to the dtype of their input by the same operator: the gradient is that of the forward that ran, bit for bit.
+For backward the linear operators keep the packed weight itself, never a dequantized one. Both directions dequantize to
+the dtype of their input by the same operator: the gradient is that of the forward that ran, bit for bit.
 (bitsandbytes goes through the weight's original dtype in backward only.)
 """
 

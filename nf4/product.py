@@ -69,7 +69,7 @@ def addmm(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """[..., K] -> [tokens, K]; tokens is the product of the sizes before K."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:

@@ -44,9 +44,7 @@ class ShardableLinear(QuantizedLinear):
 
     @property
     def weight(self) -> QuantizedTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        made = dataclasses.replace(self._shared[0], **{name: getattr(self, name) for name in self._held})
-        made.packed.is_fleeting = True  # pyright: ignore[reportAttributeAccessIssue]
-        return made
+        return dataclasses.replace(self._shared[0], **{name: getattr(self, name) for name in self._held})
 
     def _set_weight(self, weight: QuantizedTensor) -> None:
         raise RuntimeError("the weight of a layer that is sharded cannot be moved or replaced")

@@ -24,11 +24,12 @@ if when == "before":
     set_defaults()
 import qloralab as ql
 from qloralab.kernels import dispatch
-from qloralab.kernels.gpu import adamw as gpu_adamw, adamw_8bit as gpu_adamw_8bit, dequantize, linear, packing, quantize
+from qloralab.kernels.gpu import adamw as gpu_adamw, adamw_8bit as gpu_adamw_8bit, dequantize, linear, quantize
 from qloralab.kernels.adamw import ADAMW, Rates
 from qloralab.kernels.rule import Segments
 from qloralab.kernels.update import check, update_
 from qloralab.nf4.codebook import codebook_values
+from qloralab.nf4.packed import Packed
 if when == "after":
     set_defaults()
 
@@ -119,8 +120,9 @@ packed, absmax = quantize.quantize_blockwise(numbers(64, 64, dtype=torch.bfloat1
 codes, absmax2, offset = quantize.quantize_scales(absmax)
 show("triton", packed, absmax, codes, absmax2, offset)
 show("triton", dequantize.dequantize(packed, codes, absmax2, offset, nf4, [64, 64], 64, torch.bfloat16))
-tiled = packing.tile(packed, absmax, None, None, nf4, [64, 64], 64)
-show("triton", linear.linear(numbers(3, 64, dtype=torch.bfloat16), tiled, None))
+for scales in ((absmax, None, None), (codes, absmax2, offset)):
+    weight = Packed(packed, *scales, nf4, [64, 64], 64)
+    show("triton", linear.linear(numbers(3, 64, dtype=torch.bfloat16), weight, None))
 for launch, bits in ((gpu_adamw.adamw, 32), (gpu_adamw_8bit.adamw_8bit, 8)):
     some = segments(bits)
     launch(some, rates)

@@ -5,7 +5,7 @@ beside its case, in the file of the kernel. The tests compile every case and hol
 verdicts. Counts are those of ``reader.py``.
 
 Where the limits come from: an H100 issues 128 x 132 instructions for one thread each per clock and reads 3.0 TB/s. At
-1.755 GHz it has 5.6 instructions for each 4-bit weight that arrives (0.5625 bytes, with a float32 scale for 64), and 25
+1.755 GHz it has 5.1 instructions for each 4-bit weight that arrives (0.516 bytes, with an 8-bit scale for 64), and 25
 where a bf16 weight is written or read as well (2.5625 bytes). A kernel within its budget is not bound by the issue of
 instructions, or nearly so; that is necessary for the speed of the memory, and does not prove it.
 """

@@ -57,6 +57,7 @@ from .adapter_operands import (
 )
 from .case import Budget, Case
 from .interpreter import bound, operand, round_to
+from .launch import launch
 from .split import in_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,16 +173,16 @@ def project(x: Tensor, A: Tensor, seed: Tensor | None, p: float, factor: float, 
     x, A = x.contiguous(), A.contiguous()
     tokens, rank = _project_tokens(M, x.dtype), _rank(r)
     columns, dropped = 64 if rank < WIDEST else 32, threshold(p)
-    kernel: Any = _project
 
-    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
-        kernel[grid](
+    def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        launch(
+            _project, grid,
             x, A, seed, to, M, K, r, steps, row_words(K), dropped, factor,
             DROPOUT=dropped > 0, TOKENS=tokens, RANK=rank, COLUMNS=columns,
             num_warps=8 if tokens == 128 else 4, num_stages=_stages(x.dtype),
         )  # fmt: skip
 
-    in_parts(launch, h, (-(-M // tokens), -(-r // rank)), -(-K // columns), splits)
+    in_parts(run, h, (-(-M // tokens), -(-r // rank)), -(-K // columns), splits)
     return h
 
 
@@ -210,16 +211,16 @@ def grad_A(G: Tensor, x: Tensor, seed: Tensor | None, p: float, splits: int | No
     G, x = G.contiguous(), x.contiguous()
     columns, rank, dropped = 128, _rank(r), threshold(p)
     tokens = 64 if rank < WIDEST and x.dtype != torch.float32 else 32
-    kernel: Any = _grad_A
 
-    def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
-        kernel[grid](
+    def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
+        launch(
+            _grad_A, grid,
             G, x, seed, to, M, K, r, steps, row_words(K), dropped,
             DROPOUT=dropped > 0, TOKENS=tokens, RANK=rank, COLUMNS=columns,
             num_warps=8, num_stages=_stages(x.dtype),
         )  # fmt: skip
 
-    in_parts(launch, dA, (-(-K // columns), -(-r // rank)), -(-M // tokens), splits)
+    in_parts(run, dA, (-(-K // columns), -(-r // rank)), -(-M // tokens), splits)
     return dA
 
 
@@ -247,8 +248,8 @@ def masked_low_rank(G: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tens
     G, A = G.contiguous(), A.contiguous()
     tokens, columns = 64 if M > 16 else 16, 128
     rank, ranks = rank_tiles(r)
-    kernel: Any = _masked_low_rank
-    kernel[(-(-M // tokens), -(-K // columns))](
+    launch(
+            _masked_low_rank, (-(-M // tokens), -(-K // columns)),
         G, A, seed, out, M, K, r, row_words(K), threshold(p),
         TOKENS=tokens, RANK=rank, RANKS=ranks, COLUMNS=columns, num_warps=4,
     )  # fmt: skip

@@ -88,15 +88,17 @@ def expect_seed(seed: Tensor | None, device: torch.device) -> None:
         raise ValueError(f"seed must be one torch.int64 on {device}, not {seed.dtype} {list(seed.shape)} {seed.device}")
 
 
-def rank_tiles(r: int) -> tuple[int, int]:
-    """How the fused kernels cut the rank: the constants RANK, columns of a tile, and RANKS, their number.
+def rank_tiles(r: int, widest: int = 64) -> tuple[int, int]:
+    """How a rank is cut: the constants RANK, columns of a tile, and RANKS, their number.
 
     One tile of 16 or 64, and for higher ranks as many of 32 as it takes: a loop over tiles of 64 keeps more in
-    registers than there are, beside 128 tokens. A rank of 0, which stands for no adapter, has none.
+    registers than there are. Beside 64 tokens or more, the fused kernels have room for 16 (the widest) at a time. A
+    rank of 0, which stands for no adapter, has none.
     """
-    if r <= 64:
+    if r <= widest:
         return (16 if r <= 16 else 64), min(r, 1)
-    return 32, -(-r // 32)
+    width = min(widest, 32)
+    return width, -(-r // width)
 
 
 def _rank(name: str, tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 ========  ==========================================================================================================
 two-pass  ``two_pass.py``: dequantize into a workspace, then cuBLAS. Any size, dtype and codebook.
 fused     ``linear.py``, ``linear_grad_input.py``: dequantize in registers on the way into the tensor cores. For x in
-          bfloat16 and a weight that can be tiled (``tile_cache.py``).
+          bfloat16 and a weight that fits (``fused.py``).
 ========  ==========================================================================================================
 
 **What the hardware says.** A weight in bfloat16 takes 2 bytes, a packed one 0.516. For M tokens, with a copy rate R and

@@ -1,8 +1,8 @@
 """What the kernels do otherwise in Triton's interpreter, which knows no bfloat16 arithmetic: the tests run there.
 
 The interpreter cuts the low bits off where a GPU rounds to bfloat16, multiplies bfloat16 as integers, and cannot take a
-loop's bounds from NumPy. Everything under the switch `INTERPRETED` is here and in ``lookup.py``, whose assembly has a
-second form. On a GPU the functions below are a conversion, or nothing.
+loop's bounds from NumPy. Everything under the switch `INTERPRETED` is here and beside the inline assembly, which has
+a second form (``lookup.py``, ``canonical.py``). On a GPU the functions below are a conversion, or nothing.
 """
 
 from __future__ import annotations

@@ -30,45 +30,50 @@ from triton.runtime import driver
 
 from .interpreter import INTERPRETED
 
-_parameters: dict[Any, tuple[list[bool], list[str]]] = {}  # by function
+_parameters: dict[Any, list[tuple[str, str]]] = {}  # by function: of each parameter the name, and what counts of it
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: Sequence[int], *arguments: Any, num_warps: int = 4, num_stages: int = 3, **more: Any
+) -> None:
     """Run a kernel on the current stream of the current device.
 
     Args:
-        kernel: a function under ``@triton.jit``, its constants after its other parameters.
+        kernel: a function under ``@triton.jit``.
         grid: of programs, three numbers at most.
-        arguments: of the kernel, by position.
-        options: its constants, ``num_warps`` and ``num_stages``, by name.
+        arguments: of the kernel, its first ones.
+        num_warps, num_stages: see Triton.
+        more: the others, constants too, by name.
     """
     grid = (*grid, 1, 1)[:3]
     if INTERPRETED.value or torch.version.hip or knobs.runtime.launch_enter_hook or knobs.runtime.launch_exit_hook:
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **more, num_warps=num_warps, num_stages=num_stages)
         return
+    parameters = _parameters.get(kernel.fn) or _parameters.setdefault(kernel.fn, [*map(_described, kernel.params)])
+    values = [*arguments, *(more[name] for name, _ in parameters[len(arguments) :])]
     active: Any = driver.active
     device = active.get_current_device()
-    specialized, names = _parameters.get(kernel.fn) or _parameters.setdefault(kernel.fn, _of(kernel))
-    key = (kernel.fn, device, *options.values(), *map(_kind, arguments, specialized))
+    kinds = [_kind(value, what) for value, (_, what) in zip(values, parameters, strict=True)]
+    key = (kernel.fn, device, num_warps, num_stages, *kinds)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*arguments, **options)
-        return
-    constants = [options[name] for name in names]
-    compiled[grid](*arguments, *constants, stream=active.get_current_stream(device))
+        _compiled[key] = kernel[grid](*values, num_warps=num_warps, num_stages=num_stages)
+    else:
+        compiled[grid](*values, stream=active.get_current_stream(device))
 
 
-def _of(kernel: Any) -> tuple[list[bool], list[str]]:
-    """Of each parameter of a kernel, whether Triton compiles for its value; and the names of the constants."""
-    constants = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-    return [not parameter.do_not_specialize for parameter in kernel.params], constants
+def _described(parameter: Any) -> tuple[str, str]:
+    what = "constant" if parameter.is_constexpr else "size" if parameter.do_not_specialize else "value"
+    return parameter.name, what
 
 
-def _kind(argument: Any, specialized: bool) -> Any:
+def _kind(argument: Any, what: str) -> Any:
+    if what == "constant":
+        return argument
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if argument is None or isinstance(argument, float):
         return type(argument)
     small = -(2**31) <= argument < 2**31
-    return (argument == 1, argument % 16 == 0, small) if specialized else small
+    return small if what == "size" else (argument == 1, argument % 16 == 0, small)

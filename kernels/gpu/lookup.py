@@ -1,53 +1,59 @@
-"""The look-up of 16 values in registers: eight codes become eight bfloat16 in 19 instructions, without memory.
+"""The look-up of 16 values in registers: eight codes become eight bfloat16 in 21 instructions, without memory.
 
 **The instruction.** ``PRMT d, a, b, s`` picks bytes. The registers a and b hold eight bytes, numbered 0 to 7 from the
-low end of a; each of the four low nibbles of s chooses one of them for a byte of d. Bit 3 of a nibble asks for the sign
-instead: 0x00 or 0xff, eight copies of the top bit of the chosen byte. So one instruction looks four 3-bit codes up in a
-table of eight bytes, and the codes need no unpacking: four nibbles in a row are the selector.
+low end of a; each of the four low nibbles of s chooses one of them for a byte of d. So one instruction looks four 3-bit
+codes up in a table of eight bytes, and the codes need no unpacking: four nibbles in a row are the selector.
 
-**Sixteen entries of two bytes.** A bfloat16 is a high byte (sign, 7 bits of the exponent) and a low one (the last bit
-of the exponent, the mantissa): two planes of 16 bytes. Each plane is two tables of eight::
+**Sixteen entries of two bytes.** A bfloat16 is a high byte and a low one: two planes of 16 bytes, each of them two
+tables of eight, A for the codes below 8 and B for the others. The fourth bit of a code chooses between the two::
 
-    plane(s) = PRMT(A, s) ^ PRMT(B, s ^ 0x8888)
+    s = q & 0x7777                         the codes without it
+    t = q >> 1 & 0x4444 | 0x3210           byte i of A's answer where it is 0, of B's where it is 1
+    plane(q) = PRMT(PRMT(A, s), PRMT(B, s), t)
 
-For a code q < 8 the first term is ``A[q]`` and the second the sign of ``B[q]``; for q >= 8 they are the sign of
-``A[q - 8]`` and ``B[q - 8]``. Where the entries q and q + 8 have the same top bit in the plane, A and B exist: B gets
-the top bit 0, and what the sign of A flips in ``B[q]`` is flipped beforehand.
+This takes any 16 values, in the order that they have in files, whatever their signs are.
 
-**The order of the codes.** So the kernels number the codes their own way: entries q and q + 8 agree in the sign and in
-the last bit of the exponent. That takes an even number of entries in each of the four groups. A zero may have either
-sign, and the whole codebook may be multiplied by a factor, if the scales are divided by it. The factor also decides how
-well the entries fit into bfloat16: `table` takes the best one that gives even groups. For NF4 and normally distributed
-weights the error of the table falls from 1.4e-3 to 1.0e-3 (root mean square, relative).
+**The count**, for a word of eight codes: 12 PRMT look up, 4 PRMT join the planes into pairs, 2 LOP3 and 3 SHF prepare
+the selectors of both halves: 21, or 2.625 per weight. PRMT, LOP3 and SHF share a unit of half the issue rate, which is
+what limits it. The eight words of the table, and 0x32103210, are arguments of the kernel: constants in the code are
+loaded anew at each use, or take an instruction each.
 
-**The count**, for a word of eight codes: 8 PRMT look up, 4 LOP3 combine, 4 PRMT join the planes into pairs, 1 LOP3 and
-2 SHF prepare the selectors: 19, or 2.375 per weight. PRMT, LOP3 and SHF share a unit of half the issue rate, which is
-what limits it. The eight words of the table are arguments of the kernel: as constants in the code they are loaded anew
-at each use.
+**The factor.** The codebook may be multiplied by a factor if the scales are divided by it, and the factor decides how
+well the entries fit into bfloat16: `table` takes the best of [1, 2). For NF4 and normally distributed weights the error
+of the table falls from 1.4e-3 to 0.8e-3 (root mean square, relative).
 
-**The pairs.** A word is a half of a 4 x 4 unit of weights (``packing.py``); a half-word holds a 2 x 2 square. The last
-two PRMT join its weights along k (forward) or along n (transposed): they are all that differs.
+**The pairs.** A multiplication wants two weights in a register: neighbours along k in the forward product, along n in
+the backward one. Along k they are the nibbles of a byte, the first the high one, and the last two PRMT put them in
+order. Along n they come out of two rows, and their codes are dealt out first, k by k; 4 instructions for 16 weights::
 
-``decode`` runs as inline assembly. The interpreter of Triton has none: there the sixteen entries are computed from the
-same eight words, by shifts, and gathered. What the interpreter leaves out, the assembly itself, the tests run in an
-emulator of its instructions.
+    even = row n >> 4 & 0x0f0f0f0f | row n + 1      & 0xf0f0f0f0
+    odd  = row n      & 0x0f0f0f0f | row n + 1 << 4 & 0xf0f0f0f0
+
+Each pair is multiplied by the pair of its scales, in bfloat16, rounded once: 0.5 per weight.
+
+The look-up runs as inline assembly, a word (or two) of a thread at a time, each of its results a tensor of its own: no
+layout can mix them up. The interpreter of Triton has no assembly: there the sixteen entries are gathered. What the
+interpreter leaves out, the assembly itself, the tests run in an emulator of its instructions.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .interpreter import INTERPRETED, operand
 
-TABLE_ARGUMENTS = tuple(f"t{i}" for i in range(8))
+TABLE_ARGUMENTS = tuple(f"t{i}" for i in range(9))
 
 _FACTORS = 1 << 13  # candidates in [1, 2)
+_NATURAL = 0x32103210  # the selector that leaves the bytes where they are
 
 
 @dataclass(frozen=True)
@@ -55,210 +61,207 @@ class Table:
     """A codebook as the kernels look it up."""
 
     factor: float  # what the codebook is multiplied by; the scales are divided by it
-    values: tuple[float, ...]  # 16 bfloat16 numbers, by the kernels' code
-    order: tuple[int, ...]  # the codebook's own code, by the kernels' code
-    words: tuple[int, ...]  # t0 to t7 of ``decode``, int32: A and B of the high bytes, then of the low, two words each
+    values: tuple[float, ...]  # 16 bfloat16 numbers, by code
+    words: tuple[int, ...]  # t0 to t8 of ``decode``, int32: the 16 high bytes, the 16 low ones, and a selector
+
+
+_tables = WeakTensorKeyDictionary()  # codebook -> (its version, Table)
 
 
 def table(values: Tensor) -> Table:
-    """The table of a codebook.
+    """The table of a codebook. The first call with a tensor waits for its device; the next ones do not.
 
     Args:
-        values: float32 [16], in the order of the codes, finite.
+        values: float32 [16], in the order of the codes.
 
     Returns:
-        the one whose entries are nearest to the codebook's, of those with even groups (see above).
+        the one whose entries, divided by the factor, are nearest to the codebook's.
 
     Raises:
-        ValueError: there are not 16 values, or no factor and no sign of a zero makes the groups even.
+        ValueError: there are not 16 values, or one is not finite.
     """
-    return _table(tuple(values.float().tolist()))
+    version, found = _version(values), _tables.get(values)
+    if found is None or found[0] != version:
+        found = _tables[values] = version, _table(tuple(values.float().tolist()))
+    return found[1]
+
+
+def is_known(values: Tensor) -> bool:
+    """Whether `table` need not wait."""
+    found = _tables.get(values)
+    return found is not None and found[0] == _version(values)
+
+
+def _version(values: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if values.is_inference() else values._version
 
 
 @functools.cache
 def _table(numbers: tuple[float, ...]) -> Table:
     if len(numbers) != 16:
         raise ValueError(f"the look-up takes 16 values, not {len(numbers)}")
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("the look-up takes finite values")
     values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     factors = 1 + torch.arange(_FACTORS, dtype=torch.float32, device="cpu") / _FACTORS
     entries = (values * factors[:, None]).bfloat16()  # [factors, 16]
     errors = (entries.double() / factors[:, None].double() - values.double()).square().sum(1)
-    zeros = [code for code, value in enumerate(numbers) if value == 0]
-    best: tuple[float, int, list[int]] | None = None
-    for negative in range(len(zeros) + 1):
-        signed = entries.clone()
-        signed[:, zeros] = torch.tensor(
-            [-0.0] * negative + [0.0] * (len(zeros) - negative), dtype=torch.bfloat16, device="cpu"
-        )
-        bits = signed.view(torch.int16).int() & 0xFFFF
-        groups = bits >> 15 << 1 | bits >> 7 & 1
-        even = torch.stack([(groups == group).sum(1) % 2 == 0 for group in range(4)]).all(0)
-        if not even.any():
-            continue
-        row = int(errors.masked_fill(~even, torch.inf).argmin())
-        if best is None or float(errors[row]) < best[0]:
-            best = float(errors[row]), row, bits[row].tolist()
-    if best is None:
-        raise ValueError("the codebook has no order for the look-up: its signs do not pair")
-    _, row, by_code = best
-    order = _order(by_code)
-    planes = [[by_code[code] >> shift & 0xFF for code in order] for shift in (8, 0)]
-    return Table(
-        factor=float(factors[row]),
-        values=tuple(float(entries[row, code]) for code in order),
-        order=tuple(order),
-        words=tuple(word for plane in planes for half in _halves(plane) for word in half),
-    )
+    row = int(errors.argmin())
+    bits = [number & 0xFFFF for number in entries[row].view(torch.int16).tolist()]
+    planes = bytes([number >> 8 for number in bits] + [number & 0xFF for number in bits])
+    words = [int.from_bytes(planes[i : i + 4], "little", signed=True) for i in range(0, 32, 4)]
+    return Table(float(factors[row]), tuple(entries[row].tolist()), (*words, _NATURAL))
 
 
-def _order(bits: list[int]) -> list[int]:
-    """The codes of 16 bfloat16, so that q and q + 8 have the same sign and the same last bit of the exponent."""
-    codes = sorted(range(16), key=lambda code: (bits[code] >> 15, bits[code] >> 7 & 1, code))
-    return codes[0::2] + codes[1::2]
-
-
-def _halves(plane: list[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A and B of a plane of 16 bytes."""
-    first, second = plane[:8], [b ^ (0xFF if a >> 7 else 0) for a, b in zip(plane[:8], plane[8:], strict=True)]
-    return _words(first), _words(second)
-
-
-def _words(entries: list[int]) -> tuple[int, int]:
-    """Eight bytes as two int32, the first byte lowest."""
-    low, high = (int.from_bytes(bytes(part), "little", signed=True) for part in (entries[:4], entries[4:]))
-    return low, high
-
-
-def assembly(transposed: bool) -> str:
-    """The PTX of ``decode`` and ``decode_transposed``: two words in, eight pairs of bfloat16 out.
-
-    Output register 4j + 2e + q holds the pair e of the half q (low, high) of the word j. With pack=2 an argument is two
-    registers: the words as $8 and $9, transposed the scales as $10 and $11, then each word of the table as two
-    equal registers, of which the first is used.
-    """
-    tables = 12 if transposed else 10
-    high_a, high_b, low_a, low_b = ((f"${tables + 4 * i}", f"${tables + 4 * i + 2}") for i in range(4))
-    joins = ("0x6240", "0x7351") if transposed else ("0x5140", "0x7362")
-    lines = [".reg .b32 s, r, h, l, g;"]
-    for j, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        if q == 0:
-            lines += [f"mov.b32 s, ${8 + j};", "xor.b32 r, s, 0x88888888;"]
-        else:
+def _looked_up(word: str, tables: int, join: tuple[str, str], scales: tuple[str, str], outputs: list[str]) -> list[str]:
+    """PTX: the eight codes of a word become four pairs, times the scales of its halves, two outputs for each pair."""
+    t = [f"${tables + i}" for i in range(9)]
+    lines = [f"and.b32 s, {word}, 0x77777777;", f"shr.u32 r, {word}, 1;", f"lop3.b32 r, r, 0x44444444, {t[8]}, 0xea;"]
+    for half in (0, 1):
+        if half:
             lines += ["shr.u32 s, s, 16;", "shr.u32 r, r, 16;"]
-        for plane, a, b in (("h", high_a, high_b), ("l", low_a, low_b)):
-            lines += [
-                f"prmt.b32 {plane}, {a[0]}, {a[1]}, s;",
-                f"prmt.b32 g, {b[0]}, {b[1]}, r;",
-                f"xor.b32 {plane}, {plane}, g;",
-            ]
+        for plane, (a0, a1, b0, b1) in (("h", t[:4]), ("l", t[4:8])):
+            lines += [f"prmt.b32 f, {a0}, {a1}, s;", f"prmt.b32 g, {b0}, {b1}, s;", f"prmt.b32 {plane}, f, g, r;"]
         for e in (0, 1):
-            pair = f"${4 * j + 2 * e + q}"
-            lines += [f"prmt.b32 {pair}, l, h, {joins[e]};"]
-            if transposed:  # a product with -0 added: sm_80 has no bfloat16 multiplication by itself
-                lines += [f"fma.rn.bf16x2 {pair}, {pair}, ${10 + j}, z;"]
-    if transposed:
-        lines[0] = ".reg .b32 s, r, h, l, g, z;\nmov.b32 z, 0x80008000;"
+            first, second = outputs[4 * half + 2 * e : 4 * half + 2 * e + 2]
+            lines += [f"prmt.b32 f, l, h, {join[e]};", f"fma.rn.bf16x2 f, f, {scales[half]}, z;"]
+            lines += [f"mov.b32 {{{first}, {second}}}, f;"]
+    return lines
+
+
+def assembly(rows: int) -> str:
+    """The PTX of ``decode`` (1 row) and ``decode_rows`` (2).
+
+    Of one row: $0 to $7 are the weights, in the order of k; $8 the word, $9 its scale, twice; $10 to $18 the table.
+    Of two: $0 to $15 are the weights, two rows for each k; $16 and $17 the words, $18 and $19 the scales of both rows,
+    for the lower and the upper half of the words; $20 to $28 the table.
+
+    The product is one with -0 added: sm_80 has no bfloat16 multiplication by itself.
+    """
+    lines = [".reg .b32 s, r, f, g, h, l, w, z;", "mov.b32 z, 0x80008000;"]
+    if rows == 1:
+        lines += _looked_up("$8", 10, ("0x4051", "0x6273"), ("$9", "$9"), [f"${i}" for i in range(8)])
+    else:
+        for odd in (0, 1):
+            lines += (
+                ["shl.b32 w, $17, 4;", "lop3.b32 w, $16, w, 0x0f0f0f0f, 0xe4;"]
+                if odd
+                else ["shr.u32 w, $16, 4;", "lop3.b32 w, w, $17, 0x0f0f0f0f, 0xe4;"]  # the first's low nibbles
+            )
+            outputs = [f"${4 * byte + 2 * odd + row}" for byte in range(4) for row in (0, 1)]
+            lines += _looked_up("w", 20, ("0x5140", "0x7362"), ("$18", "$19"), outputs)
     return "{ " + "\n".join(lines) + " }"
 
 
-_ALONG_K = tl.constexpr(assembly(transposed=False))
-_ALONG_N = tl.constexpr(assembly(transposed=True))
-_8_TO_18 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 18))  # &: written before the last input is read
-_8_TO_20 = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 20))
+_ONE_ROW = tl.constexpr(assembly(1))
+_TWO_ROWS = tl.constexpr(assembly(2))
+_8_TO_11 = tl.constexpr(",".join(["=&h"] * 8 + ["r"] * 11))  # &: written before the last input is read
+_16_TO_13 = tl.constexpr(",".join(["=&h"] * 16 + ["r"] * 13))
 
 
 @triton.jit
-def decode(words, t0, t1, t2, t3, t4, t5, t6, t7):
-    """Words of eight codes, int32 [..., p:2] -> bfloat16 [..., kp:2, p:2, i:2, q:2]; float32 in the interpreter.
+def decode(words, scales, t0, t1, t2, t3, t4, t5, t6, t7, t8):
+    """Words of eight codes of a row -> bfloat16 [..., 2, 2, 2], by the bits of k; float32 in the interpreter.
 
-    The two words must lie in consecutive registers of one thread: the last dimension is that of the words in the
-    argument and that of a pair in the result.
+    words and scales are int32 [...]; a scale is bfloat16, in both halves.
     """
     if INTERPRETED:
-        o0, o1, o2, o3, o4, o5, o6, o7 = _pairs(  # pyright: ignore[reportGeneralTypeIssues]
-            words, t0, t1, t2, t3, t4, t5, t6, t7, 8, 4
+        entries = _entries(t0, t1, t2, t3, t4, t5, t6, t7)
+        o0, o1, o2, o3, o4, o5, o6, o7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
+            entries, words, scales << 16, scales << 16
         )
     else:
         o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
-            _ALONG_K,  # pyright: ignore[reportArgumentType]
-            _8_TO_18,  # pyright: ignore[reportArgumentType]
-            [words, t0, t1, t2, t3, t4, t5, t6, t7],
+            _ONE_ROW,  # pyright: ignore[reportArgumentType]
+            _8_TO_11,  # pyright: ignore[reportArgumentType]
+            [words, scales, t0, t1, t2, t3, t4, t5, t6, t7, t8],
             dtype=(tl.bfloat16,) * 8,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
-    return _joined(o0, o1, o2, o3, o4, o5, o6, o7)
+    return joined(o0, o1, o2, o3, o4, o5, o6, o7)
 
 
 @triton.jit
-def decode_transposed(words, scales, t0, t1, t2, t3, t4, t5, t6, t7):
-    """Words int32 [..., p:2] -> bfloat16 [..., i:2, p:2, kp:2, q:2], times the scales of their rows.
+def decode_rows(first, second, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8):
+    """Words of two rows -> bfloat16 [..., 2, 2, 2, rows:2], by the bits of k, else as ``decode``.
 
-    scales is int32 [..., p:2], two bfloat16 each: those of the rows i = 0 (low half) and 1. Else as ``decode``; the
-    product is rounded to bfloat16.
+    low and high are int32 [...]: the bfloat16 scales of the first row (in their low halves) and of the second, for the
+    lower and the upper four codes of the words.
     """
     if INTERPRETED:
-        o0, o1, o2, o3, o4, o5, o6, o7 = _pairs(  # pyright: ignore[reportGeneralTypeIssues]
-            words, t0, t1, t2, t3, t4, t5, t6, t7, 4, 8
+        entries = _entries(t0, t1, t2, t3, t4, t5, t6, t7)
+        a0, a1, a2, a3, a4, a5, a6, a7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
+            entries, first, low << 16, high << 16
         )
-        s0, s1 = tl.split(scales)
-        s0 = tl.join((s0 << 16).to(tl.float32, bitcast=True), (s0 & -65536).to(tl.float32, bitcast=True))
-        s1 = tl.join((s1 << 16).to(tl.float32, bitcast=True), (s1 & -65536).to(tl.float32, bitcast=True))
-        o0, o1, o2, o3 = _times(o0, s0), _times(o1, s0), _times(o2, s0), _times(o3, s0)
-        o4, o5, o6, o7 = _times(o4, s1), _times(o5, s1), _times(o6, s1), _times(o7, s1)
+        b0, b1, b2, b3, b4, b5, b6, b7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
+            entries, second, low & -65536, high & -65536
+        )
     else:
-        o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
-            _ALONG_N,  # pyright: ignore[reportArgumentType]
-            _8_TO_20,  # pyright: ignore[reportArgumentType]
-            [words, scales, t0, t1, t2, t3, t4, t5, t6, t7],
-            dtype=(tl.bfloat16,) * 8,
+        a0, b0, a1, b1, a2, b2, a3, b3, a4, b4, a5, b5, a6, b6, a7, b7 = tl.inline_asm_elementwise(
+            _TWO_ROWS,  # pyright: ignore[reportArgumentType]
+            _16_TO_13,  # pyright: ignore[reportArgumentType]
+            [first, second, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8],
+            dtype=(tl.bfloat16,) * 16,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
-    return _joined(o0, o1, o2, o3, o4, o5, o6, o7)
+    return tl.join(joined(a0, a1, a2, a3, a4, a5, a6, a7), joined(b0, b1, b2, b3, b4, b5, b6, b7))
 
 
 @triton.jit
-def _times(pair, scale):
-    return operand(pair * scale, tl.bfloat16)
-
-
-@triton.jit
-def _joined(o0, o1, o2, o3, o4, o5, o6, o7):
-    low = tl.join(tl.join(o0, o4), tl.join(o2, o6))  # [..., word, pair] of the low halves
-    high = tl.join(tl.join(o1, o5), tl.join(o3, o7))
-    return tl.join(low, high)
-
-
-@triton.jit
-def _pairs(words, t0, t1, t2, t3, t4, t5, t6, t7, NEXT_PAIR: tl.constexpr, NEXT: tl.constexpr):
-    code = tl.arange(0, 16)
-    high = _byte(code, t0, t1, t2, t3)
-    low = _byte(code, t4, t5, t6, t7)
-    entries = ((high << 24) | (low << 16)).to(tl.float32, bitcast=True)
-    first, second = tl.split(words)
-    return (
-        _pair(entries, first, NEXT),
-        _pair(entries, first >> 16, NEXT),
-        _pair(entries, first >> NEXT_PAIR, NEXT),
-        _pair(entries, first >> (16 + NEXT_PAIR), NEXT),
-        _pair(entries, second, NEXT),
-        _pair(entries, second >> 16, NEXT),
-        _pair(entries, second >> NEXT_PAIR, NEXT),
-        _pair(entries, second >> (16 + NEXT_PAIR), NEXT),
+def halves(first, second, upper):
+    """The lower half-words of two int32 as one, or, where upper is 1 and not 0, the upper ones."""
+    if INTERPRETED:
+        return ((first >> (upper * 16)) & 0xFFFF) | ((second >> (upper * 16)) << 16)
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",  # pyright: ignore[reportArgumentType]
+        "=r,r,r,r",  # pyright: ignore[reportArgumentType]
+        [first, second, upper * 0x2222 + 0x5410],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
 @triton.jit
-def _pair(entries, word, NEXT: tl.constexpr):
-    codes = tl.join(word & 15, (word >> NEXT) & 15)
-    return tl.reshape(tl.gather(entries, tl.ravel(codes), 0), codes.shape)
+def joined(o0, o1, o2, o3, o4, o5, o6, o7):
+    """Eight tensors [...] -> [..., 2, 2, 2], by the bits of their numbers."""
+    even = tl.join(tl.join(o0, o4), tl.join(o2, o6))
+    odd = tl.join(tl.join(o1, o5), tl.join(o3, o7))
+    return tl.join(even, odd)
 
 
 @triton.jit
-def _byte(code, a0, a1, b0, b1):
-    shift = (code & 3) * 8
-    a = (tl.where((code & 4) == 0, a0, a1) >> shift) & 0xFF
-    b = (tl.where((code & 4) == 0, b0, b1) >> shift) & 0xFF
-    first = code < 8
-    return tl.where(first, a, (a >> 7) * 0xFF) ^ tl.where(first, (b >> 7) * 0xFF, b)
+def _entries(t0, t1, t2, t3, t4, t5, t6, t7):
+    bits = (_byte(t0, t1, t2, t3) << 24) | (_byte(t4, t5, t6, t7) << 16)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _byte(t0, t1, t2, t3):
+    code = tl.arange(0, 16)
+    words = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
+    return (words >> (code % 4 * 8)) & 0xFF
+
+
+@triton.jit
+def _row(entries, words, low, high):
+    low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    return (
+        _weight(entries, words >> 4, low),
+        _weight(entries, words, low),
+        _weight(entries, words >> 12, low),
+        _weight(entries, words >> 8, low),
+        _weight(entries, words >> 20, high),
+        _weight(entries, words >> 16, high),
+        _weight(entries, words >> 28, high),
+        _weight(entries, words >> 24, high),
+    )
+
+
+@triton.jit
+def _weight(entries, codes, scale):
+    value = tl.reshape(tl.gather(entries, tl.ravel(codes & 15), 0), codes.shape)
+    return operand(value * scale, tl.bfloat16)

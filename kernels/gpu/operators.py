@@ -17,7 +17,7 @@ They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfl
 
 Each kernel serves on a device only after it has passed a check there (``self_check.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``tile_cache.py``) serve where ``choice.py`` says that they took less time on this architecture,
+**The fused products** (``fused.py``) serve where ``choice.py`` says that they took less time on this architecture,
 and after a check on the device. All other products are two-pass.
 """
 
@@ -160,9 +160,9 @@ def _product(
     operation: str, x: Tensor, weight: Packed, *bias: Tensor | None, adapter: LowRank | MaskedLowRank | None = None
 ) -> Tensor:
     """x W' + bias or grad W, plus the term of an adapter: fused where ``choice.py`` says so, else two-pass."""
-    from . import tile_cache, two_pass
+    from . import fused, two_pass
 
-    y = getattr(tile_cache, operation)(x, weight, *bias, adapter=adapter)
+    y = getattr(fused, operation)(x, weight, *bias, adapter=adapter)
     return getattr(two_pass, operation)(x, weight, *bias, adapter=adapter) if y is None else y
 
 

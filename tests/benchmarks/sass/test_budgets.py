@@ -39,7 +39,7 @@ def test_every_kernel_compiles_for_the_other_targets():
     assert [(one.name, one.target, one.spilled) for one in found if one.spilled] == []
 
 
-WORDS = """
+SHUFFLES = """
 import json, re
 import triton
 from qloralab.benchmarks.sass import compile as offline
@@ -52,29 +52,29 @@ def keep(*arguments, **options):
 
 ttgir = []
 compile_, triton.compile = triton.compile, keep
-blocked = r"^(#\\w+) = #ttg\\.blocked<\\{sizePerThread = \\[[^]]*(\\d)\\],.* order = \\[(\\d)"
 for module in (linear, linear_grad_input):
     for target in offline.TARGETS:
         for case in offline.cases_of(module.__name__, target):
             offline.compile_case(case, target, disassemble=False)
-            layouts = {name: (int(size), int(fastest)) for name, size, fastest in re.findall(blocked, ttgir[-1], re.M)}
-            used = re.findall(r"tt\\.elementwise_inline_asm .*? : tensor<[\\dx]+xi32, (#\\w+)>", ttgir[-1])
-            print(json.dumps([case.name, target, [layouts.get(name) for name in used]]))
+            used = re.findall(r"tt.elementwise_inline_asm .shfl.*? : tensor<(\\d+)xi32, (#\\w+)> ->", ttgir[-1])
+            layouts = dict(re.findall(r"^(#\\w+) = #ttg\\.(.*)$", ttgir[-1], re.M))
+            print(json.dumps([case.name, target, case.num_warps, [(int(size), layouts[name]) for size, name in used]]))
 """
 
 
 @needs_triton
 @pytest.mark.slow
-def test_the_two_words_of_a_unit_lie_in_consecutive_registers():
-    """What ``decode`` asks of the compiler: a thread has both words of the last dimension, and numbers them first."""
+def test_what_is_shuffled_has_an_element_in_each_thread_in_order():
+    """What ``canonical.of_four_lanes`` and ``of_eight_lanes`` ask of the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", WORDS], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SHUFFLES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {target for _, target, _ in found} == set(TARGETS)
-    for name, target, layouts in found:
-        assert layouts, (name, target)
-        assert all(layout == [2, 7] for layout in layouts), (name, target, layouts)
+    assert {target for _, target, _, _ in found} == set(TARGETS)
+    for name, target, warps, used in found:
+        assert used, (name, target)
+        layout = f"blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}], order = [0]}}>"
+        assert all(pair == [32 * warps, layout] for pair in used), (name, target, used)
 
 
 def test_every_file_with_cases_is_listed():

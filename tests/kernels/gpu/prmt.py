@@ -1,4 +1,4 @@
-"""An emulator in NumPy of the five PTX instructions that the look-up consists of. It runs the kernels' own assembly.
+"""An emulator in NumPy of the PTX instructions that the look-up consists of. It runs the kernels' own assembly.
 
 Registers are arrays of uint32, one element for each thread. The instructions are those of NVIDIA's "PTX ISA"; of
 ``prmt`` the default mode, of ``fma.rn.bf16x2`` finite numbers.
@@ -25,6 +25,15 @@ def prmt(a: Register, b: Register, selector: Register) -> Register:
         byte = np.choose(nibble & np.uint32(7), chosen_from)
         sign = np.where(byte & 0x80, 0xFF, 0)
         result |= np.where(nibble & 8, sign, byte).astype(np.uint32) << np.uint32(8 * position)
+    return result
+
+
+def lop3(a: Register, b: Register, c: Register, table: int) -> Register:
+    """Any function of three bits, of each: bit 4 a + 2 b + c of the table."""
+    result = np.zeros_like(a)
+    for row in range(8):
+        if table >> row & 1:
+            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
     return result
 
 
@@ -61,14 +70,23 @@ def run(ptx: str, registers: Mapping[str, Register]) -> dict[str, Register]:
         opcode, operands = line.split(maxsplit=1)
         if opcode == ".reg":
             continue
+        if unpacked := re.fullmatch(r"\{(\S+), (\S+)\}, (\S+)", operands):
+            assert opcode == "mov.b32", line
+            low, high, packed = unpacked.groups()
+            state[low], state[high] = state[packed] & np.uint32(0xFFFF), state[packed] >> np.uint32(16)
+            continue
         target, *sources = (name.strip() for name in operands.split(","))
         match opcode, [value(source) for source in sources]:
             case "mov.b32", [a]:
                 state[target] = a
-            case "xor.b32", [a, b]:
-                state[target] = a ^ b
+            case "and.b32", [a, b]:
+                state[target] = a & b
             case "shr.u32", [a, b]:
                 state[target] = a >> b
+            case "shl.b32", [a, b]:
+                state[target] = a << b
+            case "lop3.b32", [a, b, c, table]:
+                state[target] = lop3(a, b, c, int(table[0]))
             case "prmt.b32", [a, b, selector]:
                 state[target] = prmt(a, b, selector)
             case "fma.rn.bf16x2", [a, b, c]:

@@ -1,4 +1,4 @@
-"""Both products from tiles, y = x W' + bias and dX = dY W': exact sums, accuracy, splits, and no byte too far."""
+"""Both products of a packed weight, y = x W' + bias and dX = dY W': exact sums, accuracy, splits, no byte too far."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from qloralab.kernels.gpu import linear as forward_file
+from qloralab.kernels.gpu import linear_grad_input as backward_file
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
-from qloralab.kernels.gpu.linear import linear, token_tile
+from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
 from qloralab.kernels.gpu.lookup import table
-from qloralab.kernels.gpu.packing import TiledWeight, tile
 from qloralab.lora.dropout import keep_mask
-from qloralab.nf4 import blockwise, ops
+from qloralab.nf4 import blockwise, double_quant, ops
+from qloralab.nf4.codebook import dynamic_map
+from qloralab.nf4.packed import Packed
 
-from ..cpu.cases import NF4, WHOLE
-from .conftest import Guarded, Operands, few
+from ..cpu.cases import NF4, ONE, WHOLE, ZERO
+from .conftest import few
 
-# (M, N, K, block size, splits): one tile; odd rows and tokens; K and N across programs; each tile of tokens
+# (M, N, K, block size, splits, double quantization): one tile; odd rows and tokens; blocks that span rows; K and N
+# across programs; each tile of tokens, with words of one step and of two
 CASES = [
-    (1, 128, 128, 64, None),
-    (3, 65, 64, 64, None),
-    (16, 3, 192, 128, 1),
-    (17, 130, 192, 64, 2),
-    (33, 64, 128, 4096, None),
-    (2, 200, 320, 64, 3),
-    (65, 70, 128, 64, 2),
-    (130, 64, 64, 64, None),
+    (1, 128, 128, 64, None, True),
+    (3, 65, 64, 64, None, False),
+    (16, 67, 192, 128, 1, True),
+    (17, 130, 256, 64, 2, True),
+    (33, 64, 128, 4096, None, False),
+    (2, 200, 320, 64, 3, True),
+    (65, 70, 128, 128, 2, True),
+    (130, 129, 320, 64, None, True),
 ]
 directions = pytest.mark.parametrize("forward", [True, False], ids=["linear", "linear_grad_input"])
 
@@ -41,7 +45,7 @@ def beside(adapters: Sequence[Any]) -> list[Any]:
     return [(case, adapters[(n + shift) % len(adapters)]) for shift in shifts for n, case in enumerate(CASES)]
 
 
-def multiply(forward: bool, x: Tensor, weight: TiledWeight, bias: Tensor | None = None, **options: Any) -> Tensor:
+def multiply(forward: bool, x: Tensor, weight: Packed, bias: Tensor | None = None, **options: Any) -> Tensor:
     """x W' + bias, or x W."""
     return linear(x, weight, bias, **options) if forward else linear_grad_input(x, weight, **options)
 
@@ -51,23 +55,40 @@ def exact(forward: bool, x: Tensor, W: Tensor) -> Tensor:
     return x.double() @ (W.T if forward else W).double()
 
 
-def whole_weight(N: int, K: int, block_size: int = 64) -> Operands:
-    """The operands of a weight whose table and scales are exact in bfloat16."""
-    packed = torch.randint(256, (N * K // 2, 1), dtype=torch.uint8)
-    scales = torch.tensor([1.0, 2.0, -1.0])[torch.randint(3, (-(-N * K // block_size),))] * table(WHOLE).factor
-    return packed, scales, None, None, WHOLE, (N, K), block_size
+def whole_weight(N: int, K: int, block_size: int = 64, double: bool = True) -> Packed:
+    """A weight whose table and scales are exact in bfloat16."""
+    packed, blocks = torch.randint(256, (N * K // 2, 1), dtype=torch.uint8), -(-N * K // block_size)
+    if not double:
+        scales = torch.tensor([1.0, 2.0, -1.0])[torch.randint(3, (blocks,))]
+        return Packed(packed, scales, None, None, WHOLE, (N, K), block_size)
+    codes = torch.tensor([ZERO, ONE], dtype=torch.uint8)[torch.randint(2, (blocks,))]
+    absmax2 = torch.tensor([1.0, -3.0, 2.0])[torch.randint(3, (-(-blocks // 256),))]
+    return Packed(packed, codes, absmax2, torch.tensor(1.0), WHOLE, (N, K), block_size)
 
 
-def random_weight(N: int, K: int, device: str) -> tuple[TiledWeight, Tensor, Tensor, Tensor]:
-    """Random numbers in tiles, in full as float64, and their codes and scales."""
+def random_weight(N: int, K: int, device: str, double: bool = True) -> Packed:
+    """Random numbers."""
     packed, absmax = blockwise.quantize_blockwise(torch.randn(N, K), NF4, 64)
-    weight = tile(packed.to(device), absmax.to(device), None, None, NF4.to(device), (N, K), 64)
-    return weight, dequantized((packed, absmax, None, None, NF4, (N, K), 64)), packed, absmax
+    scales = double_quant.quantize_scales(absmax) if double else (absmax, None, None)
+    return moved(Packed(packed, *scales, NF4, (N, K), 64), lambda tensor: tensor.to(device))
 
 
-def dequantized(operands: Operands) -> Tensor:
+def dequantized(weight: Packed) -> Tensor:
     """float64 [N, K]."""
-    return ops.dequantize.reference(*operands, torch.float32).double()
+    return ops.dequantize.reference(*weight, torch.float32).double()
+
+
+def kernels_own(weight: Packed) -> Tensor:
+    """The weights that the kernels multiply, float32 [N, K]: each factor in bfloat16, and their product."""
+    look_up, codes = table(weight.values), blockwise.unpack(weight.packed, 2 * len(weight.packed)).long()
+    inverse = torch.tensor(1 / look_up.factor)
+    if weight.absmax2 is None or weight.offset is None:
+        scales = weight.scales * inverse
+    else:
+        levels = (weight.absmax2 * inverse).repeat_interleave(256)[: len(weight.scales)].double()
+        scales = (dynamic_map().double()[weight.scales.long()] * levels + (weight.offset * inverse).double()).float()
+    each = scales.bfloat16().float().repeat_interleave(weight.block_size)[: len(codes)]
+    return (torch.tensor(look_up.values)[codes] * each).bfloat16().float().view(tuple(weight.shape))
 
 
 def rounded(exact: Tensor) -> Tensor:
@@ -75,25 +96,34 @@ def rounded(exact: Tensor) -> Tensor:
     return exact.float().bfloat16().double()
 
 
-def tiled(operands: Operands, guarded: Guarded) -> TiledWeight:
-    """The tiles of a weight, in guarded memory."""
-    weight = tile(*operands)
-    return replace(weight, **{name: guarded(getattr(weight, name)) for name in ("words", "scales", "scales_bf16")})
+def moved(weight: Packed, move: Any) -> Packed:
+    """A weight with its tensors copied, as into guarded memory."""
+    tensors = {name: tensor for name, tensor in weight._asdict().items() if isinstance(tensor, Tensor)}
+    return weight._replace(**{name: move(tensor) for name, tensor in tensors.items()})
 
 
 def test_the_whole_numbers_are_exact_in_the_table():
-    look_up = table(WHOLE)
-    assert torch.equal(torch.tensor(look_up.values) / look_up.factor, WHOLE[list(look_up.order)])
+    assert table(WHOLE).factor == 1
+    assert torch.equal(torch.tensor(table(WHOLE).values), WHOLE)
 
 
-@pytest.mark.parametrize(("M", "N", "K", "block_size", "splits"), CASES)
+@pytest.fixture(params=[False, True], ids=["wgmma", "mma.sync"])
+def order(request, monkeypatch) -> None:
+    """Both orders in which tensor cores have columns in lanes; each is right in the interpreter."""
+    if request.param:
+        for file in (forward_file, backward_file):
+            monkeypatch.setattr(file, "mma_sync", lambda device: True)
+
+
+@pytest.mark.parametrize(("M", "N", "K", "block_size", "splits", "double"), CASES)
 @pytest.mark.parametrize(
     ("forward", "biased"), [(True, False), (True, True), (False, False)], ids=["linear", "bias", "linear_grad_input"]
 )
-def test_exact_sums(M, N, K, block_size, splits, forward, biased, guarded_twice):
-    operands = whole_weight(N, K, block_size)
+@pytest.mark.usefixtures("order")
+def test_exact_sums(M, N, K, block_size, splits, double, forward, biased, guarded_twice):
+    operands = whole_weight(N, K, block_size, double)
     x, bias = few(M, K if forward else N), few(N) if biased else None
-    given = guarded_twice(x), tiled(operands, guarded_twice), None if bias is None else guarded_twice(bias)
+    given = guarded_twice(x), moved(operands, guarded_twice), None if bias is None else guarded_twice(bias)
     found = multiply(forward, *given, splits=splits)
     assert found.dtype == torch.bfloat16
     expected = exact(forward, x, dequantized(operands)) + (0 if bias is None else bias.double())
@@ -102,10 +132,11 @@ def test_exact_sums(M, N, K, block_size, splits, forward, biased, guarded_twice)
 
 @pytest.mark.parametrize(("case", "r"), beside([1, 4, 16, 33, 64, 100]), ids=str)
 def test_exact_sums_with_an_adapter(case, r, guarded_twice):
-    (M, N, K, _, splits), operands = case, whole_weight(*case[1:4])
+    (M, N, K, block_size, splits, double) = case
+    operands = whole_weight(N, K, block_size, double)
     x, bias, h, B = few(M, K), few(N), few(M, r), few(N, r).float()
     term = LowRank(guarded_twice(h), guarded_twice(B))
-    found = linear(guarded_twice(x), tiled(operands, guarded_twice), guarded_twice(bias), splits, term)
+    found = linear(guarded_twice(x), moved(operands, guarded_twice), guarded_twice(bias), splits, term)
     expected = exact(True, x, dequantized(operands)) + h.double() @ B.double().T + bias.double()
     assert torch.equal(found.cpu().double(), rounded(expected))
 
@@ -115,10 +146,11 @@ MASKED = [(1, 0.1), (16, 0.0), (16, 0.5), (33, 0.999), (64, 0.1), (100, 0.0), (1
 
 @pytest.mark.parametrize(("case", "adapter"), beside(MASKED), ids=str)
 def test_exact_sums_with_a_masked_adapter(case, adapter, guarded_twice):
-    (M, N, K, _, splits), (r, p), operands = case, adapter, whole_weight(*case[1:4])
+    (M, N, K, block_size, splits, double), (r, p) = case, adapter
+    operands = whole_weight(N, K, block_size, double)
     grad, G, A, seed = few(M, N), few(M, r), few(r, K).float(), torch.tensor(-1234567891011)
     term = MaskedLowRank(guarded_twice(G), guarded_twice(A), guarded_twice(seed), p)
-    found = linear_grad_input(guarded_twice(grad), tiled(operands, guarded_twice), splits, term)
+    found = linear_grad_input(guarded_twice(grad), moved(operands, guarded_twice), splits, term)
     low_rank = torch.where(keep_mask(seed, M, K, p), G.double() @ A.double(), 0)
     assert torch.equal(found.cpu().double(), rounded(exact(False, grad, dequantized(operands)) + low_rank))
 
@@ -127,7 +159,7 @@ def test_an_adapters_matrix_is_rounded_and_the_sum_is_rounded_once(device):
     """Beside a weight of zeros y is h B', of B in bfloat16."""
     M, N, K, r = 5, 70, 64, 20
     packed, absmax = blockwise.quantize_blockwise(torch.zeros(N, K), NF4, 64)
-    weight = tile(packed.to(device), absmax.to(device), None, None, NF4.to(device), (N, K), 64)
+    weight = Packed(packed.to(device), absmax.to(device), None, None, NF4.to(device), (N, K), 64)
     h, B = torch.randn(M, r).bfloat16(), torch.randn(N, r)
     x = torch.randn(M, K).bfloat16().to(device)
     found = linear(x, weight, adapter=LowRank(h.to(device), B.to(device))).cpu().double()
@@ -152,40 +184,39 @@ NOT_FITTING = {
 
 @pytest.mark.parametrize(("term", "message"), NOT_FITTING.values(), ids=NOT_FITTING)
 def test_an_adapter_that_does_not_fit_is_refused(term, message, guarded):
-    weight, forward = tiled(whole_weight(70, 64), guarded), isinstance(term, LowRank)
-    on = {name: value.to(weight.words.device) for name, value in vars(term).items() if isinstance(value, Tensor)}
+    weight, forward = moved(whole_weight(70, 64), guarded), isinstance(term, LowRank)
+    on = {name: value.to(weight.packed.device) for name, value in vars(term).items() if isinstance(value, Tensor)}
     with pytest.raises(ValueError, match=message):
-        multiply(forward, few(2, 64 if forward else 70).to(weight.words.device), weight, adapter=replace(term, **on))
+        multiply(forward, few(2, 64 if forward else 70).to(weight.packed.device), weight, adapter=replace(term, **on))
 
 
-def test_accuracy_and_the_same_bits_in_both_directions_and_for_any_number_of_tokens(device):
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_accuracy_and_the_same_bits_in_both_directions_and_for_any_number_of_tokens(double, device):
     """With a unit matrix both kernels give W' itself; they round it twice, and it does show."""
-    weight, W64, *_ = random_weight(128, 128, device)
+    weight = random_weight(128, 128, device, double)
     unit = torch.eye(128, dtype=torch.bfloat16, device=device)
-    W = linear_grad_input(unit, weight)
+    W, W64 = linear_grad_input(unit, weight), dequantized(weight)
     for tokens in (3, 32, 40, 65, 128):
         assert torch.equal(linear(unit[:tokens], weight), W.T[:tokens])
         assert torch.equal(linear_grad_input(unit[:tokens], weight), W[:tokens])
-    assert 1.7e-3 < (W.cpu().double() - W64).norm() / W64.norm() < 2.7e-3
+    assert 1.7e-3 < (W.double() - W64).norm() / W64.norm() < 2.7e-3
 
 
-def test_against_float64_with_its_own_weights(device):
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_against_float64_with_its_own_weights(double, device):
     """Sums of many products: only the rounding of the result away from the exact sum of the kernel's weights."""
-    M, N, K, look_up = 5, 64, 512, table(NF4)
-    weight, _, packed, absmax = random_weight(N, K, device)
-    by_code = torch.empty(16).index_put_((torch.tensor(look_up.order),), torch.tensor(look_up.values))
-    codes = blockwise.unpack(packed, N * K).long()
-    W = by_code[codes].bfloat16() * (absmax / look_up.factor).bfloat16().repeat_interleave(64)
+    M, N, K = 5, 64, 512
+    weight = random_weight(N, K, "cpu", double)
     x, bias = torch.randn(M, K).bfloat16(), torch.randn(N).bfloat16()
-    expected = exact(True, x, W.view(N, K)) + bias.double()
-    found = linear(x.to(device), weight, bias.to(device)).cpu().double()
+    expected = exact(True, x, kernels_own(weight)) + bias.double()
+    found = linear(x.to(device), moved(weight, lambda tensor: tensor.to(device)), bias.to(device)).cpu().double()
     assert (found - expected).norm() / expected.norm() < 2e-3
     assert torch.allclose(found, expected, rtol=2**-8, atol=1e-4)
 
 
 @directions
 def test_splits_are_added_in_a_fixed_order(forward, device):
-    weight, *_ = random_weight(256, 256, device)
+    weight = random_weight(256, 256, device)
     x = torch.randn(2, 256).bfloat16().to(device)
     assert torch.equal(multiply(forward, x, weight, splits=4), multiply(forward, x, weight, splits=4))
 
@@ -193,7 +224,7 @@ def test_splits_are_added_in_a_fixed_order(forward, device):
 @directions
 def test_leading_dimensions_strides_and_nothing(forward, guarded):
     operands = whole_weight(70, 64)
-    weight, (given, made) = tiled(operands, guarded), (64, 70) if forward else (70, 64)
+    weight, (given, made) = moved(operands, guarded), (64, 70) if forward else (70, 64)
     x = few(given, 2, 3)
     found = multiply(forward, guarded(x).permute(1, 2, 0), weight)
     assert found.shape == (2, 3, made)
@@ -215,12 +246,14 @@ REFUSED = {
 
 @pytest.mark.parametrize(("forward", "x", "bias", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(forward, x, bias, message, guarded):
-    weight = tiled(whole_weight(70, 64), guarded)
-    on = weight.words.device
+    weight = moved(whole_weight(70, 64), guarded)
+    on = weight.packed.device
     with pytest.raises(ValueError, match=message):
         multiply(forward, x if x.is_meta else x.to(on), weight, None if bias is None else bias.to(on))
 
 
-@pytest.mark.parametrize(("M", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1500, 128)])
-def test_the_tile_of_tokens(M, tokens):
-    assert token_tile(M, torch.device("cpu")) == tokens
+@directions
+def test_what_cannot_be_fused_is_refused(forward, device):
+    weight = random_weight(64, 64, device)._replace(block_size=32)
+    with pytest.raises(ValueError, match="block size must be a multiple of 64, not 32"):
+        multiply(forward, few(1, 64).to(device), weight)

@@ -1,4 +1,4 @@
-"""The look-up: its tables, and its own assembly in an emulator, over all half-words in both directions."""
+"""The look-up: its tables, and its own assembly in an emulator, over all half-words, of one row and of two."""
 
 from __future__ import annotations
 
@@ -6,105 +6,118 @@ import numpy as np
 import pytest
 import torch
 
-from qloralab.kernels.gpu.lookup import assembly, table
+from qloralab.kernels.gpu import lookup
+from qloralab.kernels.gpu.lookup import assembly, is_known, table
 from qloralab.nf4.codebook import codebook_values, normal_float
 
-from .prmt import prmt, run
+from .prmt import lop3, prmt, run
 
-NAMES = ("nf4", "fp4", "fp4_e3m0", "int4")
+CODEBOOKS = {
+    **{name: codebook_values(name) for name in ("nf4", "fp4", "fp4_e3m0", "int4")},
+    "one negative": torch.tensor([-1.0] + [0.5] * 15),
+    "without order": torch.tensor([0.3, -0.0, 7, -2e-5, 1e30, 0, -3, 5, 0.1, -0.1, 11, -6, 0.75, 1e-30, -1e9, 2]),
+}
+codebooks = pytest.mark.parametrize("values", CODEBOOKS.values(), ids=CODEBOOKS)
 HALF_WORDS = np.arange(1 << 16, dtype=np.uint32)
 OTHER = HALF_WORDS * np.uint32(40503) + np.uint32(12345) & np.uint32(0xFFFF)  # every half-word once, in another order
+FIRST, SECOND = HALF_WORDS | OTHER << np.uint32(16), OTHER[::-1] | HALF_WORDS << np.uint32(16)
 
 
-def bits(numbers: tuple[float, ...]) -> np.ndarray:
-    """bfloat16 bits as uint32; -0.0 as 0.0."""
-    return (torch.tensor(numbers).view(torch.int32).numpy().view(np.uint32) >> np.uint32(16)) & np.uint32(0xFFFF)
+def full(number: int) -> np.ndarray:
+    return np.full(1 << 16, number & 0xFFFFFFFF, np.uint32)
 
 
-def test_prmt_as_the_manual_has_it():
+def codes(word: np.ndarray, k: int) -> torch.Tensor:
+    """Those of column k: two in a byte, the first in the high nibble."""
+    return torch.from_numpy((word >> np.uint32(8 * (k // 2) + 4 * (1 - k % 2)) & np.uint32(15)).astype(np.int64))
+
+
+def products(values: torch.Tensor, scale: np.ndarray) -> np.ndarray:
+    """Bits of the bfloat16 products of values and bfloat16 scales (bits)."""
+    scales = torch.from_numpy((scale << np.uint32(16)).view(np.float32).copy())
+    return (values * scales).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def test_prmt_and_lop3_as_the_manual_has_them():
     a, b = np.array([0x33221180], np.uint32), np.array([0x77E65544], np.uint32)
     assert prmt(a, b, np.array([0x3210], np.uint32)) == a
     assert prmt(a, b, np.array([0x7654], np.uint32)) == b
     assert prmt(a, b, np.array([0x0617], np.uint32)) == 0x80E61177
     assert prmt(a, b, np.array([0xE8F9], np.uint32)) == 0xFFFF0000  # the signs of bytes 6, 0, 7, 1
+    assert lop3(a, b, b ^ a, 0xF0 & 0xCC | 0xAA) == a & b | b ^ a
 
 
 def test_the_other_half_words_are_all_of_them():
     assert len(np.unique(OTHER)) == 1 << 16
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_half_word_becomes_its_four_values(name, transposed):
-    look_up = table(codebook_values(name))
-    values = bits(look_up.values)
-    first = 12 if transposed else 10
-    registers = {
-        f"${first + 2 * i}": np.full(1 << 16, word & 0xFFFFFFFF, np.uint32) for i, word in enumerate(look_up.words)
-    }
-    registers["$8"] = HALF_WORDS | OTHER << np.uint32(16)
-    registers["$9"] = OTHER[::-1] | HALF_WORDS[::-1] << np.uint32(16)
-    if transposed:
-        registers |= {"$10": np.full(1 << 16, 0x3F803F80, np.uint32), "$11": np.full(1 << 16, 0x3F803F80, np.uint32)}
-    result = run(assembly(transposed), registers)
-    for j in (0, 1):
-        for q in (0, 1):
-            half = registers[f"${8 + j}"] >> np.uint32(16 * q)
-            for e in (0, 1):
-                pair = result[f"${4 * j + 2 * e + q}"]
-                for position in (0, 1):
-                    i, kp = (position, e) if transposed else (e, position)
-                    code = half >> np.uint32(4 * (2 * i + kp)) & np.uint32(15)
-                    found = pair >> np.uint32(16 * position) & np.uint32(0xFFFF)
-                    found = np.where(found == 0x8000, 0, found)
-                    assert np.array_equal(found, values[code])
-
-
-def test_transposed_each_pair_is_multiplied_by_its_scales():
-    look_up = table(normal_float())
-    rng = np.random.default_rng(0)
-    scales = rng.integers(0x3C00, 0x3D00, (2, 2, 1 << 16), np.uint32)  # word j, row i: positive bfloat16
-    registers = {
-        f"${12 + 2 * i}": np.full(1 << 16, word & 0xFFFFFFFF, np.uint32) for i, word in enumerate(look_up.words)
-    }
-    registers |= {"$8": HALF_WORDS | OTHER << np.uint32(16), "$9": OTHER | HALF_WORDS << np.uint32(16)}
-    registers |= {f"${10 + j}": scales[j, 0] | scales[j, 1] << np.uint32(16) for j in (0, 1)}
-    result = run(assembly(transposed=True), registers)
-    values = torch.tensor(look_up.values)
-    for j, q, kp, i in np.ndindex(2, 2, 2, 2):
-        code = registers[f"${8 + j}"] >> np.uint32(16 * q + 4 * (2 * i + kp)) & np.uint32(15)
-        scale = torch.from_numpy((scales[j, i] << np.uint32(16)).view(np.float32).copy())
-        expected = (values[torch.from_numpy(code.astype(np.int64))] * scale).bfloat16()
-        found = result[f"${4 * j + 2 * kp + q}"] >> np.uint32(16 * i) & np.uint32(0xFFFF)
-        assert torch.equal(torch.from_numpy(found.astype(np.uint16)).view(torch.bfloat16), expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_order_names_every_code_once(name):
-    values = codebook_values(name)
+@codebooks
+def test_every_half_word_of_a_row_becomes_its_values(values):
     look_up = table(values)
-    assert sorted(look_up.order) == list(range(16))
+    registers = {f"${10 + i}": full(word) for i, word in enumerate(look_up.words)}
+    for word in (FIRST, SECOND):
+        result = run(assembly(1), registers | {"$8": word, "$9": full(0x3F803F80)})  # scales of 1
+        for k in range(8):
+            expected = products(torch.tensor(look_up.values)[codes(word, k)], full(0x3F80))
+            assert np.array_equal(result[f"${k}"], expected)
+
+
+@codebooks
+def test_every_half_word_of_two_rows_becomes_its_values_times_the_scales_of_its_row(values):
+    look_up = table(values)
+    scales = np.random.default_rng(0).integers(0x3C00, 0x3D00, (2, 2, 1 << 16), np.uint32)  # half, row: of bfloat16
+    scales[:, 1] |= np.uint32(0x8000)  # those of the second row are negative
+    low, high = (half[0] | half[1] << np.uint32(16) for half in scales)
+    registers = {f"${20 + i}": full(word) for i, word in enumerate(look_up.words)}
+    result = run(assembly(2), registers | {"$16": FIRST, "$17": SECOND, "$18": low, "$19": high})
+    for k, row in np.ndindex(8, 2):
+        expected = products(torch.tensor(look_up.values)[codes((FIRST, SECOND)[row], k)], scales[k // 4, row])
+        assert np.array_equal(result[f"${2 * k + row}"], expected)
+
+
+@codebooks
+def test_a_table_is_the_codebook_times_a_factor_in_bfloat16(values):
+    look_up = table(values)
     assert 1 <= look_up.factor < 2
-    expected = (values[list(look_up.order)] * look_up.factor).bfloat16().float()
-    assert torch.equal(torch.tensor(look_up.values), expected)
+    entries = torch.tensor(look_up.values)
+    assert torch.equal(entries, (values * look_up.factor).bfloat16().float())
+    assert torch.equal(entries.signbit(), values.signbit())
+    error = (entries.double() / look_up.factor - values.double()).norm()
+    assert error <= (values.bfloat16().double() - values.double()).norm()
 
 
 def test_the_nf4_table_is_nearer_to_nf4_than_bfloat16_is():
-    values = normal_float().double()
-    look_up = table(normal_float())
-    entries = torch.empty(16, dtype=torch.float64)
-    entries[list(look_up.order)] = torch.tensor(look_up.values, dtype=torch.float64) / look_up.factor
+    values, look_up = normal_float().double(), table(normal_float())
+    entries = torch.tensor(look_up.values, dtype=torch.float64) / look_up.factor
 
     def error(approximate: torch.Tensor) -> float:
         return float((approximate - values).norm() / values.norm())
 
-    assert error(entries) < 0.85 * error(normal_float().bfloat16().double())
+    assert error(entries) < 0.6 * error(values.bfloat16().double())
+
+
+def test_a_codebook_is_read_once_and_again_when_it_was_written_to(monkeypatch):
+    values = normal_float().clone()
+    assert not is_known(values)
+    first = table(values)
+    assert is_known(values)
+    read: list[tuple[float, ...]] = []
+    right = lookup._table
+    monkeypatch.setattr(lookup, "_table", lambda numbers: read.append(numbers) or right(numbers))
+    assert table(values) is first
+    assert read == []
+    values[3] = 0.25
+    assert not is_known(values)
+    assert table(values).values[3] > 0 > first.values[3]
+    assert len(read) == 1
+    with torch.inference_mode():
+        assert table(normal_float().clone()) is first
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(torch.linspace(0.1, 1, 8), "16 values, not 8"), (torch.tensor([-1.0] + [0.5] * 15), "signs do not pair")],
-    ids=["8 values", "one negative"],
+    [(torch.linspace(0.1, 1, 8), "16 values, not 8"), (torch.tensor([torch.inf] + [0.5] * 15), "finite values")],
+    ids=["8 values", "infinity"],
 )
 def test_no_table(values, message):
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qloralab as ql
-from qloralab.kernels.gpu import choice, operators, self_check, tile_cache, two_pass
+from qloralab.kernels.gpu import choice, fused, operators, self_check, two_pass
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
 from qloralab.nf4.linear import QuantizedLinear
@@ -32,10 +34,9 @@ def launched(monkeypatch) -> list[str]:
         right = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **named: names.append(what) or right(*args, **named))
 
-    noted(tile_cache, "_linear", "linear")
-    noted(tile_cache, "_linear_grad_input", "linear_grad_input")
+    noted(fused, "_linear", "linear")
+    noted(fused, "_linear_grad_input", "linear_grad_input")
     noted(two_pass, "dequantize", "two-pass")
-    monkeypatch.setattr(tile_cache, "_tiles", WeakTensorKeyDictionary())
     monkeypatch.setattr(two_pass, "_workspaces", {})
     return names
 
@@ -81,19 +82,15 @@ def test_a_measured_choice_is_followed(device, launched, measured):
     assert error(dx, grad.float() @ W) < CLOSE
 
 
-def test_a_weight_that_is_whole_for_a_product_only_has_no_tiles(device, launched, measured):
-    """Those of fully_shard: tiles would keep all of what is shared. The product is the two-pass one."""
+def test_a_weight_that_is_whole_for_a_product_only_is_fused_like_any(device, launched, measured):
+    """Those of fully_shard: nothing is kept of them."""
     measured(16)
     model: Any = nn.Sequential(QuantizedLinear(weight(device)))
     x, _, _ = inputs(device)
-    fused = operators.linear(x, *model[0].weight.operands(), None)
-    assert launched == ["linear"]
+    expected = operators.linear(x, *model[0].weight.operands(), None)
     shardable_(model)
-    launched.clear()
-    before = len(tile_cache._tiles)
-    assert error(operators.linear(x, *model[0].weight.operands(), None), fused) < CLOSE
-    assert launched == ["two-pass"]
-    assert len(tile_cache._tiles) == before
+    assert torch.equal(operators.linear(x, *model[0].weight.operands(), None), expected)
+    assert launched == ["linear"] * 2
 
 
 def test_an_adapter_is_in_the_fused_products(device, launched, measured):
@@ -137,10 +134,9 @@ def test_no_result_is_a_view(way, device, launched):
     assert set(launched) == ({"two-pass"} if way == "two-pass" else {"linear", "linear_grad_input"})
 
 
-def signs_do_not_pair(operands: Any) -> Any:
-    values = operands[4].abs() + 0.1
-    values[0] = -1
-    return *operands[:4], values, *operands[5:]
+def elsewhere(operands: Any) -> Any:
+    packed = operands.packed.new_empty(len(operands.packed) + 1, 1)[1:].copy_(operands.packed)
+    return operands._replace(packed=packed)
 
 
 # What is measured, the dtype of x, options of the weight, and what is done to its operands.
@@ -150,7 +146,7 @@ TWO_PASS = {
     "blocks of 32": (4, torch.bfloat16, {"block_size": 32}, tuple),
     "float16": (4, torch.float16, {}, tuple),
     "float32": (4, torch.float32, {}, tuple),
-    "a codebook that cannot be ordered": (4, torch.bfloat16, {}, signs_do_not_pair),
+    "codes that begin anywhere": (4, torch.bfloat16, {}, elsewhere),
 }
 
 
@@ -182,30 +178,38 @@ def test_a_kernel_that_fails_its_check_makes_both_directions_two_pass(kernel, de
     assert launched == ["two-pass"] * 2
 
 
-def test_tiles_of_inference_tensors(device):
-    with torch.inference_mode():
-        quantized = weight(device)
-        assert quantized.packed.is_inference()
-        made = tile_cache.tiles(quantized.operands())
-    assert tile_cache.tiles(quantized.operands()) is made is not None
+class Allocations(TorchDispatchMode):
+    """Sums up the memory of what operations make, but for triton's interpreter, and keeps weak references to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes, self.made = 0, list[weakref.ref[torch.Tensor]]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        callers = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(None)}
+        if "triton.runtime.interpreter" in callers or not isinstance(result, torch.Tensor):
+            return result
+        if result.untyped_storage().data_ptr() not in known:
+            self.nbytes += result.untyped_storage().nbytes()
+            self.made.append(weakref.ref(result))
+        return result
 
 
-def test_tiles_are_made_once_and_go_with_the_weight(device):
-    first, second = weight(device), weight(device)
-    made = tile_cache.tiles(first.operands())
-    assert made is not None
-    assert tile_cache.tiles(first.operands()) is made
-    assert tile_cache.tiles(second.operands()) is not made
-    del second
-    gc.collect()
-    assert len(tile_cache._tiles) == 1
-
-
-def test_tiles_are_made_again_when_the_codes_were_written_to(device):
-    quantized = weight(device)
-    before = tile_cache.tiles(quantized.operands())
-    quantized.packed.bitwise_xor_(0x11)
-    after = tile_cache.tiles(quantized.operands())
-    assert before is not None
-    assert after is not None
-    assert not torch.equal(before.words, after.words)
+@pytest.mark.parametrize("rows", [192, 200], ids=["whole steps", "a copy of dy"])
+def test_no_memory_grows_with_the_weight_and_none_is_kept(rows, device):
+    """What the two products of one token allocate are vectors; parts of a split sum are as many as there are splits."""
+    large, small = ql.quantize(torch.randn(rows, 256)).to(device), weight(device)
+    with choice.use("fused"):
+        for quantized, counted in ((small, False), (large, True)):
+            operands = quantized.operands()
+            x, grad = (torch.randn(1, size, device=device).bfloat16() for size in reversed(quantized.shape))
+            with Allocations() as allocations:
+                y, dx = operators.linear(x, *operands, None), operators.linear_grad_input(grad, *operands)
+            if counted:
+                assert 0 < allocations.nbytes <= 4 * 5 * (y.numel() + dx.numel())
+                assert allocations.nbytes < operands.packed.nbytes / 2
+                del y, dx
+                gc.collect()
+                assert [made() for made in allocations.made if made() is not None] == []

@@ -1,0 +1,97 @@
+"""A packed weight as the kernels take it: what fits and what does not, the tile of tokens, scales and lanes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import qloralab as ql
+from qloralab.kernels.gpu import canonical
+from qloralab.kernels.gpu.canonical import arguments, mma_sync, token_tile, why_not
+from qloralab.nf4.codebook import normal_float
+from qloralab.nf4.packed import Packed
+
+
+def weight(shape: tuple[int, ...] = (64, 128), block_size: int = 64, offset: int = 0, **changes) -> Packed:
+    memory = torch.zeros(math.prod(shape) // 2 + 64, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16 + offset
+    packed = memory[start : start + math.prod(shape) // 2, None]
+    scales = torch.ones(math.prod(shape) // block_size)
+    return Packed(packed, scales, None, None, normal_float(), shape, block_size)._replace(**changes)
+
+
+NOT_FITTING = {
+    "K": (weight((64, 96)), "K must be a multiple of 64, not 96"),
+    "N": (weight((63, 64)), "N must be at least 64, not 63"),
+    "blocks": (weight(block_size=32), "block size must be a multiple of 64, not 32"),
+    "1-D": (weight((4096,)), "2 dimensions, not 1"),
+    "3 bits": (weight(values=normal_float(3)), "16 values, not 8"),
+    "alignment": (weight(offset=4), "do not begin at a multiple of 16 bytes"),
+}
+
+
+@pytest.mark.parametrize(("operands", "message"), NOT_FITTING.values(), ids=NOT_FITTING)
+def test_what_does_not_fit(operands, message):
+    assert message in str(why_not(operands))
+    with pytest.raises(ValueError, match=message):
+        arguments(operands)
+
+
+@pytest.mark.parametrize("values", [torch.tensor([-1.0] + [0.5] * 15), torch.linspace(-3, 5, 16)])
+def test_any_16_values_fit(values):
+    assert why_not(weight(values=values)) is None
+
+
+def test_the_bytes_on_the_gpu_are_the_bytes_of_the_file():
+    """Nothing is copied, and what is resident takes less than 4.2 bits a weight."""
+    operands = ql.quantize(torch.randn(512, 1024)).operands()
+    given = arguments(operands)
+    pointers = [tensor for tensor in given.values() if isinstance(tensor, torch.Tensor)]
+    assert given["words"].data_ptr() == operands.packed.data_ptr()
+    assert given["scales"] is operands.scales
+    assert 8 * sum(tensor.nbytes for tensor in pointers) / (512 * 1024) < 4.2
+
+
+@pytest.mark.parametrize(("block_size", "shift"), [(64, 0), (128, 1), (4096, 6)])
+def test_a_blocks_number_is_that_of_its_64_columns_shifted(block_size, shift):
+    assert arguments(weight((64, 128), block_size))["shift"] == shift
+
+
+@pytest.mark.parametrize(
+    ("capability", "sync", "most"),
+    [((8, 0), True, 64), ((9, 0), False, 128), ((10, 0), False, 128), ((12, 0), True, 64)],
+)
+def test_tensor_cores_by_capability(capability, sync, most, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert mma_sync(torch.device("cuda")) == sync
+    assert token_tile(1500, torch.device("cuda")) == most
+
+
+@pytest.mark.parametrize(("M", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1500, 128)])
+def test_the_tile_of_tokens(M, tokens):
+    assert token_tile(M, torch.device("cpu")) == tokens
+
+
+@pytest.mark.parametrize(
+    ("assembly", "source"),
+    [
+        (canonical._FROM_4, lambda lane, output: lane // 4 * 4 + output),
+        (canonical._FROM_8, lambda lane, output: output * 4 + lane % 4),
+    ],
+    ids=["four", "eight"],
+)
+def test_the_shuffles_read_the_lanes_that_they_mean(assembly, source):
+    """``shfl.sync.idx`` as the PTX manual has it: the lane is ``b``, within what the upper bits of ``c`` fix."""
+    for output, line in enumerate(assembly.value.splitlines()):
+        opcode, _ = line.split(maxsplit=1)
+        assert opcode == "shfl.sync.idx.b32"
+        *_, b, c, members = (int(part.strip(" ;"), 0) for part in line.split(",")[2:])
+        assert members == 0xFFFFFFFF
+        fixed, clamp = c >> 8 & 31, c & 31
+        for lane in range(32):
+            least, most = lane & fixed, (lane & fixed) | (clamp & ~fixed)
+            wanted = least | (b & ~fixed & 31)
+            assert wanted <= most
+            assert wanted == source(lane, output)
