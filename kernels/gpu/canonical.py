@@ -24,7 +24,9 @@ loaded a step ahead. About 20 instructions a scale are so divided by 64 weights.
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +37,7 @@ from qloralab.nf4.packed import Packed
 
 from .dequantize import SCALES_PER_BLOCK, map_on
 from .interpreter import INTERPRETED, round_to
-from .lookup import TABLE_ARGUMENTS, joined, table
+from .lookup import TABLE_ARGUMENTS, joined, table, version
 
 TILE = 64  # columns that share a scale; rows of a step backward
 
@@ -44,7 +46,61 @@ POINTERS = {"words": "*i32", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp
 
 
 def why_not(weight: Packed) -> str | None:
-    """Why a weight cannot be in a fused product, in words; None if it can. The first call with a codebook waits."""
+    """Why a weight cannot be in a fused product, in words; None if it can. The first call with a weight waits."""
+    found = _plan(weight)
+    return found if isinstance(found, str) else None
+
+
+def arguments(weight: Packed) -> dict[str, Any]:
+    """A weight as the kernels take it, by the names of their parameters.
+
+    Raises:
+        ValueError: ``why_not`` has a reason.
+    """
+    found = _plan(weight)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
+
+
+class _Plan(NamedTuple):
+    """What was found out about a weight, as long as its packed codes live."""
+
+    packed: weakref.ref[Tensor]
+    address: int
+    version: int  # of the codebook
+    others: tuple[Any, ...]
+    found: dict[str, Any] | str
+
+    def is_of(self, weight: Packed) -> bool:
+        """Whether it is that of a weight, as it is now: another has other tensors, or its codes elsewhere."""
+        packed, *others = weight
+        return (
+            self.packed() is packed
+            and self.address == packed.data_ptr()
+            and self.version == version(weight.values)
+            and all(map(operator.is_, self.others[:4], others))
+            and self.others[4:] == (tuple(weight.shape), weight.block_size)
+        )
+
+
+_plans: dict[int, _Plan] = {}  # by the identity of the packed codes
+
+
+def _plan(weight: Packed) -> dict[str, Any] | str:
+    """The arguments, or why there are none: found out once for a weight."""
+    key = id(weight.packed)
+    known = _plans.get(key)
+    if known is None or not known.is_of(weight):
+        packed, *others = weight
+        found = _reason(weight) or _arguments(weight)
+        gone = weakref.ref(packed, lambda _: _plans.pop(key, None))
+        others = (*others[:4], tuple(weight.shape), weight.block_size)
+        known = _plans[key] = _Plan(gone, packed.data_ptr(), version(weight.values), others, found)
+    return known.found
+
+
+def _reason(weight: Packed) -> str | None:
     if len(weight.shape) != 2:
         return f"a weight has 2 dimensions, not {len(weight.shape)}"
     N, K = weight.shape
@@ -63,14 +119,7 @@ def why_not(weight: Packed) -> str | None:
     return None
 
 
-def arguments(weight: Packed) -> dict[str, Any]:
-    """A weight as the kernels take it, by the names of their parameters.
-
-    Raises:
-        ValueError: ``why_not`` has a reason.
-    """
-    if reason := why_not(weight):
-        raise ValueError(reason)
+def _arguments(weight: Packed) -> dict[str, Any]:
     packed, scales, absmax2, offset, values, (_, K), block_size = weight
     look_up, double = table(values), absmax2 is not None
     return {

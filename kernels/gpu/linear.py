@@ -45,6 +45,7 @@ weights through shared memory, and with 128 it would spill registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,6 @@ from torch import Tensor
 
 from qloralab.nf4 import ops
 from qloralab.nf4.packed import Packed
-from qloralab.nf4.product import reshaped
 
 from . import self_check
 from .adapter_operands import LowRank, rank_tiles
@@ -199,13 +199,12 @@ def linear(
             raise ValueError(f"bias must have 1 dimension, not {bias.dim()}")
         bias = bias.contiguous()
     packed = arguments(weight)
-    flat = x.reshape(-1, K).contiguous()
-    M = len(flat)
+    x, M = x.contiguous(), math.prod(x.shape[:-1])
     if adapter is not None:
-        adapter.check(flat, M, N)
-    out = flat.new_empty((M, N))
+        adapter.check(x, M, N)
+    out = x.new_empty((*x.shape[:-1], N))
     if M == 0 or K == 0:
-        return reshaped(out.zero_() if bias is None else out.copy_(bias.expand(M, N)), (*x.shape[:-1], N))
+        return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
     h, B = (None, None) if adapter is None else (adapter.h.contiguous(), adapter.B.contiguous())
     r = 0 if B is None else B.shape[1]
     tokens = token_tile(M, x.device)
@@ -215,13 +214,13 @@ def linear(
     def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
         launch(
             _linear, grid,
-            x=flat, bias=flat if bias is None else bias, out=to, M=M, N=N, steps=steps, h=h, B=B, r=r, **packed,
+            x=x, bias=x if bias is None else bias, out=to, M=M, N=N, steps=steps, h=h, B=B, r=r, **packed,
             TOKENS=tokens, WARPS=warps, WORDS=words, MMA_SYNC=mma_sync(x.device),
             BIAS=bias is not None and to is out, RANK=rank, RANKS=ranks, num_warps=warps,
         )  # fmt: skip
 
     in_parts(run, out, (-(-N // (32 * warps)), -(-M // tokens)), K // (32 * words), splits, tokens, bias)
-    return reshaped(out, (*x.shape[:-1], N))
+    return out
 
 
 def _shape(tokens: int, K: int) -> tuple[int, int]:

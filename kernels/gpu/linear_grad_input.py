@@ -29,6 +29,7 @@ multiple of 64, the last step has the last 64 rows, and dY is copied, with zeros
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,6 @@ from torch import Tensor
 
 from qloralab.lora.dropout import keep_mask, seed_of
 from qloralab.nf4.packed import Packed
-from qloralab.nf4.product import reshaped
 
 from . import self_check
 from .adapter_operands import MaskedLowRank, coins, limit, quad_terms, rank_tiles, row_terms, row_words, threshold
@@ -207,16 +207,16 @@ def linear_grad_input(
     N, K = weight.shape
     check("grad", grad, N, weight)
     packed = arguments(weight)
-    flat, rest = grad.reshape(-1, N), N % TILE
+    M, rest = math.prod(grad.shape[:-1]), N % TILE
+    out = grad.new_empty((*grad.shape[:-1], K))
     if rest:
-        flat = torch.cat([flat[:, :-rest], flat.new_zeros(len(flat), TILE - rest), flat[:, -rest:]], 1)
-    flat = flat.contiguous()
-    M = len(flat)
+        zeros = grad.new_zeros((*grad.shape[:-1], TILE - rest))
+        grad = torch.cat([grad[..., :-rest], zeros, grad[..., -rest:]], -1)
+    grad = grad.contiguous()
     if adapter is not None:
-        adapter.check(flat, M, K)
-    out = flat.new_empty((M, K))
+        adapter.check(grad, M, K)
     if M == 0 or K == 0:
-        return reshaped(out, (*grad.shape[:-1], K))
+        return out
     G, A, seed, r, dropped = None, None, None, 0, 0
     if adapter is not None:
         G, A, seed = adapter.G.contiguous(), adapter.A.contiguous(), seed_of(adapter.seed, adapter.p)
@@ -230,13 +230,13 @@ def linear_grad_input(
     def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
         launch(
             _linear_grad_input, grid,
-            grad=flat, out=to, M=M, N=N, steps=steps, **packed,
+            grad=grad, out=to, M=M, N=N, steps=steps, **packed,
             G=G, A=A, seed=seed, r=r, row_words=row_words(K), threshold=dropped,
             TOKENS=tokens, WARPS=warps, MMA_SYNC=sync, RANK=rank, RANKS=ranks, DROPOUT=dropped > 0, num_warps=warps,
         )  # fmt: skip
 
     in_parts(run, out, (-(-K // COLUMNS), -(-M // tokens)), -(-N // TILE), splits, tokens)
-    return reshaped(out, (*grad.shape[:-1], K))
+    return out
 
 
 def _warps(tokens: int) -> int:

@@ -80,19 +80,19 @@ def table(values: Tensor) -> Table:
     Raises:
         ValueError: there are not 16 values, or one is not finite.
     """
-    version, found = _version(values), _tables.get(values)
-    if found is None or found[0] != version:
-        found = _tables[values] = version, _table(tuple(values.float().tolist()))
+    now, found = version(values), _tables.get(values)
+    if found is None or found[0] != now:
+        found = _tables[values] = now, _table(tuple(values.float().tolist()))
     return found[1]
 
 
 def is_known(values: Tensor) -> bool:
     """Whether `table` need not wait."""
     found = _tables.get(values)
-    return found is not None and found[0] == _version(values)
+    return found is not None and found[0] == version(values)
 
 
-def _version(values: Tensor) -> int:
+def version(values: Tensor) -> int:
     """How often a tensor was written to; inference tensors do not count."""
     return 0 if values.is_inference() else values._version
 

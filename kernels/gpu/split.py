@@ -39,7 +39,7 @@ def in_parts(
     Args:
         run: is called with the grid, where to write ([parts, *out.shape] in float32, or out itself where there is
             one part), and the tiles along the sum that a program takes. Where it is called with out, it adds the bias.
-        out: float32, bfloat16 or float16 [rows, columns].
+        out: float32, bfloat16 or float16 [..., columns].
         grid: of the programs without a cut.
         tiles: along the sum.
         splits: see ``steps_of``.
@@ -54,7 +54,7 @@ def in_parts(
         size, block = out.numel(), 256
         launch(
             _add_parts, (-(-size // block),),
-            parts, out if bias is None else bias, out, size, out.shape[1], depth,
+            parts, out if bias is None else bias, out, size, out.shape[-1], depth,
             BIAS=bias is not None, DEPTH=8 if depth > 4 else 4 if depth > 2 else 2, BLOCK=block, num_warps=2,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -95,3 +96,41 @@ def test_the_shuffles_read_the_lanes_that_they_mean(assembly, source):
             wanted = least | (b & ~fixed & 31)
             assert wanted <= most
             assert wanted == source(lane, output)
+
+
+def test_what_is_found_out_about_a_weight_is_kept_until_it_is_another(device, monkeypatch):
+    looked: list[torch.Tensor] = []
+    right = canonical.table
+    monkeypatch.setattr(canonical, "table", lambda values: looked.append(values) or right(values))
+    weight = ql.quantize(torch.randn(64, 128)).to(device).operands()
+    first = canonical.arguments(weight)
+    assert canonical.arguments(weight._replace()) is first
+    assert (canonical.why_not(weight), len(looked)) == (None, 2)  # once for the reason, once for the arguments
+
+    def changed(**parts) -> bool:
+        return canonical.arguments(weight._replace(**parts)) is not canonical.arguments(weight)
+
+    assert changed(scales=weight.scales.clone())
+    assert weight.offset is not None
+    assert changed(offset=weight.offset.clone())
+    assert changed(values=weight.values.clone())
+    assert changed(shape=(128, 64))
+    assert changed(block_size=128, scales=weight.scales[::2].contiguous())
+    first = canonical.arguments(weight)
+    weight.packed.bitwise_xor_(0x11)  # in place: the kernels read what is there
+    assert canonical.arguments(weight) is first
+    weight.values[3] = 0.25
+    assert canonical.arguments(weight) is not first
+    first = canonical.arguments(weight)
+    weight.packed.data = weight.packed.clone()
+    assert canonical.arguments(weight)["words"].data_ptr() == weight.packed.data_ptr() != first["words"].data_ptr()
+
+
+def test_what_is_found_out_goes_with_the_weight(device):
+    weight = ql.quantize(torch.randn(64, 128)).to(device)
+    before = len(canonical._plans)
+    assert canonical.why_not(weight.operands()) is None
+    assert len(canonical._plans) == before + 1
+    del weight
+    gc.collect()
+    assert len(canonical._plans) == before
