@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qloralab.kernels.gpu import dense_cache
+
 from ..checkpoint.limits import Limits
 from ..checkpoint.models import check_model, holds_4bit
 from ..checkpoint.opened import Source
@@ -106,15 +108,16 @@ def generate(
     counter = None if progress is None else _Counter(progress, max_new_tokens)
     was_training = model.training
     model.eval()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=0,
-        streamer=counter,
-    )
+    with dense_cache.while_generating(device):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            streamer=counter,
+        )
     model.train(was_training)
     answers = [[*takewhile(lambda token: token not in ends, row)] for row in out[:, length:].tolist()]
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
