@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -266,18 +267,20 @@ def test_the_commands_use_what_is_spare_on_a_gpu_unless_the_user_says_how_much(d
             assert dense_cache._limit() == (nbytes, "all")
 
 
-def test_where_an_allocation_fails_the_workspace_serves(device, made, monkeypatch):
-    right, weights = two_pass.dequantize, [weight(device) for _ in range(2)]
+def test_where_an_allocation_fails_the_workspace_serves_and_the_cache_stops_to_grow(device, made, monkeypatch):
+    right, weights, attempts = two_pass.dequantize, [weight(device) for _ in range(3)], []
 
     def dequantize(*args, **named):
-        if "out" not in named and made:
-            raise torch.OutOfMemoryError("full")
+        if "out" not in named:
+            attempts.append(args[0])
+            if len(attempts) > 1:
+                raise torch.OutOfMemoryError("full")
         return right(*args, **named)
 
     monkeypatch.setattr(two_pass, "dequantize", dequantize)
     with dense_cache.use(10 * BYTES):
         forward(*weights, *weights)
-        assert (len(made), held()) == (3, (1, BYTES))
+        assert (len(made), held(), len(attempts)) == (5, (1, BYTES), 2)
 
 
 class Product(torch.autograd.Function):
@@ -380,7 +383,13 @@ def test_what_no_gradient_asked_for_is_dropped_by_the_next_forward(device):
 def test_threads_that_ask_at_once_get_the_same_weight(device, made, monkeypatch):
     one = weight(device)
     right, start = one.dequantize(torch.bfloat16), threading.Barrier(4)  # the interpreter is for one thread only
-    monkeypatch.setattr(two_pass, "dequantize", lambda *args: made.append(args[0]) or right.clone())
+
+    def dequantize(packed: torch.Tensor, *_: Any) -> torch.Tensor:
+        made.append(packed)
+        time.sleep(0.01)
+        return right.clone()
+
+    monkeypatch.setattr(two_pass, "dequantize", dequantize)
     results: list[torch.Tensor] = []
 
     def run() -> None:
@@ -443,6 +452,19 @@ def test_what_a_graph_has_the_address_of_stays_with_its_weight(device, made, mon
     made.clear()
     gc.collect()
     assert held() == (0, 0)
+
+
+def test_what_is_recomputed_never_takes_the_place_of_what_a_graph_has(device, made, monkeypatch):
+    first, last, block = (weight(device, (K, K)) for _ in range(3))
+    with dense_cache.use(2 * SQUARE):
+        forward(first, last)
+        with monkeypatch.context() as capture:
+            capture.setattr(dense_cache, "_is_capturing", lambda _: True)
+            forward(last)
+        step([[block]], False)
+        made.clear()
+        forward(last, first)
+        assert [packed is first.packed for packed in made] == [True]
 
 
 @pytest.mark.gpu
