@@ -33,15 +33,15 @@ N       r   blocks, splits  parts   parts' traffic     second pass
 ======  ==  ==============  ======  =================  ==============
 
 **The rule** (``plan_of``) is that comparison: one pass where the parts' traffic is less. A rank above 32 has two
-products always. At 64 the sums of 512 columns would be all the registers there are, 256 columns make parts of more than
-the second pass, and two tiles of the rank read dy twice. Where there are few tokens there is one range of them, and
-what is saved are launches: one or two in place of four. float32 has two products too, for want of tensor cores.
-At 3.0 TB/s the first row is 46 microseconds in place of 78: predicted, not measured.
+products always. At 64, 256 columns make parts of more than the second pass, and spill registers on sm_80 and sm_120;
+the sums of 512 columns are 128 registers a thread; and two tiles of the rank read dy twice. Where there are few tokens
+there is one range of them, and what is saved are launches: one or two in place of four. float32 has two products too,
+for want of tensor cores. At 3.0 TB/s the first row is 46 microseconds in place of 78: predicted, not measured.
 
 **Instructions**, an element of dy, for sm_90 with triton 3.7.1: 3.6 in tiles of 512 columns, of the 20 that can be
 issued while it arrives. There, and on sm_100, tiles arrive asynchronously and are read by the tensor cores where they
-lie. sm_80 and sm_120 bring them through registers, 4 bytes staged for each element; there 256 columns leave room for
-two programs, of which one computes while the other waits.
+lie. sm_80 and sm_120 bring them through registers, 4.5 bytes staged for each element; there 256 columns at rank 16
+leave room for two programs, of which one computes while the other waits.
 
 **Numbers.** B is rounded to the dtype of dy, as the definition does. Sums are float32; ``factor`` multiplies those of
 G, which are rounded once. The definition rounds dB to the dtype of dy; here it stays float32.
