@@ -33,8 +33,8 @@ N       r   blocks, splits  parts   parts' traffic     second pass
 ======  ==  ==============  ======  =================  ==============
 
 **The rule** (``plan_of``) is that comparison: one pass where the parts' traffic is less. A rank above 32 has two
-products always. At 64, 256 columns make parts of more than the second pass, and spill registers on sm_80 and sm_120;
-the sums of 512 columns are 128 registers a thread; and two tiles of the rank read dy twice. Where there are few tokens
+products always. At 64 and N = 14336, 512 columns would make 88 MB of traffic, and spill registers, on sm_90 too; 256
+columns make 132 MB, more than the second pass; and two tiles of the rank read dy twice. Where there are few tokens
 there is one range of them, and what is saved are launches: one or two in place of four. float32 has two products too,
 for want of tensor cores. At 3.0 TB/s the first row is 46 microseconds in place of 78: predicted, not measured.
 
