@@ -44,7 +44,9 @@ class ShardableLinear(QuantizedLinear):
 
     @property
     def weight(self) -> QuantizedTensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return dataclasses.replace(self._shared[0], **{name: getattr(self, name) for name in self._held})
+        made = dataclasses.replace(self._shared[0], **{name: getattr(self, name) for name in self._held})
+        made.packed.is_fleeting = True  # pyright: ignore[reportAttributeAccessIssue]
+        return made
 
     def _set_weight(self, weight: QuantizedTensor) -> None:
         raise RuntimeError("the weight of a layer that is sharded cannot be moved or replaced")

@@ -5,7 +5,7 @@
     masked_low_rank   dx = keep∘(G A)                  [tokens, K]      dx is written once
 
 ``linear.py`` and ``linear_grad_input.py`` add h B' and keep∘(G A) to a fused product, ``two_pass.py`` lets cuBLAS add
-the product to them. What is left, dB = dy' h and G = factor * dy B, is cuBLAS'.
+the product to them. What is left, dB = dy' h and G = factor * dy B, is in ``grad_B.py``.
 
 **The mask** is made where x is: in registers, from seed and index (``adapter_operands.py``). No dropped-out copy of
 x is written, and no mask. The seed is read by the kernel, so nothing waits for the device.

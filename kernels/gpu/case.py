@@ -21,6 +21,7 @@ FILES = {
     "project": "adapter",
     "grad_A": "adapter",
     "masked_low_rank": "adapter",
+    "grad_B": "grad_B",
     "adamw": "adamw",
     "adamw_8bit": "adamw_8bit",
 }

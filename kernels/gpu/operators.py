@@ -50,7 +50,7 @@ KERNELS = {
     "linear": ("dequantize",),
     "linear_grad_input": ("dequantize",),
     "adapted_linear": ("dequantize", "project"),
-    "adapted_linear_backward": ("dequantize", "grad_A", "masked_low_rank"),
+    "adapted_linear_backward": ("dequantize", "grad_A", "grad_B", "masked_low_rank"),
 }
 
 
@@ -140,17 +140,16 @@ def adapted_linear_backward(
     grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float,
     seed: Tensor | None, needs_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """cuBLAS, ``adapter.grad_A``, then a product with keep∘(G A) inside."""
+    """``grad_B.grad_B``, ``adapter.grad_A``, then a product with keep∘(G A) inside."""
     fits = _is_adapted(x, weight, A, B, seed, grad=grad, h=h)
     if not fits or not _are_served("adapted_linear_backward", weight, x):
         return lora_ops.adapted_linear_backward.reference(grad, x, h, *weight, A, B, scaling, p, seed, needs_input)
     from .adapter import grad_A
     from .adapter_operands import MaskedLowRank
+    from .grad_B import grad_B
 
-    g = rows(grad)
-    G = torch.empty_like(h)
-    torch.addmm(G, g, B.to(x.dtype), beta=0, alpha=scaling / (1 - rate(p)), out=G)  # beta 0: what G holds is not read
-    dA, dB = grad_A(G, rows(x), seed, p), (g.T @ h).to(B.dtype)
+    G, dB = grad_B(rows(grad), h, B, scaling / (1 - rate(p)))
+    dA = grad_A(G, rows(x), seed, p)
     if not needs_input:
         return x.new_empty(0), dA, dB
     return _product("linear_grad_input", grad, weight, adapter=MaskedLowRank(G, A, seed, p)), dA, dB

@@ -51,12 +51,22 @@ def in_parts(
     parts = out if depth == 1 else out.new_empty((depth, *out.shape), dtype=torch.float32)
     run((*grid, depth), parts, steps)
     if depth > 1:
-        size, block = out.numel(), 256
-        launch(
-            _add_parts, (-(-size // block),),
-            parts, out if bias is None else bias, out, size, out.shape[-1], depth,
-            BIAS=bias is not None, DEPTH=8 if depth > 4 else 4 if depth > 2 else 2, BLOCK=block, num_warps=2,
-        )  # fmt: skip
+        add_parts(parts, out, bias)
+
+
+def add_parts(parts: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = parts[0] + parts[1] + ... + bias.
+
+    Args:
+        parts: float32 [parts, *out.shape], two or more.
+        out, bias: see ``in_parts``.
+    """
+    depth, size, block = len(parts), out.numel(), 256
+    launch(
+        _add_parts, (-(-size // block),),
+        parts, out if bias is None else bias, out, size, out.shape[-1], depth,
+        BIAS=bias is not None, DEPTH=8 if depth > 4 else 4 if depth > 2 else 2, BLOCK=block, num_warps=2,
+    )  # fmt: skip
 
 
 def steps_of(programs: int, tiles: int, splits: int | None = None, tokens: int = FEW_TOKENS + 1) -> int:

@@ -32,6 +32,8 @@ address that stays, and nothing fragments the allocator's memory between layers.
   stream still works on it.
 * A CUDA graph replays the addresses of its capture, on a stream of the caller's choice and behind the back of all this.
   While one is captured, a buffer of the graph's own memory is used instead.
+
+**The first pass is left out** for a weight that ``dense_cache.py`` holds in full; without a budget it holds none.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from torch.nn import functional as F
 from qloralab.nf4.packed import Packed
 from qloralab.nf4.product import reshaped
 
+from . import dense_cache
 from .adapter import masked_low_rank
 from .adapter_operands import LowRank, MaskedLowRank
 from .dequantize import dequantize
@@ -67,10 +70,10 @@ def linear(x: Tensor, operands: Packed, bias: Tensor | None = None, adapter: Low
         the dtype of x, [..., N].
     """
     if adapter is None:
-        with _dequantized(operands, x) as W:
+        with _dequantized(operands, x, forward=True) as W:
             return reshaped(F.linear(x, W, bias), (*x.shape[:-1], len(W)))
     y = F.linear(adapter.h, adapter.B.to(x.dtype), bias)  # [tokens, N]
-    with _dequantized(operands, x) as W:
+    with _dequantized(operands, x, forward=True) as W:
         y.addmm_(_rows(x), W.T)
     return reshaped(y, (*x.shape[:-1], y.shape[1]))
 
@@ -78,10 +81,10 @@ def linear(x: Tensor, operands: Packed, bias: Tensor | None = None, adapter: Low
 def linear_grad_input(grad: Tensor, operands: Packed, adapter: MaskedLowRank | None = None) -> Tensor:
     """grad W, plus keep∘(G A) of an adapter, which dx starts as: the dtype of grad [..., N], [..., K]."""
     if adapter is None:
-        with _dequantized(operands, grad) as W:
+        with _dequantized(operands, grad, forward=False) as W:
             return grad @ W
     dx = masked_low_rank(adapter.G, adapter.A, adapter.seed, adapter.p)  # [tokens, K]
-    with _dequantized(operands, grad) as W:
+    with _dequantized(operands, grad, forward=False) as W:
         dx.addmm_(_rows(grad), W)
     return reshaped(dx, (*grad.shape[:-1], dx.shape[1]))
 
@@ -122,8 +125,12 @@ _workspaces: dict[tuple[torch.device, torch.dtype], Workspace] = {}
 
 
 @contextmanager
-def _dequantized(operands: Packed, like: Tensor) -> Iterator[Tensor]:
+def _dequantized(operands: Packed, like: Tensor, forward: bool) -> Iterator[Tensor]:
     """The weight in the dtype of a tensor, [N, K], for the length of the body."""
+    kept = dense_cache.weight(operands, like.dtype, forward, dequantize)
+    if kept is not None:
+        yield kept
+        return
     shape = operands[5]
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         yield dequantize(*operands, like.dtype)

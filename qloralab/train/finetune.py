@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
+from qloralab.kernels.gpu import dense_cache
 from qloralab.lora.inject import adapters
 from qloralab.nf4.dense_shares import LOGGER
 
@@ -332,13 +333,19 @@ class _Run:
 
     def _steps(self, stop: StopRequest) -> None:
         steps = self.trainer.settings.steps
-        with self.display.training(steps, self.trainer.step):
+        with self.display.training(steps, self.trainer.step), self._dense_weights():
             self.display.step(self.directory.metrics[-1], steps)
             self.stopping = self.processes.any(stop.requested)
             while self.trainer.step < steps and not self.stopping:
                 self._step(stop)
                 if self.trainer.step < steps and not self.stopping:
                     self._tell_if_long(self.directory.metrics[-1])
+
+    def _dense_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Those of a block that is computed again, on a GPU, until its gradients are known."""
+        if not self.trainer.settings.checkpointing:
+            return contextlib.nullcontext()
+        return dense_cache.while_recomputing(self.trainer.device)
 
     def _step(self, stop: StopRequest) -> None:
         """One step; a validation where one is due; a checkpoint where one is due, when the metrics are written."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qloralab.kernels.gpu import dense_cache
+
 from ..checkpoint.limits import Limits
 from ..checkpoint.models import check_model, holds_4bit
 from ..checkpoint.opened import Source
@@ -106,18 +108,19 @@ def generate(
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     was_training = model.training
     model.eval()
-    if ids.is_cuda and can_decode(model) and is_plain(model):
-        rows = decode(model, ids, mask, max_new_tokens, ends, progress)
-    else:
-        rows = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=0,
-            streamer=None if progress is None else _Counter(progress, max_new_tokens),
-        )[:, length:].tolist()
+    with dense_cache.while_generating(device):
+        if ids.is_cuda and can_decode(model) and is_plain(model):
+            rows = decode(model, ids, mask, max_new_tokens, ends, progress)
+        else:
+            rows = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends or None,
+                pad_token_id=0,
+                streamer=None if progress is None else _Counter(progress, max_new_tokens),
+            )[:, length:].tolist()
     model.train(was_training)
     answers = [[*takewhile(lambda token: token not in ends, row)] for row in rows]
     return tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -19,7 +19,7 @@ import qloralab as ql
 from qloralab.benchmarks import gpu_canaries
 from qloralab.benchmarks.gpu_canaries import Canary, Guard, canaries, verdict
 from qloralab.kernels import report
-from qloralab.kernels.gpu import adapter, choice, operators, self_check, two_pass
+from qloralab.kernels.gpu import adapter, choice, grad_B, operators, self_check, two_pass
 from qloralab.lora import ops as lora_ops
 from qloralab.lora.dropout import keep_mask, rate
 from qloralab.nf4 import ops
@@ -68,7 +68,7 @@ def served(monkeypatch) -> list[str]:
     monkeypatch.setattr(self_check, "_failure", lambda *_: "")
     monkeypatch.setattr(self_check, "_launcher", launcher)
     monkeypatch.setattr(two_pass, "dequantize", dequantize)
-    for module, name in ((adapter, "project"), (adapter, "grad_A"), (two_pass, "masked_low_rank")):
+    for module, name in ((adapter, "project"), (adapter, "grad_A"), (grad_B, "grad_B"), (two_pass, "masked_low_rank")):
         monkeypatch.setattr(module, name, launcher(name))
     return launched
 
@@ -145,7 +145,7 @@ def test_the_adapted_products_are_served(dtype, options, device, served):
     x, grad, operands, bias, rest = adapted(device, dtype, **options)
     y, h = adapted_linear(x, *operands, bias, *rest)
     gradients = adapted_linear_backward(grad, x, h, *operands, *rest, True)
-    assert served == ["project", "dequantize", "grad_A", "masked_low_rank", "dequantize"]
+    assert served == ["project", "dequantize", "grad_B", "grad_A", "masked_low_rank", "dequantize"]
     wide = x.double(), grad.double(), h.double(), bias.double()
     A, B = (matrix.to(dtype).double() for matrix in rest[:2])
     W = dequantized(*operands, dtype).double()
@@ -177,7 +177,7 @@ def test_the_input_gradient_is_left_out_where_it_is_not_needed(device, served):
     dx, dA, dB = adapted_linear_backward(grad, x, h, *operands, *rest, False)
     assert (dx.shape, dx.dtype) == ((0,), x.dtype)
     assert same((dA, dB), with_it[1:])
-    assert served == ["grad_A", "masked_low_rank", "dequantize", "grad_A"]
+    assert served == ["grad_B", "grad_A", "masked_low_rank", "dequantize", "grad_B", "grad_A"]
 
 
 def elsewhere(tensor: torch.Tensor) -> torch.Tensor:

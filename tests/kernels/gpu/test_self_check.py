@@ -51,7 +51,7 @@ def test_the_kernels_pass(name, there):
 VARIANTS = [
     *(("quantize_blockwise", dtype, size) for dtype in DTYPES for size in (32, 4096)),
     *(("dequantize", dtype, size, levels) for dtype in DTYPES for size in (32, 4096) for levels in (1, 2)),
-    *((name, dtype) for name in ("project", "grad_A", "masked_low_rank") for dtype in DTYPES),
+    *((name, dtype) for name in ("project", "grad_A", "grad_B", "masked_low_rank") for dtype in DTYPES),
 ]
 
 

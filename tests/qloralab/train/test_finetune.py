@@ -26,6 +26,7 @@ from qloralab.compute import precision, run_device
 from qloralab.data.encoding import NO_LABEL, Encoded, encode_all
 from qloralab.data.examples import Example, Message
 from qloralab.display import Display
+from qloralab.kernels.gpu import dense_cache
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
 from qloralab.settings import Method
@@ -170,13 +171,22 @@ def test_the_same_seed_gives_the_same_run(settings, silent, results, tmp_path):
 
 
 def test_checkpointing_computes_the_same_twice(settings, silent, results, tmp_path, monkeypatch):
-    forward, calls = LoRALinear.forward, []
-    monkeypatch.setattr(LoRALinear, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
+    forward, calls, kept = LoRALinear.forward, [], []
+
+    def noted(self, x):
+        if self.training:
+            calls.append(torch._C._current_graph_task_id() >= 0)  # what the dense cache takes for computing again
+        return forward(self, x)
+
+    monkeypatch.setattr(LoRALinear, "forward", noted)
+    monkeypatch.setattr(dense_cache, "while_recomputing", lambda device: kept.append(device) or nullcontext())
     plain = finetune(settings(out=tmp_path / "plain", lora_dropout=0.1), silent)
-    usual = sum(calls)
+    usual = len(calls)
+    assert not any(calls)
     calls.clear()
     checkpointed = finetune(settings(out=tmp_path / "less", lora_dropout=0.1, checkpointing=True), silent)
-    assert sum(calls) == 2 * usual
+    assert (len(calls), sum(calls)) == (2 * usual, usual)
+    assert kept == [run_device()]
     assert results(checkpointed.path) == results(plain.path)
 
 

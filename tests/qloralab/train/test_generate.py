@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from qloralab.checkpoint.models import load_model, load_tokenizer
+from qloralab.kernels.gpu import dense_cache
 from qloralab.train.generate import end_ids, generate
 
 PROMPTS = ["a", "A longer prompt than the others?", "two words"]
@@ -40,6 +43,13 @@ def test_the_most_likely_words(model, tokenizer):
     assert generate(model, tokenizer, prompts, 12, lambda done, total: seen.append((done, total))) == texts
     assert seen == [(done, 12) for done in range(1, 13)]
     assert [generate(model, tokenizer, [ids], 12)[0] for ids in prompts] == texts
+
+
+def test_dense_weights_may_be_kept_while_tokens_are_made(model, tokenizer, monkeypatch):
+    kept: list[torch.device] = []
+    monkeypatch.setattr(dense_cache, "while_generating", lambda device: kept.append(device) or nullcontext())
+    generate(model, tokenizer, [tokenizer(PROMPTS[0]).input_ids], 2)
+    assert kept == [model.device]
 
 
 def test_an_answer_ends_with_eos_and_does_not_show_it(model, tokenizer, monkeypatch):
