@@ -40,11 +40,11 @@ from .lookup import TABLE_ARGUMENTS, joined, table
 TILE = 64  # columns that share a scale; rows of a step backward
 
 SCALARS = ("tiles", "shift", *TABLE_ARGUMENTS)  # integers of a weight, arguments of the kernels
-POINTERS = {"words": "*i32", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
+POINTERS = {"packed": "*u8", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
 
 
 def why_not(weight: Packed) -> str | None:
-    """Why a weight cannot be in a fused product, in words; None if it can. The first call with a codebook waits."""
+    """Why a weight cannot be in a fused product, in words; None if it can."""
     if len(weight.shape) != 2:
         return f"a weight has 2 dimensions, not {len(weight.shape)}"
     N, K = weight.shape
@@ -54,17 +54,15 @@ def why_not(weight: Packed) -> str | None:
         return f"K must be a multiple of {TILE}, not {K}"
     if weight.block_size % TILE:
         return f"the block size must be a multiple of {TILE}, not {weight.block_size}"
-    if weight.packed.data_ptr() % 16 or weight.packed.storage_offset() % 4:
+    if weight.packed.data_ptr() % 16:
         return "the packed codes do not begin at a multiple of 16 bytes"
-    try:
-        table(weight.values)
-    except ValueError as error:
-        return str(error)
+    if weight.values.shape != (16,):
+        return f"the look-up takes 16 values, not {weight.values.numel()}"
     return None
 
 
 def arguments(weight: Packed) -> dict[str, Any]:
-    """A weight as the kernels take it, by the names of their parameters.
+    """A weight as the kernels take it, by the names of their parameters. The first call with a codebook waits.
 
     Raises:
         ValueError: ``why_not`` has a reason.
@@ -74,7 +72,7 @@ def arguments(weight: Packed) -> dict[str, Any]:
     packed, scales, absmax2, offset, values, (_, K), block_size = weight
     look_up, double = table(values), absmax2 is not None
     return {
-        "words": packed.flatten().view(torch.int32),
+        "packed": packed,
         "scales": scales,
         "absmax2": absmax2,
         "offset": offset,
