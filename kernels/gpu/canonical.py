@@ -42,7 +42,7 @@ from .lookup import TABLE_ARGUMENTS, joined, table, version
 TILE = 64  # columns that share a scale; rows of a step backward
 
 SCALARS = ("tiles", "shift", *TABLE_ARGUMENTS)  # integers of a weight, arguments of the kernels
-POINTERS = {"words": "*i32", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
+POINTERS = {"packed": "*u8", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
 
 
 def why_not(weight: Packed) -> str | None:
@@ -60,7 +60,7 @@ def arguments(weight: Packed) -> dict[str, Any]:
     found = _plan(weight)
     if isinstance(found, str):
         raise ValueError(found)
-    return found
+    return {"packed": weight.packed, **found}
 
 
 class _Plan(NamedTuple):
@@ -70,7 +70,7 @@ class _Plan(NamedTuple):
     address: int
     version: int  # of the codebook
     others: tuple[Any, ...]
-    found: dict[str, Any] | str
+    found: dict[str, Any] | str  # the arguments but for the codes, which would not end then
 
     def is_of(self, weight: Packed) -> bool:
         """Whether it is that of a weight, as it is now: another has other tensors, or its codes elsewhere."""
@@ -110,12 +110,10 @@ def _reason(weight: Packed) -> str | None:
         return f"K must be a multiple of {TILE}, not {K}"
     if weight.block_size % TILE:
         return f"the block size must be a multiple of {TILE}, not {weight.block_size}"
-    if weight.packed.data_ptr() % 16 or weight.packed.storage_offset() % 4:
+    if weight.packed.data_ptr() % 16:
         return "the packed codes do not begin at a multiple of 16 bytes"
-    try:
-        table(weight.values)
-    except ValueError as error:
-        return str(error)
+    if weight.values.shape != (16,):
+        return f"the look-up takes 16 values, not {weight.values.numel()}"
     return None
 
 
@@ -123,7 +121,6 @@ def _arguments(weight: Packed) -> dict[str, Any]:
     packed, scales, absmax2, offset, values, (_, K), block_size = weight
     look_up, double = table(values), absmax2 is not None
     return {
-        "words": packed.flatten().view(torch.int32),
         "scales": scales,
         "absmax2": absmax2,
         "offset": offset,

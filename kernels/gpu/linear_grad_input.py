@@ -68,7 +68,7 @@ COLUMNS = 256  # of a program
 
 @triton.jit(do_not_specialize=["M", "N", "steps", "threshold", *SCALARS])
 def _linear_grad_input(
-    grad, words, scales, absmax2, offset, scale_map, out, M, N, tiles, steps, shift, inverse,
+    grad, packed, scales, absmax2, offset, scale_map, out, M, N, tiles, steps, shift, inverse,
     t0, t1, t2, t3, t4, t5, t6, t7, t8,
     G, A, seed, r, row_words, threshold,
     TOKENS: tl.constexpr, WARPS: tl.constexpr, MMA_SYNC: tl.constexpr, DOUBLE: tl.constexpr,
@@ -90,6 +90,7 @@ def _linear_grad_input(
     # Tokens and blocks of columns behind the last one are the last once more: what is read again is not stored.
     grad_at = (tl.minimum(m, M - 1) - tl.program_id(1) * TOKENS)[None, :] * rows + tl.arange(0, 64)[:, None]
     grad += (tl.program_id(1) * TOKENS).to(tl.int64) * rows + first * 64
+    words = packed.to(tl.pointer_type(tl.int32))
     i = tl.arange(0, 2048)  # s q i warp c lane
     lane = tl.arange(0, 32 * WARPS) % 32
     if MMA_SYNC:  # n is s c q i, else s q c i; a lane has the scales of s q = g
@@ -206,7 +207,7 @@ def linear_grad_input(
     """
     N, K = weight.shape
     check("grad", grad, N, weight)
-    packed = arguments(weight)
+    operands = arguments(weight)
     M, rest = math.prod(grad.shape[:-1]), N % TILE
     out = grad.new_empty((*grad.shape[:-1], K))
     if rest:
@@ -230,7 +231,7 @@ def linear_grad_input(
     def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
         launch(
             _linear_grad_input, grid,
-            grad=grad, out=to, M=M, N=N, steps=steps, **packed,
+            grad=grad, out=to, M=M, N=N, steps=steps, **operands,
             G=G, A=A, seed=seed, r=r, row_words=row_words(K), threshold=dropped,
             TOKENS=tokens, WARPS=warps, MMA_SYNC=sync, RANK=rank, RANKS=ranks, DROPOUT=dropped > 0, num_warps=warps,
         )  # fmt: skip
@@ -264,7 +265,7 @@ def _case(
     tokens: int, instructions: float, registers: int = 255, rank: int = 0, sync: bool = False, double: bool = True
 ) -> Case:
     adapter = {"G": "*bf16", "A": "*fp32", "seed": "*i64"} if rank else {}
-    weight = POINTERS if double else {"words": "*i32", "scales": "*fp32"}
+    weight = POINTERS if double else {"packed": "*u8", "scales": "*fp32"}
     pointers = {"grad": "*bf16", "out": "*bf16", **weight}
     scalars = ("M", "N", "steps", *SCALARS, "r", "row_words", "threshold")
     rank_tile, ranks = rank_tiles(rank, 64 if tokens < 64 else 16)

@@ -40,17 +40,12 @@ def test_what_does_not_fit(operands, message):
         arguments(operands)
 
 
-@pytest.mark.parametrize("values", [torch.tensor([-1.0] + [0.5] * 15), torch.linspace(-3, 5, 16)])
-def test_any_16_values_fit(values):
-    assert why_not(weight(values=values)) is None
-
-
 def test_the_bytes_on_the_gpu_are_the_bytes_of_the_file():
     """Nothing is copied, and what is resident takes less than 4.2 bits a weight."""
     operands = ql.quantize(torch.randn(512, 1024)).operands()
     given = arguments(operands)
     pointers = [tensor for tensor in given.values() if isinstance(tensor, torch.Tensor)]
-    assert given["words"].data_ptr() == operands.packed.data_ptr()
+    assert given["packed"] is operands.packed
     assert given["scales"] is operands.scales
     assert 8 * sum(tensor.nbytes for tensor in pointers) / (512 * 1024) < 4.2
 
@@ -99,31 +94,37 @@ def test_the_shuffles_read_the_lanes_that_they_mean(assembly, source):
 
 
 def test_what_is_found_out_about_a_weight_is_kept_until_it_is_another(device, monkeypatch):
-    looked: list[torch.Tensor] = []
-    right = canonical.table
-    monkeypatch.setattr(canonical, "table", lambda values: looked.append(values) or right(values))
+    made: list[Packed] = []
+    right = canonical._arguments
+    monkeypatch.setattr(canonical, "_arguments", lambda weight: made.append(weight) or right(weight))
     weight = ql.quantize(torch.randn(64, 128)).to(device).operands()
-    first = canonical.arguments(weight)
-    assert canonical.arguments(weight._replace()) is first
-    assert (canonical.why_not(weight), len(looked)) == (None, 2)  # once for the reason, once for the arguments
-
-    def changed(**parts) -> bool:
-        return canonical.arguments(weight._replace(**parts)) is not canonical.arguments(weight)
-
-    assert changed(scales=weight.scales.clone())
     assert weight.offset is not None
-    assert changed(offset=weight.offset.clone())
-    assert changed(values=weight.values.clone())
-    assert changed(shape=(128, 64))
-    assert changed(block_size=128, scales=weight.scales[::2].contiguous())
-    first = canonical.arguments(weight)
-    weight.packed.bitwise_xor_(0x11)  # in place: the kernels read what is there
-    assert canonical.arguments(weight) is first
+
+    def is_made(**parts) -> bool:
+        made.clear()
+        changed = weight._replace(**parts)
+        assert canonical.arguments(changed)["packed"] is changed.packed
+        assert why_not(changed) is None
+        return len(made) == 1
+
+    assert is_made()
+    assert not is_made()
+    changes = [
+        {"scales": weight.scales.clone()},
+        {"offset": weight.offset.clone()},
+        {"values": weight.values.clone()},
+        {"shape": (128, 64)},
+        {"block_size": 128, "scales": weight.scales[::2].contiguous()},
+    ]
+    for change in changes:
+        assert is_made(**change)
+        assert is_made()
+    weight.packed.bitwise_xor_(0x11)  # the kernels read what is there
+    assert not is_made()
     weight.values[3] = 0.25
-    assert canonical.arguments(weight) is not first
-    first = canonical.arguments(weight)
+    assert is_made()
     weight.packed.data = weight.packed.clone()
-    assert canonical.arguments(weight)["words"].data_ptr() == weight.packed.data_ptr() != first["words"].data_ptr()
+    assert is_made()
 
 
 def test_what_is_found_out_goes_with_the_weight(device):
