@@ -4,13 +4,15 @@
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
     python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
+    python -m benchmarks.gpu --only canaries "input gradient"     some of it
+    python -m benchmarks.gpu --everything     this and the other benchmarks of a GPU, see ``gpu_everything.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
 of this run, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
 
 A provider that fails at a point is a record that says why, and the rest goes on. What would not fit into the memory
 that is free is skipped, and so is what comes after the deadline. After an error that ends the CUDA context nothing more
-can be measured; what was measured until then is written and shown. Records are written after every point.
+can be measured; what was measured until then is written and shown. Records are written after every canary and point.
 
 Without a GPU the command says so in one line and exits with 0.
 
@@ -35,9 +37,11 @@ from torch.nn import functional as F
 
 from qloralab.kernels.gpu import choice
 
-from .case import Case, Weight
+from .case import OPERATIONS, Case, Weight
 from .clock import Run, Timer, cuda, interleave
 from .gpu_canaries import Canary, canaries, verdict
+from .gpu_everything import BUDGET as FOR_EVERYTHING
+from .gpu_everything import everything
 from .gpu_providers import FUSED, OPTIONS, PROVIDERS
 from .gpu_views import tables, with_ratios
 from .provider import Outcome, Provider, compare, from_user, text
@@ -262,14 +266,14 @@ def run(
     for canary in canaries() if which is None else which:
         wrong = "the time was up" if time.monotonic() >= deadline else verdict(canary, device.device)
         records.append({**common, "kind": "canary", "name": canary.name, "wrong": wrong})
+        write(records, path)
         print(f"canary {canary.name}: {wrong or 'holds'}", file=sys.stderr)
-    write(records, path)
-    limits = None
+    limits, asked = None, {"points": POINTS, **options.get("measure", {})}
     try:
-        limits = ceilings(device, **options.get("ceilings", {}))
+        limits = ceilings(device, **options.get("ceilings", {})) if asked["points"] else None
     except Exception as error:
         print(f"no ceilings: {text(error)}", file=sys.stderr)
-    for point in measure(device, common, limits, deadline, **options.get("measure", {})):
+    for point in measure(device, common, limits, deadline, **asked):
         records += point
         write(records, path)
         for record in point:
@@ -285,7 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
+    parser.add_argument(
+        "--budget", type=float, help=f"seconds in all: {BUDGET:.0f}, for everything {FOR_EVERYTHING:.0f}"
+    )
+    parser.add_argument("--everything", action="store_true", help="and the other benchmarks of a GPU, in ten minutes")
     parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
     parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
     args = parse(parser, arguments)
@@ -295,12 +303,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
         return
+    deadline = time.monotonic() + (args.budget or (FOR_EVERYTHING if args.everything else BUDGET))
+    if args.everything:
+        verdicts = everything(args.out, deadline)
+        for file in sorted(args.out.glob("gpu-*.json")):
+            show([], lines=[str(file)])
+        if set(verdicts.values()) != {"done"}:
+            raise SystemExit(1)
+        return
     device = cuda_device()
     path = gpu_record_file(args.out, device.name)
     providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
-    options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "providers": providers}
+    points = [point for point in POINTS if not args.only or point[0] in args.only]
+    options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "points": points, "providers": providers}
+    which = [] if args.only and "canaries" not in args.only else None
     with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever was measured
-        records = run(device, path, time.monotonic() + args.budget, measure=options)
+        records = run(device, path, deadline, which, measure=options)
     show(tables(records), WIDTH)
     if args.save:
         rows = fused_up_to(records)
