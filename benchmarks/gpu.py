@@ -317,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points = [point for point in POINTS if not args.only or point[0] in args.only]
     options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "points": points, "providers": providers}
     which = [] if args.only and "canaries" not in args.only else None
-    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever was measured
+    with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
         records = run(device, path, deadline, which, measure=options)
     show(tables(records), WIDTH)
     if args.save:

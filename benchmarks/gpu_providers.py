@@ -51,7 +51,7 @@ def _ours(case: Case) -> list[Run]:
             return [partial(ops.linear, case.x, *part.operands(), None) for part in case.packed]
         case "input gradient":
             return [partial(ops.linear_grad_input, case.gradient, *part.operands()) for part in case.packed]
-    return _adapted(case, "two-pass")
+    return _adapted(case)
 
 
 def _quantized(weight: Tensor, values: Tensor) -> ql.QuantizedTensor:
@@ -63,20 +63,16 @@ def _quantized(weight: Tensor, values: Tensor) -> ql.QuantizedTensor:
     )
 
 
-def _adapted(case: Case, kernel: str) -> list[Run]:
-    def by(kernel: str, run: Run) -> object:
-        with choice.use(kernel):
-            return run()
-
+def _adapted(case: Case) -> list[Run]:
     layers = case.form("adapted", lambda: adapted_layer(case.weight.quantized.clone(), case))
-    return [partial(by, kernel, both_ways(one, case, (one.lora_A, one.lora_B))) for one in layers]
+    return [both_ways(one, case, (one.lora_A, one.lora_B)) for one in layers]
 
 
 def _fused(case: Case) -> list[Run]:
     from qloralab.kernels.gpu import linear, linear_grad_input, packing
 
     if case.adapted:
-        return _adapted(case, "fused")
+        return _adapted(case)
     tiled = case.form("tiles", partial(packing.tile, *case.weight.quantized.operands()))
     if case.operation == "linear":
         return [partial(linear.linear, case.x, part) for part in tiled]
@@ -171,10 +167,11 @@ def _dequantized_product(gradient: Tensor, weight: Any, dequantize: Callable[...
 
 OPTIONS: dict[str, Any] = {"tolerance": ONCE, "adapted": ADAPTED, "fewest": 5}
 PEERS = {**OPTIONS, "tolerance": PEER, "adapted": PEER, "table": PEER_TABLE, "codes": PEER_TABLE}
+_BY_FUSED = {**OPTIONS, "tolerance": FUSED, "needs_gpu": True, "inside": partial(choice.use, "fused")}
 _PRODUCTS, _LAYERS = ("linear", "input gradient"), OPERATIONS[-2:]
 PROVIDERS = [
-    Provider("ours", _ours, **OPTIONS),
-    Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), needs_gpu=True, **{**OPTIONS, "tolerance": FUSED}),
+    Provider("ours", _ours, inside=partial(choice.use, "two-pass"), **OPTIONS),
+    Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), **_BY_FUSED),
     Provider("bf16", _bf16, ("dequantize", *_PRODUCTS, *_LAYERS), dense=True, **OPTIONS),
     Provider("bitsandbytes", _bitsandbytes, finish=_bitsandbytes_weight, package="bitsandbytes", **PEERS),
     Provider("unsloth", _unsloth, ("dequantize", *_PRODUCTS), package="unsloth", graph=False, **PEERS),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qloralab.benchmarks.gpu_providers import PROVIDERS
 from qloralab.benchmarks.gpu_views import GOALS, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
 from qloralab.benchmarks.record import RECORDS, gpu_record_file
+from qloralab.kernels.gpu import choice
 from qloralab.kernels.gpu.choice import FUSED_UP_TO, KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +182,32 @@ def test_a_sample_that_fails_is_a_record():
     there = dataclasses.replace(device(), prepare=lambda runs, graph: Timer(lambda: [][0], "graph"))
     (point,) = measure(there, COMMON, LIMITS, LATER, [(64, 64)], [("linear", 4)], CONTENDERS[:2], 0.0)
     assert {(r["status"], r["why"]) for r in point} == {("failed", "IndexError: list index out of range")}
+
+
+def test_a_provider_is_called_inside_its_context_which_no_clock_sees():
+    events: list[str] = []
+
+    @contextmanager
+    def inside():
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    def sample() -> float:
+        events.append("clock")
+        return 1.0
+
+    runs: Any = provider("bf16").runs
+    one = Provider("mine", lambda case: events.append("runs") or runs(case), ("linear",), inside=inside, fewest=2)
+    there = dataclasses.replace(device(), prepare=lambda runs, graph: events.append("prepare") or Timer(sample))
+    list(measure(there, COMMON, LIMITS, LATER, [(64, 64)], [("linear", 4)], [one], 0.0))
+    assert events == ["enter", "runs", "prepare", "leave", *["enter", "clock", "leave"] * 2]
+
+
+def test_ours_are_held_to_a_kernel_each():
+    for name, kernel in gpu.PROVIDER_KERNELS.items():
+        with provider(name).inside():
+            assert choice.decide(4096, 4096, 1, "sm_90").kernel == kernel
 
 
 def holds(guard) -> None:
