@@ -43,12 +43,13 @@ from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.double_quant import quantize_scales
 
+from .work import BLOCK_SIZE, RANK, Work, least
+
 if TYPE_CHECKING:
     from .provider import Provider
 
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer", "adapted layer, eager")
-BLOCK_SIZE = 64
-RANK, SCALING = 16, 2.0  # of the adapter
+SCALING = 2.0  # of the adapter
 SCALE = 0.02  # of the weights, about that of a trained model's
 ROWS = 512  # of a product, that are checked
 SEED = 2  # torch's, before an adapted layer whose result is checked: its dropout draws one
@@ -156,23 +157,11 @@ class Case:
 
     def copies(self, dense: bool = False) -> int:
         """How many copies to rotate over: what one turn touches fills the last-level cache twice, within 2 and most."""
-        return max(2, min(self.weight.most, math.ceil(2 * self.weight.cache / self.work(dense)[0])))
+        return max(2, min(self.weight.most, math.ceil(2 * self.weight.cache / self.least(dense).nbytes)))
 
-    def work(self, dense: bool) -> tuple[int, int]:
-        """The least that a provider with a dense or a packed weight has to do: bytes moved, floating-point operations.
-
-        A multiplication and an addition count as two. Dequantization's arithmetic is not counted, nor dropout's.
-        """
-        N, K = self.weight.shape
-        full = N * K * self.dtype.itemsize
-        weight = full if dense else self.weight.quantized.nbytes
-        if self.M is None:
-            return full + weight, 0
-        nbytes, flops = weight + self.dtype.itemsize * self.M * (N + K), 2 * self.M * N * K
-        if not self.adapted:
-            return nbytes, flops
-        adapter = 0 if dense else RANK * (N + K)  # numbers, float32: read each way, their gradients written
-        return 2 * nbytes + 3 * 4 * adapter, 2 * flops + 3 * 2 * self.M * adapter
+    def least(self, dense: bool) -> Work:
+        """The least that a provider with a dense or a packed weight has to do."""
+        return least(self.operation, self.weight.shape, self.M, dense, self.dtype.itemsize)
 
     def memory(self, providers: int) -> int:
         """Bytes that so many providers take at most: the copies, and for each its outputs and a full weight."""

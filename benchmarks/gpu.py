@@ -8,7 +8,7 @@
     python -m benchmarks.gpu --everything     this and the other benchmarks of a GPU, see ``gpu_everything.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
-of this run, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
+of this run, reading, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
 
 A provider that fails at a point is a record that says why, and the rest goes on. What would not fit into the memory
 that is free is skipped, and so is what comes after the deadline. After an error that ends the CUDA context nothing more
@@ -16,9 +16,10 @@ can be measured; what was measured until then is written and shown. Records are 
 
 Without a GPU the command says so in one line and exits with 0.
 
-**Roofline.** ``bound_ms`` of a record is the time that the least traffic takes at the rate of the copy, or the
-arithmetic at that of the product, whichever is longer; ``roofline_share`` is that over the median. A copy of a large
-buffer and a large product are what a device reaches, not what its data sheet says, so a share can pass 1.
+**Roofline.** ``bound_ms`` of a record is the time that the least traffic takes at the rates of this run, or the
+arithmetic at that of the product, whichever is longer (``gpu_device.py``); ``roofline_share`` is that over the median.
+Reading a large buffer, a copy of it and a large product are what a device reaches, not what its data sheet says, so a
+share can pass 1.
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from qloralab.kernels.gpu import choice
 
 from .case import OPERATIONS, Case, Weight
-from .clock import Run, Timer, cuda, interleave
 from .gpu_canaries import Canary, canaries, verdict
+from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
 from .gpu_everything import BUDGET as FOR_EVERYTHING
 from .gpu_everything import everything
 from .gpu_providers import FUSED, OPTIONS, PROVIDERS
@@ -60,89 +60,11 @@ POINTS: list[tuple[str, int | None]] = [
     *(("adapted layer, eager", M) for M in (1024, 4096)),
 ]
 SECONDS = 0.12  # of samples, a provider and point
-MOST = 60  # samples
 COPIES = 32  # of a weight, at most
 BUDGET = 450.0  # seconds in all
-ROOM = 0.9  # of the free memory
 DIRECTIONS = ("linear", "input gradient")
 PROVIDER_KERNELS = {"ours, fused": "fused", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device can do at most.
-
-    Attributes:
-        copy_gb_per_s: bytes read plus bytes written by a large copy, 10**9 a second.
-        gemm_tflop_per_s: a large bfloat16 product, 10**12 floating-point operations a second.
-    """
-
-    copy_gb_per_s: float
-    gemm_tflop_per_s: float
-
-
-@dataclass(frozen=True)
-class Device:
-    """What is measured on.
-
-    Attributes:
-        device: for torch.
-        name: of the hardware.
-        cache: bytes of its last-level cache.
-        prepare: makes the timers there, see ``clock.py``.
-        free: bytes of memory that can be had now.
-    """
-
-    device: torch.device
-    name: str
-    cache: int
-    prepare: Callable[[Sequence[Run], bool], Timer]
-    free: Callable[[], int]
-
-    def lost(self) -> str | None:
-        """Why nothing more can run on the device, or None: waiting raises what a kernel of before has done."""
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:
-            return f"the device was lost: {text(error)}"
-        return None
-
-    def too_large(self, what: str, need: float) -> str | None:
-        """Why so many bytes cannot be had, or None."""
-        free = self.free()
-        return f"{what} {need / 1e9:.1f} GB, {free / 1e9:.1f} are free" if need > ROOM * free else None
-
-
-def cuda_device() -> Device:
-    """The current GPU."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    device = torch.device("cuda", torch.cuda.current_device())
-
-    def free() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-
-    return Device(device, properties.name, properties.L2_cache_size, cuda, free)
-
-
-def ceilings(
-    device: Device, nbytes: int = 2**30, shape: tuple[int, int, int] = (8192, 8192, 8192), seconds: float = 0.5
-) -> Limits:
-    """Measure the rates of a copy of so many bytes and of a bfloat16 product (M, N, K); the best sample counts, it is a
-    bound."""
-    M, N, K = shape
-    nbytes = min(nbytes, int(device.free() * ROOM) // 4)
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device.device)
-    target = torch.empty_like(source)
-    x, weight = (torch.randn(rows, K, device=device.device).bfloat16() for rows in (M, N))
-    timers = {
-        "copy": device.prepare([lambda: target.copy_(source)], True),
-        "gemm": device.prepare([lambda: F.linear(x, weight)], True),
-    }
-    times = interleave(timers, seconds, fewest=5, most=MOST)
-    return Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
 
 
 def measure(
@@ -208,8 +130,7 @@ def measure(
 def _record(outcome: Outcome, one: Provider, limits: Limits | None, case: Case | None) -> dict[str, Any]:
     bound, timer = None, outcome.timer
     if case and limits:
-        nbytes, flops = case.work(one.dense)
-        bound = max(1e-6 * nbytes / limits.copy_gb_per_s, 1e-9 * flops / limits.gemm_tflop_per_s)
+        bound = limits.bound_ms(case.least(one.dense))
     return {
         "status": outcome.status,
         "why": outcome.why,

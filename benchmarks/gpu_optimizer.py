@@ -44,7 +44,7 @@ from . import adamw
 from .adamw import BYTES, DECAY, RATE, SMALLEST, Contender, make, ours, torch_fused
 from .case import WrongResultError
 from .clock import interleave, quantiles
-from .gpu import Device, cuda_device
+from .gpu_device import Device, cuda_device
 from .record import gpu_provenance, gpu_record_file, parse, write
 from .view import Record, grid, p50, show
 

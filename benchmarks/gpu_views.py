@@ -51,8 +51,9 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
 def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -> Table:
     first = next(iter(measured[0].values()))
     limits = first["roofline"]
+    reading = f"reading {limits['read_gb_per_s']:,.0f} GB/s, " if limits and limits.get("read_gb_per_s") else ""
     rates = (
-        f"copy {limits['copy_gb_per_s']:,.0f} GB/s, bfloat16 product {limits['gemm_tflop_per_s']:.0f} TFLOP/s"
+        f"{reading}copy {limits['copy_gb_per_s']:,.0f} GB/s, bfloat16 product {limits['gemm_tflop_per_s']:.0f} TFLOP/s"
         if limits
         else "no ceilings were measured"
     )

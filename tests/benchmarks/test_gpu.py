@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,21 @@ import torch
 from qloralab.benchmarks import gpu, gpu_optimizer
 from qloralab.benchmarks.case import OPERATIONS, Case, Weight
 from qloralab.benchmarks.clock import Timer, host
-from qloralab.benchmarks.gpu import POINTS, Device, Limits, ceilings, fused_up_to, main, measure, run
+from qloralab.benchmarks.gpu import POINTS, fused_up_to, main, measure, run
 from qloralab.benchmarks.gpu_canaries import Canary, CanaryError
+from qloralab.benchmarks.gpu_device import Device, Limits, ceilings
 from qloralab.benchmarks.gpu_providers import PROVIDERS
 from qloralab.benchmarks.gpu_views import GOALS, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
 from qloralab.benchmarks.record import RECORDS, gpu_record_file
+from qloralab.benchmarks.sass.compile import compile_cases
+from qloralab.benchmarks.work import Work
 from qloralab.kernels.gpu import choice
 from qloralab.kernels.gpu.choice import FUSED_UP_TO, KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
 LIMITS = Limits(copy_gb_per_s=10.0, gemm_tflop_per_s=0.1)
 LATER = float("inf")
 CEILINGS = {"nbytes": 2**16, "shape": (8, 64, 64), "seconds": 0.0}
@@ -264,6 +270,41 @@ def test_ceilings_are_rates(free, nbytes):
     limits = ceilings(device(free), nbytes=nbytes, shape=(64, 64, 64), seconds=0.0)
     assert 0.01 < limits.copy_gb_per_s < 10**4
     assert 1e-6 < limits.gemm_tflop_per_s < 100
+    assert limits.read_gb_per_s is not None
+    assert 0.01 < limits.read_gb_per_s < 10**4
+
+
+def test_what_is_read_alone_takes_the_rate_of_reading():
+    limits = Limits(copy_gb_per_s=2.0, gemm_tflop_per_s=1.0, read_gb_per_s=4.0)
+    assert limits.bound_ms(Work(read=10**6, written=0, flops=0)) == pytest.approx(0.25)
+    assert limits.bound_ms(Work(read=10**6, written=10**6, flops=0)) == pytest.approx(1.0)
+    assert limits.bound_ms(Work(read=3 * 10**6, written=10**6, flops=0)) == pytest.approx(1.0 + 0.5)
+    assert limits.bound_ms(Work(read=10**6, written=3 * 10**6, flops=0)) == pytest.approx(2.0)
+    assert limits.bound_ms(Work(read=10**6, written=0, flops=10**9)) == pytest.approx(1.0)
+    assert dataclasses.replace(limits, read_gb_per_s=None).bound_ms(Work(10**6, 0, 0)) == pytest.approx(0.5)
+
+
+INTERPRETED = """
+import torch
+from qloralab.benchmarks.gpu_read import BLOCK, read
+source = torch.randint(-2, 3, (2 * BLOCK + 5,), dtype=torch.int32)
+assert read(source).tolist() == [int(part.sum()) for part in source.split(BLOCK)]
+"""
+
+
+@needs_triton
+def test_the_kernel_that_reads_reads_all():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, check=True)
+
+
+@needs_triton
+def test_the_kernel_that_reads_loads_16_bytes_a_thread():
+    (code,) = compile_cases(["sm_90"], ["qloralab.benchmarks.gpu_read"])
+    loads = re.findall(r"\bLDG\S*", code.sass)
+    assert set(loads) == {"LDG.E.128"}
+    assert len(loads) == 64 * 1024 / 16 / 256
+    assert code.spilled == 0
 
 
 def test_a_provider_that_is_not_installed_says_so():

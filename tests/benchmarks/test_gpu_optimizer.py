@@ -14,7 +14,7 @@ import qloralab as ql
 from qloralab.benchmarks import gpu_optimizer
 from qloralab.benchmarks.adamw import LORA, Contender, make
 from qloralab.benchmarks.clock import host
-from qloralab.benchmarks.gpu import Device, cuda_device
+from qloralab.benchmarks.gpu_device import Device, cuda_device
 from qloralab.benchmarks.gpu_optimizer import check_paging, contenders, main, points, run, tables
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 
 from qloralab.benchmarks import gpu, gpu_optimizer
 from qloralab.benchmarks.clock import host
-from qloralab.benchmarks.gpu import Device
 from qloralab.benchmarks.gpu_canaries import Canary
+from qloralab.benchmarks.gpu_device import Device
 
 NAME = "A GPU (80 GB)"
 SMALL = {"nbytes": 2**16, "shape": (8, 64, 64), "seconds": 0.0}
