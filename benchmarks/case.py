@@ -106,6 +106,7 @@ class Case:
         M: rows of the input and of the gradient; None: there are none.
         dtype: of the input and the gradient; of what dequantize gives.
         dropout: of an adapted layer.
+        rank: of its adapter.
     """
 
     operation: str
@@ -113,6 +114,7 @@ class Case:
     M: int | None = None
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.0
+    rank: int = RANK
 
     @cached_property
     def x(self) -> Tensor:
@@ -128,8 +130,8 @@ class Case:
     def adapter(self) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r] in float32; their product is about as large as the weight."""
         N, K = self.weight.shape
-        A, B = self.weight.normal(3, RANK, K), self.weight.normal(4, N, RANK)
-        return A * K**-0.5, B * (SCALE * K**0.5 / (SCALING * RANK**0.5))
+        A, B = self.weight.normal(3, self.rank, K), self.weight.normal(4, N, self.rank)
+        return A * K**-0.5, B * (SCALE * K**0.5 / (SCALING * self.rank**0.5))
 
     @property
     def packed(self) -> list[ql.QuantizedTensor]:
@@ -161,7 +163,7 @@ class Case:
 
     def least(self, dense: bool) -> Work:
         """The least that a provider with a dense or a packed weight has to do."""
-        return least(self.operation, self.weight.shape, self.M, dense, self.dtype.itemsize)
+        return least(self.operation, self.weight.shape, self.M, dense, self.dtype.itemsize, self.rank)
 
     def memory(self, providers: int) -> int:
         """Bytes that so many providers take at most: the copies, and for each its outputs and a full weight."""
@@ -210,14 +212,14 @@ class Case:
 
     def terms(self) -> tuple[int, ...]:
         """How many products are added up in each part of the right answer, one sum inside another counted too."""
-        (N, K), M = self.weight.shape, self.M or 0
-        return {"linear": (K,), "input gradient": (N,)}.get(self.operation, (K + RANK, N + RANK, N + M, K + M))
+        (N, K), M, r = self.weight.shape, self.M or 0, self.rank
+        return {"linear": (K,), "input gradient": (N,)}.get(self.operation, (K + r, N + r, N + M, K + M))
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts of a whole answer."""
         (N, K), M = self.weight.shape, self.M or 0
         one = {"dequantize": (N, K), "linear": (M, N), "input gradient": (M, K)}.get(self.operation)
-        return (one,) if one else ((M, N), (M, K), (RANK, K), (N, RANK))
+        return (one,) if one else ((M, N), (M, K), (self.rank, K), (N, self.rank))
 
 
 def check(case: Case, provider: Provider, result: Any) -> float:

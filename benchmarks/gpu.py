@@ -37,7 +37,7 @@ import torch
 
 from qloralab.kernels.gpu import choice
 
-from .case import OPERATIONS, Case, Weight
+from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
 from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
 from .gpu_everything import BUDGET as FOR_EVERYTHING
@@ -63,6 +63,7 @@ SECONDS = 0.12  # of samples, a provider and point
 COPIES = 32  # of a weight, at most
 BUDGET = 450.0  # seconds in all
 DIRECTIONS = ("linear", "input gradient")
+ADAPTED = OPERATIONS[-2:]
 PROVIDER_KERNELS = {"ours, fused": "fused", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
 
@@ -76,6 +77,8 @@ def measure(
     points: Sequence[tuple[str, int | None]] = POINTS,
     providers: Sequence[Provider] = PROVIDERS,
     seconds: float = SECONDS,
+    rank: int = RANK,
+    dropout: float = 0.0,
 ) -> Iterator[list[dict[str, Any]]]:
     """Time every provider at every point.
 
@@ -88,6 +91,7 @@ def measure(
         points: operation, and M where it has one.
         providers: to compare.
         seconds: a provider and point.
+        rank, dropout: of adapters.
 
     Yields:
         the records of a point: ``status`` is ok, wrong, failed, skipped or missing, ``why`` says more, and ``ms`` is
@@ -105,7 +109,7 @@ def measure(
                     if weight is None and (large := device.too_large("a weight needs", 40 * shape[0] * shape[1])):
                         raise MemoryError(f"{large}, to make it")
                     weight = weight or Weight(shape, device.device, device.cache, COPIES)
-                    case = Case(operation, weight, M)
+                    case = Case(operation, weight, M, dropout=dropout, rank=rank)
                     why = device.too_large("it needs", case.memory(len(able)))
                 except Exception as error:
                     why, case = text(error), None
@@ -117,6 +121,8 @@ def measure(
                 cases = dict.fromkeys((one.name for one in able), case)
                 outcomes = compare(cases, able, device.prepare, seconds=seconds, most=MOST)
             head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
+            if operation in ADAPTED:
+                head |= {"rank": rank, "dropout": dropout}
             records = [
                 {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}
                 for one in able
@@ -205,12 +211,32 @@ def run(
     return records
 
 
+def chosen(only: Sequence[str] | None, rows: Sequence[int] | None) -> list[tuple[str, int | None]]:
+    """Of `POINTS` those of some operations, where they have rows with these instead; None: all."""
+    found = [(operation, M) for operation, M in POINTS if not only or operation in only]
+    if not rows:
+        return found
+    return list(dict.fromkeys((operation, one) for operation, M in found for one in (rows if M else (None,))))
+
+
+def listing(providers: Sequence[Provider]) -> Iterator[str]:
+    """A line for each operation, with its rows, and for each provider, with its operations."""
+    for operation in OPERATIONS:
+        yield f"{operation}: " + (", ".join(f"{M}" for one, M in POINTS if one == operation and M) or "no rows")
+    for one in providers:
+        yield f'"{one.name}": {", ".join(one.operations)}' + (f" ({why})" if (why := one.missing()) else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="of products and layers")
+    parser.add_argument("--rank", type=int, default=RANK, help="of adapters")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of adapters; peers then take no part")
+    parser.add_argument("--list", action="store_true", help="show operations and providers, measure nothing")
     parser.add_argument(
         "--budget", type=float, help=f"seconds in all: {BUDGET:.0f}, for everything {FOR_EVERYTHING:.0f}"
     )
@@ -220,6 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(parser, arguments)
     if args.view:
         show(tables(json.loads(args.view.read_text())), WIDTH)
+        return
+    providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
+    if args.list:
+        show([], lines=listing(providers))
         return
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
@@ -234,9 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = cuda_device()
     path = gpu_record_file(args.out, device.name)
-    providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
-    points = [point for point in POINTS if not args.only or point[0] in args.only]
-    options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "points": points, "providers": providers}
+    shapes, points = [(N, K) for N, K in args.shape or SHAPES], chosen(args.only, args.rows)
+    options = {"shapes": shapes, "points": points, "providers": providers, "rank": args.rank, "dropout": args.dropout}
     which = [] if args.only and "canaries" not in args.only else None
     with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
         records = run(device, path, deadline, which, measure=options)

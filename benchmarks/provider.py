@@ -24,7 +24,7 @@ import qloralab as ql
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
 
-from .case import OPERATIONS, RANK, SCALING, SEED, Case, WrongResultError, check, definition_of_dequantize
+from .case import OPERATIONS, SCALING, SEED, Case, WrongResultError, check, definition_of_dequantize
 from .clock import Run, Timer, interleave, quantiles
 
 PRODUCTS = ("linear", "input gradient", "adapted layer")
@@ -195,7 +195,7 @@ def text(error: Exception) -> str:
 
 def adapted_layer(weight: ql.QuantizedTensor, case: Case) -> LoRALinear:
     """A layer of ours in training mode, with the adapter of the case."""
-    config = ql.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=case.dropout)
+    config = ql.LoraConfig(r=case.rank, lora_alpha=SCALING * case.rank, lora_dropout=case.dropout)
     made = LoRALinear(QuantizedLinear(weight, compute_dtype=case.dtype), config)
     made.lora_A, made.lora_B = (nn.Parameter(part.clone()) for part in case.adapter)
     return made

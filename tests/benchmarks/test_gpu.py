@@ -20,7 +20,7 @@ import torch
 from qloralab.benchmarks import gpu, gpu_optimizer
 from qloralab.benchmarks.case import OPERATIONS, Case, Weight
 from qloralab.benchmarks.clock import Timer, host
-from qloralab.benchmarks.gpu import POINTS, fused_up_to, main, measure, run
+from qloralab.benchmarks.gpu import POINTS, chosen, fused_up_to, main, measure, run
 from qloralab.benchmarks.gpu_canaries import Canary, CanaryError
 from qloralab.benchmarks.gpu_device import Device, Limits, ceilings
 from qloralab.benchmarks.gpu_providers import PROVIDERS
@@ -143,6 +143,34 @@ def test_a_record_holds_ratios_and_its_share_of_the_roofline():
     assert ours["roofline_share"] == pytest.approx(ours["bound_ms"] / ours["ms"]["p50"])
     assert ours["reps"] == 5
     assert ours["timing"] == "host"
+
+
+def test_an_adapter_of_another_rank_with_dropout_is_right_too():
+    points = [("adapted layer", 8), ("linear", 8)]
+    records = measured(points, providers=[*map(provider, ("ours", "bf16", "bitsandbytes"))], rank=4, dropout=0.3)
+    layer, linear = records[:2], records[2:]
+    assert [(r["provider"], r["status"], r["rank"], r["dropout"]) for r in layer] == [
+        ("ours", "ok", 4, 0.3), ("bf16", "ok", 4, 0.3)
+    ]  # fmt: skip
+    assert layer[0]["bound_ms"] < measured(points[:1], providers=[provider("ours")])[0]["bound_ms"]
+    assert [(r["provider"], r["status"]) for r in linear] == [("ours", "ok"), ("bf16", "ok"), ("bitsandbytes", "ok")]
+    assert {frozenset(r) for r in linear} == {frozenset(FIELDS)}
+
+
+def test_points_are_of_the_operations_and_rows_that_are_asked_for():
+    assert chosen(None, None) == POINTS
+    assert chosen(["dequantize", "adapted layer"], None) == [
+        ("dequantize", None), ("adapted layer", 1024), ("adapted layer", 4096)
+    ]  # fmt: skip
+    assert chosen(["quantize", "linear"], [3, 5]) == [("quantize", None), ("linear", 3), ("linear", 5)]
+    assert chosen(["canaries"], [3]) == []
+
+
+def test_operations_and_providers_are_listed(capsys):
+    main(["--list"])
+    out = capsys.readouterr().out
+    for part in ("linear: 1, 4, 16,", "quantize: no rows", '"ours, fused": linear, input gradient', "it needs a GPU"):
+        assert part in out
 
 
 def test_without_ceilings_there_is_no_bound():
