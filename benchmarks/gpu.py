@@ -4,6 +4,7 @@
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
     python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
+    python -m benchmarks.gpu --model config.json     the shapes of a model, and sums over its layers
     python -m benchmarks.gpu --only canaries "input gradient"     some of it
     python -m benchmarks.gpu --everything     this and the other benchmarks of a GPU, see ``gpu_everything.py``
 
@@ -37,6 +38,7 @@ import torch
 
 from qloralab.kernels.gpu import choice
 
+from . import gpu_model
 from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
 from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
@@ -79,6 +81,7 @@ def measure(
     seconds: float = SECONDS,
     rank: int = RANK,
     dropout: float = 0.0,
+    model: tuple[str, Mapping[tuple[int, int], int]] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Time every provider at every point.
 
@@ -92,6 +95,7 @@ def measure(
         providers: to compare.
         seconds: a provider and point.
         rank, dropout: of adapters.
+        model: its name, and how many of its layers have each shape.
 
     Yields:
         the records of a point: ``status`` is ok, wrong, failed, skipped or missing, ``why`` says more, and ``ms`` is
@@ -123,6 +127,8 @@ def measure(
             head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
             if operation in ADAPTED:
                 head |= {"rank": rank, "dropout": dropout}
+            if model:
+                head |= {"model": model[0], "count": model[1][shape]}
             records = [
                 {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}
                 for one in able
@@ -232,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
+    parser.add_argument("--model", type=Path, metavar="CONFIG.JSON", help="the shapes of its linear layers")
     parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="of products and layers")
     parser.add_argument("--rank", type=int, default=RANK, help="of adapters")
@@ -264,8 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = cuda_device()
     path = gpu_record_file(args.out, device.name)
-    shapes, points = [(N, K) for N, K in args.shape or SHAPES], chosen(args.only, args.rows)
-    options = {"shapes": shapes, "points": points, "providers": providers, "rank": args.rank, "dropout": args.dropout}
+    shapes = [(N, K) for N, K in args.shape or SHAPES]
+    options: dict[str, Any] = {"providers": providers, "rank": args.rank, "dropout": args.dropout}
+    if args.model:
+        counts, title = gpu_model.linear_shapes(args.model), gpu_model.name(args.model)
+        path, shapes, options["model"] = gpu_record_file(args.out, f"{title} {device.name}"), [*counts], (title, counts)
+        args.only, args.rows = args.only or DIRECTIONS, args.rows or gpu_model.ROWS
+    options |= {"shapes": shapes, "points": chosen(args.only, args.rows)}
     which = [] if args.only and "canaries" not in args.only else None
     with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
         records = run(device, path, deadline, which, measure=options)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from . import gpu_model
 from .view import Goal, Record, grid, p50, point_cells, points, yes
 
 COLUMNS = ("ours", "ours, fused", "bf16", "bitsandbytes", "unsloth")  # then every other provider
@@ -38,7 +39,7 @@ def with_ratios(point: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
-    """The canaries that do not hold, if any; then a row for each point."""
+    """The canaries that do not hold, if any; a row for each point; what the layers of a model take, if there is one."""
     canaries = [record for record in records if record["kind"] == "canary"]
     if wrong := [(record["name"], record["wrong"]) for record in canaries if record["wrong"]]:
         headings = ("canary", "what was found")
@@ -46,6 +47,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
         yield grid(headings, wrong, left=headings, wrap=True, title=title)
     if measured := list(points(records)):
         yield _table(measured, len(canaries) - len(wrong), len(canaries))
+        yield from gpu_model.tables(records)
 
 
 def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -> Table:
@@ -57,6 +59,7 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         if limits
         else "no ceilings were measured"
     )
+    checked = f", {held} of {canaries} canaries hold" if canaries else ""
     shown = dict.fromkeys([*COLUMNS, *(name for point in measured for name in point)])
 
     def row(point: Mapping[str, Record]) -> list[str]:
@@ -74,7 +77,7 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         ("operation", "weight", "M", *shown, "bound", "bf16/ours", "goal", "bnb/ours", "goal"),
         map(row, measured),
         left=("operation", "weight"),
-        title=f"{first['device']}, commit {first['commit']}, {held} of {canaries} canaries hold: median µs",
+        title=f"{first['device']}, commit {first['commit']}{checked}: median µs",
         caption=f"{rates}; bound: the least time at these rates over ours; e: with launches, not from a CUDA graph; "
         "/ours: that provider's time over ours; of our times, the least",
     )

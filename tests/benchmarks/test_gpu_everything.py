@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from qloralab.benchmarks import gpu
 from qloralab.benchmarks.case import OPERATIONS
@@ -98,6 +100,23 @@ def test_the_command_fails_where_a_part_does(verdict, monkeypatch, tmp_path):
     ((out, deadline),) = asked
     assert out == tmp_path
     assert 500 < deadline - time.monotonic() < 600
+
+
+@pytest.mark.slow
+def test_a_model_from_its_config_to_the_table(tmp_path):
+    LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2).save_pretrained(
+        tmp_path / "Some-8B"
+    )
+    command = [sys.executable, str(Path(__file__).with_name("without_gpu.py")), "benchmarks.gpu"]
+    command += ["--model", str(tmp_path / "Some-8B" / "config.json"), "--out", str(tmp_path)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    records = json.loads((tmp_path / "gpu-some-8b-a-gpu-80-gb.json").read_text())
+    points = [record for record in records if record["provider"] == "ours"]
+    assert [(tuple(record["shape"]), record["count"]) for record in points[::4]] == [
+        ((64, 64), 12), ((96, 64), 6), ((64, 96), 3)
+    ]  # fmt: skip
+    assert "Some-8B: all linear layers" in out
+    assert "12 of 64x64, 6 of 96x64, 3 of 64x96" in out
 
 
 @pytest.mark.slow

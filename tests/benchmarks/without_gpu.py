@@ -6,6 +6,8 @@ what only a GPU has is left out.
 
 from __future__ import annotations
 
+import qloralab  # noqa: F401  # isort: skip  # before torch: how OpenMP's threads wait is read when torch is loaded
+
 import importlib
 import sys
 from unittest.mock import patch
@@ -36,6 +38,7 @@ def run(module: str, arguments: list[str]) -> None:
     ceilings, contenders = gpu.ceilings, gpu_optimizer.contenders
     gpu.SHAPES, gpu.ceilings = ((64, 64),), lambda there: ceilings(there, **SMALL)
     gpu.POINTS[:] = [(operation, M) for operation, M in gpu.POINTS if (M or 0) <= 4 or "layer" in operation]
+    gpu.PROVIDERS[:] = [one for one in gpu.PROVIDERS if not one.needs_gpu]
     gpu.canaries = lambda: iter([Canary("right", lambda guard: None)])
     gpu.cuda_device = gpu_optimizer.cuda_device = device
     gpu_optimizer.ceilings, gpu_optimizer.check_paging = lambda where: RATES, lambda where, bits: PAGED
