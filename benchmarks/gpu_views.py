@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from . import gpu_model
 from .view import Goal, Record, grid, p50, point_cells, points, yes
+from .work import least
 
 COLUMNS = ("ours", "ours, fused", "bf16", "bitsandbytes", "unsloth")  # then every other provider
 GOALS = [
@@ -39,7 +41,8 @@ def with_ratios(point: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
-    """The canaries that do not hold, if any; a row for each point; what the layers of a model take, if there is one."""
+    """The canaries that do not hold, if any; a row for each point; what the layers of a model take, if there is one;
+    what products with few rows take besides their bytes."""
     canaries = [record for record in records if record["kind"] == "canary"]
     if wrong := [(record["name"], record["wrong"]) for record in canaries if record["wrong"]]:
         headings = ("canary", "what was found")
@@ -48,6 +51,30 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     if measured := list(points(records)):
         yield _table(measured, len(canaries) - len(wrong), len(canaries))
         yield from gpu_model.tables(records)
+        if lines := list(fits(records)):
+            headings = ("provider", "M", "shapes", "t0, µs", "GB/s", "farthest off")
+            caption = "products: the time is t0 + bytes / rate, by least squares over the shapes"
+            yield grid(headings, lines, left=("provider",), caption=caption)
+
+
+def fits(records: Sequence[Record], most: int = 16) -> Iterator[tuple[str, ...]]:
+    """A row for each provider and few rows M: the line through the times of ``linear`` over the shapes.
+
+    What a product moves takes its bytes over a rate; t0 is what it takes besides: launch, filling, the tail. It needs
+    two shapes that differ in bytes.
+    """
+    times: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for record in records:
+        if record.get("operation") == "linear" and record["M"] <= most and record["ms"]:
+            name, M = record["provider"], record["M"]
+            work = least("linear", record["shape"], M, dense=name == "bf16")
+            times.setdefault((name, M), []).append((work.nbytes, p50(record)))
+    for (name, M), found in sorted(times.items(), key=lambda item: item[0][1]):
+        if len({nbytes for nbytes, _ in found}) > 1:
+            slope, t0 = statistics.linear_regression(*zip(*found, strict=True))
+            off = max(abs(t0 + slope * nbytes - ms) / ms for nbytes, ms in found)
+            rate = f"{1e-6 / slope:,.0f}" if slope > 0 else "none"
+            yield name, str(M), str(len(found)), f"{1000 * t0:.1f}", rate, f"{off:.1%}"
 
 
 def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -> Table:

@@ -24,11 +24,11 @@ from qloralab.benchmarks.gpu import POINTS, chosen, fused_up_to, main, measure, 
 from qloralab.benchmarks.gpu_canaries import Canary, CanaryError
 from qloralab.benchmarks.gpu_device import Device, Limits, ceilings
 from qloralab.benchmarks.gpu_providers import PROVIDERS
-from qloralab.benchmarks.gpu_views import GOALS, tables, with_ratios
+from qloralab.benchmarks.gpu_views import GOALS, fits, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
 from qloralab.benchmarks.record import RECORDS, gpu_record_file
 from qloralab.benchmarks.sass.compile import compile_cases
-from qloralab.benchmarks.work import Work
+from qloralab.benchmarks.work import Work, least
 from qloralab.kernels.gpu import choice
 from qloralab.kernels.gpu.choice import FUSED_UP_TO, KERNELS
 
@@ -369,6 +369,30 @@ def test_what_was_not_timed_reaches_nothing(lines):
     ]
 
 
+def timed(provider: str, M: int, t0: float, rate: float) -> list[dict[str, Any]]:
+    dense = provider == "bf16"
+    return [
+        record(provider, t0 + 1e-6 * least("linear", shape, M, dense).nbytes / rate, M=M, shape=shape)
+        for shape in ([4096, 4096], [14336, 4096], [1024, 4096])
+    ]
+
+
+def test_a_line_through_the_times_of_few_rows_has_their_rate_and_what_they_take_besides():
+    records = [*timed("bf16", 4, 0.002, 3000.0), *timed("ours", 1, 0.0075, 2000.0), *timed("ours", 64, 0.1, 1000.0)]
+    assert list(fits(records)) == [
+        ("ours", "1", "3", "7.5", "2,000", "0.0%"), ("bf16", "4", "3", "2.0", "3,000", "0.0%")
+    ]  # fmt: skip
+    assert list(fits(records[:1])) == []
+    upwards = [record("ours", 0.03, M=1), record("ours", 0.01, M=1, shape=[14336, 4096])]
+    assert [row[4] for row in fits(upwards)] == ["none"]
+
+
+def test_the_committed_record_has_these_lines():
+    found = {row[:2]: row[3:5] for row in fits(json.loads((RECORDS / "gpu-nvidia-h100-80gb-hbm3.json").read_text()))}
+    assert found["ours, fused", "1"] == ("6.8", "1,721")
+    assert found["bitsandbytes", "1"] == ("4.1", "1,219")
+
+
 def test_no_table_without_points():
     assert list(tables([])) == []
 
@@ -405,5 +429,6 @@ def test_the_committed_records_are_shown(file):
     records = json.loads(file.read_text())
     assert file == gpu_record_file(RECORDS, records[0]["device"])
     assert {(r["operation"], r["M"]) for r in records if r["kind"] == "point"} == set(POINTS)
-    (table,) = tables(records)
+    table, fit = tables(records)
+    assert fit.caption
     assert "155 of 155 canaries hold" in str(table.title)
