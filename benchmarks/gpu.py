@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
     python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
+    python -m benchmarks.gpu --compare before.json after.json     what became slower, see ``gpu_compare.py``
     python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
     python -m benchmarks.gpu --model config.json     the shapes of a model, and sums over its layers
@@ -41,6 +42,8 @@ from qloralab.kernels.gpu import choice
 from . import gpu_model
 from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
+from .gpu_compare import compare as compare_records
+from .gpu_compare import percentage
 from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
 from .gpu_everything import BUDGET as FOR_EVERYTHING
 from .gpu_everything import everything
@@ -237,6 +240,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
     parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar="FILE", help="show what became slower, measure nothing"
+    )
+    parser.add_argument("--fail-over", type=percentage, default=0.03, metavar="PERCENT", help="of --compare: 3%%")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--model", type=Path, metavar="CONFIG.JSON", help="the shapes of its linear layers")
     parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
@@ -254,6 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.view:
         show(tables(json.loads(args.view.read_text())), WIDTH)
         return
+    if args.compare:
+        table, over = compare_records(*[json.loads(file.read_text()) for file in args.compare], limit=args.fail_over)
+        show([table], WIDTH)
+        raise SystemExit(bool(over))
     providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
     if args.list:
         show([], lines=listing(providers))
@@ -261,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
         return
-    deadline = time.monotonic() + (args.budget or (FOR_EVERYTHING if args.everything else BUDGET))
+    usual = FOR_EVERYTHING if args.everything else BUDGET
+    deadline = time.monotonic() + (usual if args.budget is None else args.budget)
     if args.everything:
         verdicts = everything(args.out, deadline)
         for file in sorted(args.out.glob("gpu-*.json")):

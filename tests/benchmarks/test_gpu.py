@@ -26,7 +26,7 @@ from qloralab.benchmarks.gpu_device import Device, Limits, ceilings
 from qloralab.benchmarks.gpu_providers import PROVIDERS
 from qloralab.benchmarks.gpu_views import GOALS, fits, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
-from qloralab.benchmarks.record import RECORDS, gpu_record_file
+from qloralab.benchmarks.record import RECORDS, TRIALS, gpu_record_file
 from qloralab.benchmarks.sass.compile import compile_cases
 from qloralab.benchmarks.work import Work, least
 from qloralab.kernels.gpu import choice
@@ -274,6 +274,26 @@ def test_a_run_from_the_canaries_to_the_table(tmp_path, capsys):
     assert "1 of 2 canaries do not hold" in out
     assert "1 of 2 elements differ" in out
     assert "linear" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "seconds"),
+    [
+        ([], RECORDS, gpu.BUDGET),
+        (["--rows", "1"], TRIALS, gpu.BUDGET),
+        (["--only", "linear"], TRIALS, gpu.BUDGET),
+        (["--budget", "0"], TRIALS, 0.0),
+    ],
+)
+def test_only_a_run_of_all_points_is_a_record(arguments, folder, seconds, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "cuda_device", device)
+    monkeypatch.setattr(gpu, "run", lambda *given, **options: asked.append(given) or [])
+    main(arguments)
+    ((_, path, deadline, _),) = asked
+    assert path == gpu_record_file(folder, "A GPU (80 GB)")
+    assert deadline - time.monotonic() == pytest.approx(seconds, abs=10)
 
 
 def test_a_run_goes_on_without_ceilings(tmp_path, capsys):
