@@ -1,7 +1,7 @@
 """The one command for a machine with an NVIDIA GPU: is everything right on it, and how fast is it.
 
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
-    python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
+    python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again, and draw it beside it
     python -m benchmarks.gpu --compare before.json after.json     what became slower, see ``gpu_compare.py``
     python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
@@ -47,6 +47,7 @@ from .gpu_compare import percentage
 from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
 from .gpu_everything import BUDGET as FOR_EVERYTHING
 from .gpu_everything import everything
+from .gpu_plot import plot
 from .gpu_providers import FUSED, OPTIONS, PROVIDERS
 from .gpu_views import tables, with_ratios
 from .provider import Outcome, Provider, compare, from_user, text
@@ -239,7 +240,7 @@ def listing(providers: Sequence[Provider]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
-    parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
+    parser.add_argument("--view", type=Path, metavar="FILE", help="show and draw these records, measure nothing")
     parser.add_argument(
         "--compare", type=Path, nargs=2, metavar="FILE", help="show what became slower, measure nothing"
     )
@@ -259,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
     args = parse(parser, arguments)
     if args.view:
-        show(tables(json.loads(args.view.read_text())), WIDTH)
+        records = json.loads(args.view.read_text())
+        show(tables(records), WIDTH)
+        plot(records, args.view.with_suffix(".png"))
         return
     if args.compare:
         table, over = compare_records(*[json.loads(file.read_text()) for file in args.compare], limit=args.fail_over)
