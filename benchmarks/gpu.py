@@ -11,6 +11,7 @@
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
 of this run, reading, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
+Clocks, power and temperature are recorded before the points and after them.
 
 A provider that fails at a point is a record that says why, and the rest goes on. What would not fit into the memory
 that is free is skipped, and so is what comes after the deadline. After an error that ends the CUDA context nothing more
@@ -44,7 +45,7 @@ from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
 from .gpu_compare import compare as compare_records
 from .gpu_compare import percentage
-from .gpu_device import MOST, Device, Limits, ceilings, cuda_device
+from .gpu_device import MOST, Device, Limits, ceilings, cuda_device, state
 from .gpu_everything import BUDGET as FOR_EVERYTHING
 from .gpu_everything import everything
 from .gpu_plot import plot
@@ -200,24 +201,29 @@ def run(
     common = gpu_provenance("gpu", device.name)
     print(json.dumps(common), file=sys.stderr)
     records: list[dict[str, Any]] = []
+
+    def keep(some: Sequence[dict[str, Any]]) -> None:
+        records.extend(some)
+        write(records, path)
+
     for canary in canaries() if which is None else which:
         wrong = "the time was up" if time.monotonic() >= deadline else verdict(canary, device.device)
-        records.append({**common, "kind": "canary", "name": canary.name, "wrong": wrong})
-        write(records, path)
+        keep([{**common, "kind": "canary", "name": canary.name, "wrong": wrong}])
         print(f"canary {canary.name}: {wrong or 'holds'}", file=sys.stderr)
     limits, asked = None, {"points": POINTS, **options.get("measure", {})}
     try:
         limits = ceilings(device, **options.get("ceilings", {})) if asked["points"] else None
     except Exception as error:
         print(f"no ceilings: {text(error)}", file=sys.stderr)
+    keep([{**common, "kind": "state", "when": "before", **state(device)}])
     for point in measure(device, common, limits, deadline, **asked):
-        records += point
-        write(records, path)
+        keep(point)
         for record in point:
             time_ = f"{1000 * p50(record):,.1f} µs" if record["ms"] else f"{record['status']}, {record['why']}"
             rows = f" M={record['M']}" if record["M"] else ""
             shape = "x".join(map(str, record["shape"]))
             print(f"{record['operation']} {shape}{rows} {record['provider']}: {time_}", file=sys.stderr)
+    keep([{**common, "kind": "state", "when": "after", **state(device)}])
     return records
 
 

@@ -11,7 +11,9 @@ Records from before reading was measured have the rate of the copy for all of it
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,13 @@ from .work import Work
 
 MOST = 60  # samples
 ROOM = 0.9  # of the free memory
+STATE = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "celsius": "temperature.gpu",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Device:
         cache: bytes of its last-level cache.
         prepare: makes the timers there, see ``clock.py``.
         free: bytes of memory that can be had now.
+        id: what nvidia-smi knows it by, or None.
     """
 
     device: torch.device
@@ -64,6 +74,7 @@ class Device:
     cache: int
     prepare: Callable[[Sequence[Run], bool], Timer]
     free: Callable[[], int]
+    id: str | None = None
 
     def lost(self) -> str | None:
         """Why nothing more can run on the device, or None: waiting raises what a kernel of before has done."""
@@ -89,7 +100,24 @@ def cuda_device() -> Device:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
 
-    return Device(device, properties.name, properties.L2_cache_size, cuda, free)
+    return Device(device, properties.name, properties.L2_cache_size, cuda, free, f"GPU-{properties.uuid}")
+
+
+def state(device: Device) -> dict[str, float | None]:
+    """What nvidia-smi says of the device now: clocks in MHz, power and its limit in W, degrees Celsius. None each where
+    it says nothing, or is not there."""
+    found: dict[str, float | None] = dict.fromkeys(STATE)
+    command = ["nvidia-smi", f"--id={device.id}", f"--query-gpu={','.join(STATE.values())}"]
+    try:
+        said = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return found
+    for name, cell in zip(STATE, said.split(","), strict=False):
+        with suppress(ValueError):  # [N/A]
+            found[name] = float(cell)
+    return found
 
 
 def ceilings(

@@ -49,7 +49,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
         title = f"{len(wrong)} of {len(canaries)} canaries do not hold"
         yield grid(headings, wrong, left=headings, wrap=True, title=title)
     if measured := list(points(records)):
-        yield _table(measured, len(canaries) - len(wrong), len(canaries))
+        yield _table(measured, len(canaries) - len(wrong), len(canaries), states(records))
         yield from gpu_model.tables(records)
         if lines := list(fits(records)):
             headings = ("provider", "M", "shapes", "t0, µs", "GB/s", "farthest off")
@@ -77,7 +77,15 @@ def fits(records: Sequence[Record], most: int = 16) -> Iterator[tuple[str, ...]]
             yield name, str(M), str(len(found)), f"{1000 * t0:.1f}", rate, f"{off:.1%}"
 
 
-def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -> Table:
+def states(records: Sequence[Record]) -> str:
+    """Clock, power and temperature before the first and after the last point, where nvidia-smi said them."""
+    said = [record for record in records if record["kind"] == "state" and record["sm_mhz"]]
+    units = {"sm_mhz": "MHz", "power_w": "W", "celsius": "°C"}
+    each = [", ".join(f"{one[name]:.0f} {unit}" for name, unit in units.items() if one[name]) for one in said]
+    return f"before {each[0]}, after {each[-1]}; " if each else ""
+
+
+def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int, stated: str) -> Table:
     first = next(iter(measured[0].values()))
     limits = first["roofline"]
     reading = f"reading {limits['read_gb_per_s']:,.0f} GB/s, " if limits and limits.get("read_gb_per_s") else ""
@@ -105,8 +113,8 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         map(row, measured),
         left=("operation", "weight"),
         title=f"{first['device']}, commit {first['commit']}{checked}: median µs",
-        caption=f"{rates}; bound: the least time at these rates over ours; e: with launches, not from a CUDA graph; "
-        "/ours: that provider's time over ours; of our times, the least",
+        caption=f"{rates}; {stated}bound: the least time at these rates over ours; e: with launches, not from a CUDA "
+        "graph; /ours: that provider's time over ours; of our times, the least",
     )
 
 

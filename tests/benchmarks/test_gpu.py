@@ -22,7 +22,7 @@ from qloralab.benchmarks.case import OPERATIONS, Case, Weight
 from qloralab.benchmarks.clock import Timer, host
 from qloralab.benchmarks.gpu import POINTS, chosen, fused_up_to, main, measure, run
 from qloralab.benchmarks.gpu_canaries import Canary, CanaryError
-from qloralab.benchmarks.gpu_device import Device, Limits, ceilings
+from qloralab.benchmarks.gpu_device import Device, Limits, ceilings, state
 from qloralab.benchmarks.gpu_providers import PROVIDERS
 from qloralab.benchmarks.gpu_views import GOALS, fits, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
@@ -301,7 +301,7 @@ def test_a_run_goes_on_without_ceilings(tmp_path, capsys):
         device(), tmp_path / "records.json", LATER, [], ceilings={"shape": (1, 2, -1)},
         measure={"shapes": [(64, 64)], "points": [("linear", 1)], "providers": CONTENDERS[:1], "seconds": 0.0},
     )  # fmt: skip
-    assert [(r["status"], r["bound_ms"]) for r in records] == [("ok", None)]
+    assert [(r["status"], r["bound_ms"]) for r in records if r["kind"] == "point"] == [("ok", None)]
     assert "no ceilings: RuntimeError" in capsys.readouterr().err
 
 
@@ -348,6 +348,36 @@ def test_the_kernel_that_reads_loads_16_bytes_a_thread():
     assert set(loads) == {"LDG.E.128"}
     assert len(loads) == 64 * 1024 / 16 / 256
     assert code.spilled == 0
+
+
+SMI = """#!/bin/sh
+[ "$1" = --id=GPU-1 ] && echo "1755, 2619, 690.25, [N/A], 61"
+"""
+NOTHING = dict.fromkeys(("sm_mhz", "memory_mhz", "power_w", "power_limit_w", "celsius"))
+
+
+def test_clocks_and_power_are_what_nvidia_smi_says(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state(device()) == NOTHING  # it may not be executed
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert state(device()) == NOTHING  # it knows no such device
+    known = dataclasses.replace(device(), id="GPU-1")
+    assert state(known) == {**NOTHING, "sm_mhz": 1755.0, "memory_mhz": 2619.0, "power_w": 690.25, "celsius": 61.0}
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert state(known) == NOTHING
+
+
+def test_clocks_and_power_stand_around_the_points(tmp_path, monkeypatch):
+    said = iter([{**NOTHING, "sm_mhz": 1980.0, "power_w": 80.0, "celsius": 30.0}, {**NOTHING, "sm_mhz": 1410.0}])
+    monkeypatch.setattr(gpu, "state", lambda device: next(said))
+    records = run(
+        device(), tmp_path / "records.json", LATER, [Canary("right", holds)], ceilings=CEILINGS,
+        measure={"shapes": [(64, 64)], "points": [("linear", 1)], "providers": CONTENDERS[:1], "seconds": 0.0},
+    )  # fmt: skip
+    assert [record["kind"] for record in records] == ["canary", "state", "point", "state"]
+    (table,) = tables(records)
+    assert "before 1980 MHz, 80 W, 30 °C, after 1410 MHz; " in str(table.caption)
 
 
 def test_a_provider_that_is_not_installed_says_so():

@@ -101,4 +101,4 @@ def test_the_whole_command(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_optimizer, "SECONDS", 0.01)
     run(cuda_device(), tmp_path / "records.json")
     kinds = {record["kind"] for record in json.loads((tmp_path / "records.json").read_text())}
-    assert kinds == {"errors", "paging", "ceilings", "overlap", "point"}
+    assert kinds == {"errors", "paging", "ceilings", "overlap", "state", "point"}
