@@ -43,12 +43,13 @@ from qloralab.nf4 import blockwise
 from qloralab.nf4.codebook import codebook_values
 from qloralab.nf4.double_quant import quantize_scales
 
+from .work import BLOCK_SIZE, RANK, Work, least
+
 if TYPE_CHECKING:
     from .provider import Provider
 
 OPERATIONS = ("dequantize", "quantize", "linear", "input gradient", "adapted layer", "adapted layer, eager")
-BLOCK_SIZE = 64
-RANK, SCALING = 16, 2.0  # of the adapter
+SCALING = 2.0  # of the adapter
 SCALE = 0.02  # of the weights, about that of a trained model's
 ROWS = 512  # of a product, that are checked
 SEED = 2  # torch's, before an adapted layer whose result is checked: its dropout draws one
@@ -105,6 +106,7 @@ class Case:
         M: rows of the input and of the gradient; None: there are none.
         dtype: of the input and the gradient; of what dequantize gives.
         dropout: of an adapted layer.
+        rank: of its adapter.
     """
 
     operation: str
@@ -112,6 +114,7 @@ class Case:
     M: int | None = None
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.0
+    rank: int = RANK
 
     @cached_property
     def x(self) -> Tensor:
@@ -127,8 +130,8 @@ class Case:
     def adapter(self) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r] in float32; their product is about as large as the weight."""
         N, K = self.weight.shape
-        A, B = self.weight.normal(3, RANK, K), self.weight.normal(4, N, RANK)
-        return A * K**-0.5, B * (SCALE * K**0.5 / (SCALING * RANK**0.5))
+        A, B = self.weight.normal(3, self.rank, K), self.weight.normal(4, N, self.rank)
+        return A * K**-0.5, B * (SCALE * K**0.5 / (SCALING * self.rank**0.5))
 
     @property
     def packed(self) -> list[ql.QuantizedTensor]:
@@ -156,23 +159,11 @@ class Case:
 
     def copies(self, dense: bool = False) -> int:
         """How many copies to rotate over: what one turn touches fills the last-level cache twice, within 2 and most."""
-        return max(2, min(self.weight.most, math.ceil(2 * self.weight.cache / self.work(dense)[0])))
+        return max(2, min(self.weight.most, math.ceil(2 * self.weight.cache / self.least(dense).nbytes)))
 
-    def work(self, dense: bool) -> tuple[int, int]:
-        """The least that a provider with a dense or a packed weight has to do: bytes moved, floating-point operations.
-
-        A multiplication and an addition count as two. Dequantization's arithmetic is not counted, nor dropout's.
-        """
-        N, K = self.weight.shape
-        full = N * K * self.dtype.itemsize
-        weight = full if dense else self.weight.quantized.nbytes
-        if self.M is None:
-            return full + weight, 0
-        nbytes, flops = weight + self.dtype.itemsize * self.M * (N + K), 2 * self.M * N * K
-        if not self.adapted:
-            return nbytes, flops
-        adapter = 0 if dense else RANK * (N + K)  # numbers, float32: read each way, their gradients written
-        return 2 * nbytes + 3 * 4 * adapter, 2 * flops + 3 * 2 * self.M * adapter
+    def least(self, dense: bool) -> Work:
+        """The least that a provider with a dense or a packed weight has to do."""
+        return least(self.operation, self.weight.shape, self.M, dense, self.dtype.itemsize, self.rank)
 
     def memory(self, providers: int) -> int:
         """Bytes that so many providers take at most: the copies, and for each its outputs and a full weight."""
@@ -221,14 +212,14 @@ class Case:
 
     def terms(self) -> tuple[int, ...]:
         """How many products are added up in each part of the right answer, one sum inside another counted too."""
-        (N, K), M = self.weight.shape, self.M or 0
-        return {"linear": (K,), "input gradient": (N,)}.get(self.operation, (K + RANK, N + RANK, N + M, K + M))
+        (N, K), M, r = self.weight.shape, self.M or 0, self.rank
+        return {"linear": (K,), "input gradient": (N,)}.get(self.operation, (K + r, N + r, N + M, K + M))
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of the parts of a whole answer."""
         (N, K), M = self.weight.shape, self.M or 0
         one = {"dequantize": (N, K), "linear": (M, N), "input gradient": (M, K)}.get(self.operation)
-        return (one,) if one else ((M, N), (M, K), (RANK, K), (N, RANK))
+        return (one,) if one else ((M, N), (M, K), (self.rank, K), (N, self.rank))
 
 
 def check(case: Case, provider: Provider, result: Any) -> float:

@@ -147,6 +147,7 @@ def measure(
             for one in able:
                 if outcome := outcomes.get(one.name):
                     case = cases[one.name]
+                    least = case.least(one.dense)
                     record = {
                         "operation": operation,
                         "shape": list(shape),
@@ -158,7 +159,7 @@ def measure(
                         "skipped": outcome.why if outcome.status == "skipped" else None,
                         "ms": outcome.ms,
                         "reps": len(outcome.samples),
-                        "bound_ms": limits.bound_ms(*case.work(one.dense), case.dtype),
+                        "bound_ms": limits.bound_ms(least.nbytes, least.flops, case.dtype),
                     }
                     if one.name.startswith("ours"):
                         record["implementation"] = served[OPERATORS[operation]]

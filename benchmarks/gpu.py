@@ -1,22 +1,28 @@
 """The one command for a machine with an NVIDIA GPU: is everything right on it, and how fast is it.
 
     python -m benchmarks.gpu            under eight minutes, no network; benchmarks/records/gpu-<device>.json
-    python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again
+    python -m benchmarks.gpu --view benchmarks/records/gpu-<device>.json      show it again, and draw it beside it
+    python -m benchmarks.gpu --compare before.json after.json     what became slower, see ``gpu_compare.py``
     python -m benchmarks.gpu --save     and print what belongs into the table of kernels/gpu/choice.py
     python -m benchmarks.gpu --provider module:NAME     a function of yours besides, see ``provider.py``
+    python -m benchmarks.gpu --model config.json     the shapes of a model, and sums over its layers
+    python -m benchmarks.gpu --only canaries "input gradient"     some of it
+    python -m benchmarks.gpu --everything     this and the other benchmarks of a GPU, see ``gpu_everything.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
-of this run, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
+of this run, reading, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
+Clocks, power and temperature are recorded before the points and after them.
 
 A provider that fails at a point is a record that says why, and the rest goes on. What would not fit into the memory
 that is free is skipped, and so is what comes after the deadline. After an error that ends the CUDA context nothing more
-can be measured; what was measured until then is written and shown. Records are written after every point.
+can be measured; what was measured until then is written and shown. Records are written after every canary and point.
 
 Without a GPU the command says so in one line and exits with 0.
 
-**Roofline.** ``bound_ms`` of a record is the time that the least traffic takes at the rate of the copy, or the
-arithmetic at that of the product, whichever is longer; ``roofline_share`` is that over the median. A copy of a large
-buffer and a large product are what a device reaches, not what its data sheet says, so a share can pass 1.
+**Roofline.** ``bound_ms`` of a record is the time that the least traffic takes at the rates of this run, or the
+arithmetic at that of the product, whichever is longer (``gpu_device.py``); ``roofline_share`` is that over the median.
+Reading a large buffer, a copy of it and a large product are what a device reaches, not what its data sheet says, so a
+share can pass 1.
 """
 
 from __future__ import annotations
@@ -25,19 +31,24 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from qloralab.kernels.gpu import choice
 
-from .case import Case, Weight
-from .clock import Run, Timer, cuda, interleave
+from . import gpu_model
+from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
+from .gpu_compare import compare as compare_records
+from .gpu_compare import percentage
+from .gpu_device import MOST, Device, Limits, ceilings, cuda_device, state
+from .gpu_everything import BUDGET as FOR_EVERYTHING
+from .gpu_everything import everything
+from .gpu_plot import plot
 from .gpu_providers import FUSED, OPTIONS, PROVIDERS
 from .gpu_views import tables, with_ratios
 from .provider import Outcome, Provider, compare, from_user, text
@@ -56,89 +67,12 @@ POINTS: list[tuple[str, int | None]] = [
     *(("adapted layer, eager", M) for M in (1024, 4096)),
 ]
 SECONDS = 0.12  # of samples, a provider and point
-MOST = 60  # samples
 COPIES = 32  # of a weight, at most
 BUDGET = 450.0  # seconds in all
-ROOM = 0.9  # of the free memory
 DIRECTIONS = ("linear", "input gradient")
+ADAPTED = OPERATIONS[-2:]
 PROVIDER_KERNELS = {"ours, fused": "fused", "ours": "two-pass"}
 WIDTH = 200  # of the tables, where the terminal says less or is none
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device can do at most.
-
-    Attributes:
-        copy_gb_per_s: bytes read plus bytes written by a large copy, 10**9 a second.
-        gemm_tflop_per_s: a large bfloat16 product, 10**12 floating-point operations a second.
-    """
-
-    copy_gb_per_s: float
-    gemm_tflop_per_s: float
-
-
-@dataclass(frozen=True)
-class Device:
-    """What is measured on.
-
-    Attributes:
-        device: for torch.
-        name: of the hardware.
-        cache: bytes of its last-level cache.
-        prepare: makes the timers there, see ``clock.py``.
-        free: bytes of memory that can be had now.
-    """
-
-    device: torch.device
-    name: str
-    cache: int
-    prepare: Callable[[Sequence[Run], bool], Timer]
-    free: Callable[[], int]
-
-    def lost(self) -> str | None:
-        """Why nothing more can run on the device, or None: waiting raises what a kernel of before has done."""
-        try:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:
-            return f"the device was lost: {text(error)}"
-        return None
-
-    def too_large(self, what: str, need: float) -> str | None:
-        """Why so many bytes cannot be had, or None."""
-        free = self.free()
-        return f"{what} {need / 1e9:.1f} GB, {free / 1e9:.1f} are free" if need > ROOM * free else None
-
-
-def cuda_device() -> Device:
-    """The current GPU."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    device = torch.device("cuda", torch.cuda.current_device())
-
-    def free() -> int:
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-
-    return Device(device, properties.name, properties.L2_cache_size, cuda, free)
-
-
-def ceilings(
-    device: Device, nbytes: int = 2**30, shape: tuple[int, int, int] = (8192, 8192, 8192), seconds: float = 0.5
-) -> Limits:
-    """Measure the rates of a copy of so many bytes and of a bfloat16 product (M, N, K); the best sample counts, it is a
-    bound."""
-    M, N, K = shape
-    nbytes = min(nbytes, int(device.free() * ROOM) // 4)
-    source = torch.ones(nbytes, dtype=torch.uint8, device=device.device)
-    target = torch.empty_like(source)
-    x, weight = (torch.randn(rows, K, device=device.device).bfloat16() for rows in (M, N))
-    timers = {
-        "copy": device.prepare([lambda: target.copy_(source)], True),
-        "gemm": device.prepare([lambda: F.linear(x, weight)], True),
-    }
-    times = interleave(timers, seconds, fewest=5, most=MOST)
-    return Limits(1e-6 * 2 * nbytes / min(times["copy"]), 1e-9 * 2 * M * N * K / min(times["gemm"]))
 
 
 def measure(
@@ -150,6 +84,9 @@ def measure(
     points: Sequence[tuple[str, int | None]] = POINTS,
     providers: Sequence[Provider] = PROVIDERS,
     seconds: float = SECONDS,
+    rank: int = RANK,
+    dropout: float = 0.0,
+    model: tuple[str, Mapping[tuple[int, int], int]] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Time every provider at every point.
 
@@ -162,6 +99,8 @@ def measure(
         points: operation, and M where it has one.
         providers: to compare.
         seconds: a provider and point.
+        rank, dropout: of adapters.
+        model: its name, and how many of its layers have each shape.
 
     Yields:
         the records of a point: ``status`` is ok, wrong, failed, skipped or missing, ``why`` says more, and ``ms`` is
@@ -179,7 +118,7 @@ def measure(
                     if weight is None and (large := device.too_large("a weight needs", 40 * shape[0] * shape[1])):
                         raise MemoryError(f"{large}, to make it")
                     weight = weight or Weight(shape, device.device, device.cache, COPIES)
-                    case = Case(operation, weight, M)
+                    case = Case(operation, weight, M, dropout=dropout, rank=rank)
                     why = device.too_large("it needs", case.memory(len(able)))
                 except Exception as error:
                     why, case = text(error), None
@@ -191,6 +130,10 @@ def measure(
                 cases = dict.fromkeys((one.name for one in able), case)
                 outcomes = compare(cases, able, device.prepare, seconds=seconds, most=MOST)
             head = {**common, "kind": "point", "operation": operation, "shape": list(shape), "M": M}
+            if operation in ADAPTED:
+                head |= {"rank": rank, "dropout": dropout}
+            if model:
+                head |= {"model": model[0], "count": model[1][shape]}
             records = [
                 {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}
                 for one in able
@@ -204,8 +147,7 @@ def measure(
 def _record(outcome: Outcome, one: Provider, limits: Limits | None, case: Case | None) -> dict[str, Any]:
     bound, timer = None, outcome.timer
     if case and limits:
-        nbytes, flops = case.work(one.dense)
-        bound = max(1e-6 * nbytes / limits.copy_gb_per_s, 1e-9 * flops / limits.gemm_tflop_per_s)
+        bound = limits.bound_ms(case.least(one.dense))
     return {
         "status": outcome.status,
         "why": outcome.why,
@@ -222,7 +164,7 @@ def _record(outcome: Outcome, one: Provider, limits: Limits | None, case: Case |
 
 
 def fused_up_to(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], int]:
-    """A row of ``choice.FUSED_UP_TO``: by [N, K] the most tokens up to which the fused products took less time than the
+    """Rows of ``choice.MEASURED``: by [N, K] the most tokens up to which the fused products took less time than the
     two-pass ones, the sum of both directions; 0 where they never did. Weights not timed both ways are left out.
     """
     times: dict[tuple[int, int], dict[int, list[tuple[str, float]]]] = {}
@@ -259,52 +201,111 @@ def run(
     common = gpu_provenance("gpu", device.name)
     print(json.dumps(common), file=sys.stderr)
     records: list[dict[str, Any]] = []
+
+    def keep(some: Sequence[dict[str, Any]]) -> None:
+        records.extend(some)
+        write(records, path)
+
     for canary in canaries() if which is None else which:
         wrong = "the time was up" if time.monotonic() >= deadline else verdict(canary, device.device)
-        records.append({**common, "kind": "canary", "name": canary.name, "wrong": wrong})
+        keep([{**common, "kind": "canary", "name": canary.name, "wrong": wrong}])
         print(f"canary {canary.name}: {wrong or 'holds'}", file=sys.stderr)
-    write(records, path)
-    limits = None
+    limits, asked = None, {"points": POINTS, **options.get("measure", {})}
     try:
-        limits = ceilings(device, **options.get("ceilings", {}))
+        limits = ceilings(device, **options.get("ceilings", {})) if asked["points"] else None
     except Exception as error:
         print(f"no ceilings: {text(error)}", file=sys.stderr)
-    for point in measure(device, common, limits, deadline, **options.get("measure", {})):
-        records += point
-        write(records, path)
+    keep([{**common, "kind": "state", "when": "before", **state(device)}])
+    for point in measure(device, common, limits, deadline, **asked):
+        keep(point)
         for record in point:
             time_ = f"{1000 * p50(record):,.1f} µs" if record["ms"] else f"{record['status']}, {record['why']}"
             rows = f" M={record['M']}" if record["M"] else ""
             shape = "x".join(map(str, record["shape"]))
             print(f"{record['operation']} {shape}{rows} {record['provider']}: {time_}", file=sys.stderr)
+    keep([{**common, "kind": "state", "when": "after", **state(device)}])
     return records
+
+
+def chosen(only: Sequence[str] | None, rows: Sequence[int] | None) -> list[tuple[str, int | None]]:
+    """Of `POINTS` those of some operations, where they have rows with these instead; None: all."""
+    found = [(operation, M) for operation, M in POINTS if not only or operation in only]
+    if not rows:
+        return found
+    return list(dict.fromkeys((operation, one) for operation, M in found for one in (rows if M else (None,))))
+
+
+def listing(providers: Sequence[Provider]) -> Iterator[str]:
+    """A line for each operation, with its rows, and for each provider, with its operations."""
+    for operation in OPERATIONS:
+        yield f"{operation}: " + (", ".join(f"{M}" for one, M in POINTS if one == operation and M) or "no rows")
+    for one in providers:
+        yield f'"{one.name}": {", ".join(one.operations)}' + (f" ({why})" if (why := one.missing()) else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
-    parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
+    parser.add_argument("--view", type=Path, metavar="FILE", help="show and draw these records, measure nothing")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar="FILE", help="show what became slower, measure nothing"
+    )
+    parser.add_argument("--fail-over", type=percentage, default=0.03, metavar="PERCENT", help="of --compare: 3%%")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    parser.add_argument("--model", type=Path, metavar="CONFIG.JSON", help="the shapes of its linear layers")
+    parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="of products and layers")
+    parser.add_argument("--rank", type=int, default=RANK, help="of adapters")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of adapters; peers then take no part")
+    parser.add_argument("--list", action="store_true", help="show operations and providers, measure nothing")
+    parser.add_argument(
+        "--budget", type=float, help=f"seconds in all: {BUDGET:.0f}, for everything {FOR_EVERYTHING:.0f}"
+    )
+    parser.add_argument("--everything", action="store_true", help="and the other benchmarks of a GPU, in ten minutes")
     parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
     parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
     args = parse(parser, arguments)
     if args.view:
-        show(tables(json.loads(args.view.read_text())), WIDTH)
+        records = json.loads(args.view.read_text())
+        show(tables(records), WIDTH)
+        plot(records, args.view.with_suffix(".png"))
+        return
+    if args.compare:
+        table, over = compare_records(*[json.loads(file.read_text()) for file in args.compare], limit=args.fail_over)
+        show([table], WIDTH)
+        raise SystemExit(bool(over))
+    providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
+    if args.list:
+        show([], lines=listing(providers))
         return
     if not torch.cuda.is_available():
         print("no GPU was measured: torch.cuda.is_available() is False")
         return
+    usual = FOR_EVERYTHING if args.everything else BUDGET
+    deadline = time.monotonic() + (usual if args.budget is None else args.budget)
+    if args.everything:
+        verdicts = everything(args.out, deadline)
+        for file in sorted(args.out.glob("gpu-*.json")):
+            show([], lines=[str(file)])
+        if set(verdicts.values()) != {"done"}:
+            raise SystemExit(1)
+        return
     device = cuda_device()
     path = gpu_record_file(args.out, device.name)
-    providers = [*PROVIDERS, *(from_user(name, **{**OPTIONS, "tolerance": FUSED}) for name in args.provider or ())]
-    options = {"shapes": [(N, K) for N, K in args.shape or SHAPES], "providers": providers}
-    with choice.use("two-pass"):  # "ours" and "ours, fused" are to be the two ways, whatever was measured
-        records = run(device, path, time.monotonic() + args.budget, measure=options)
+    shapes = [(N, K) for N, K in args.shape or SHAPES]
+    options: dict[str, Any] = {"providers": providers, "rank": args.rank, "dropout": args.dropout}
+    if args.model:
+        counts, title = gpu_model.linear_shapes(args.model), gpu_model.name(args.model)
+        path, shapes, options["model"] = gpu_record_file(args.out, f"{title} {device.name}"), [*counts], (title, counts)
+        args.only, args.rows = args.only or DIRECTIONS, args.rows or gpu_model.ROWS
+    options |= {"shapes": shapes, "points": chosen(args.only, args.rows)}
+    which = [] if args.only and "canaries" not in args.only else None
+    with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
+        records = run(device, path, deadline, which, measure=options)
     show(tables(records), WIDTH)
     if args.save:
         rows = fused_up_to(records)
-        print(f'    "{choice.architecture(device.device)}": {rows},' if rows else "nothing to save")
+        print(f'    "{choice.device(device.device).name}": {rows},' if rows else "nothing to save")
 
 
 if __name__ == "__main__":

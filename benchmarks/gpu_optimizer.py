@@ -44,7 +44,7 @@ from . import adamw
 from .adamw import BYTES, DECAY, RATE, SMALLEST, Contender, make, ours, torch_fused
 from .case import WrongResultError
 from .clock import interleave, quantiles
-from .gpu import Device, cuda_device
+from .gpu_device import Device, cuda_device, state
 from .record import gpu_provenance, gpu_record_file, parse, write
 from .view import Record, grid, p50, show
 
@@ -220,9 +220,11 @@ def run(device: Device, path: Path) -> list[dict[str, Any]]:
     limits = ceilings(device.device)
     keep({"kind": "ceilings", **limits})
     keep(overlap(device))
+    keep({"kind": "state", "when": "before", **state(device)})
     sets = {"one large": [ELEMENTS], "LoRA-sized": [LORA] * (ELEMENTS // LORA)}
     for record in points(device, limits, which, sets, SECONDS):
         keep(record)
+    keep({"kind": "state", "when": "after", **state(device)})
     return records
 
 

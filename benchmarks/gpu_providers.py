@@ -13,7 +13,7 @@ unsloth          ``fast_dequantize``; ``fast_gemv`` for one row, otherwise ``fas
 
 An adapted layer is `LoRALinear`, bitsandbytes' layer with PEFT's around it, and for bf16 the layer without an adapter,
 its input gradient included: what QLoRA adds to a frozen layer. It goes backward through autograd. Other gradients are
-called as functions. All hold the same codes and scales.
+called as functions. All hold the same codes and scales. With dropout PEFT takes no part: it draws a mask of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import qloralab as ql
 from qloralab.kernels.gpu import choice
 
-from .case import BLOCK_SIZE, OPERATIONS, RANK, SCALING, Case
+from .case import BLOCK_SIZE, OPERATIONS, SCALING, Case
 from .clock import Run
 from .provider import Provider, adapted_layer, both_ways
 
@@ -51,7 +51,7 @@ def _ours(case: Case) -> list[Run]:
             return [partial(ops.linear, case.x, *part.operands(), None) for part in case.packed]
         case "input gradient":
             return [partial(ops.linear_grad_input, case.gradient, *part.operands()) for part in case.packed]
-    return _adapted(case, "two-pass")
+    return _adapted(case)
 
 
 def _quantized(weight: Tensor, values: Tensor) -> ql.QuantizedTensor:
@@ -63,20 +63,16 @@ def _quantized(weight: Tensor, values: Tensor) -> ql.QuantizedTensor:
     )
 
 
-def _adapted(case: Case, kernel: str) -> list[Run]:
-    def by(kernel: str, run: Run) -> object:
-        with choice.use(kernel):
-            return run()
-
-    layers = case.form("adapted", lambda: adapted_layer(case.weight.quantized.clone(), case))
-    return [partial(by, kernel, both_ways(one, case, (one.lora_A, one.lora_B))) for one in layers]
+def _adapted(case: Case) -> list[Run]:
+    layers = case.form(("adapted", case.rank, case.dropout), lambda: adapted_layer(case.weight.quantized.clone(), case))
+    return [both_ways(one, case, (one.lora_A, one.lora_B)) for one in layers]
 
 
 def _fused(case: Case) -> list[Run]:
     from qloralab.kernels.gpu import linear, linear_grad_input
 
     if case.adapted:
-        return _adapted(case, "fused")
+        return _adapted(case)
     if case.operation == "linear":
         return [partial(linear.linear, case.x, part.operands()) for part in case.packed]
     return [partial(linear_grad_input.linear_grad_input, case.gradient, part.operands()) for part in case.packed]
@@ -97,14 +93,16 @@ def _frozen(x: Tensor, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return F.linear(x, weight), gradient @ weight
 
 
-def _bitsandbytes(case: Case) -> list[Run]:
+def _bitsandbytes(case: Case) -> list[Run] | None:
     from . import peer
 
+    if case.adapted and case.dropout:
+        return None  # PEFT draws a mask of its own: there is no right answer to hold it to
     if case.operation == "quantize":
         quantize = partial(peer.quantize_4bit, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
         return [partial(quantize, part) for part in case.originals]
     if case.adapted:
-        return [_peft_run(layer, case) for layer in case.form("PEFT", partial(_peft_layer, case))]
+        return [_peft_run(layer, case) for layer in case.form(("PEFT", case.rank), partial(_peft_layer, case))]
     held = case.form("bitsandbytes", partial(peer.parameter, case.weight.quantized))
     match case.operation:
         case "dequantize":
@@ -120,7 +118,7 @@ def _peft_layer(case: Case) -> Any:
 
     from . import peer
 
-    config = LoraConfig(r=RANK, lora_alpha=int(SCALING * RANK), lora_dropout=0.0, target_modules=["0"])
+    config = LoraConfig(r=case.rank, lora_alpha=int(SCALING * case.rank), lora_dropout=0.0, target_modules=["0"])
     base: Any = nn.Sequential(peer.layer(case.weight.quantized))
     layer: Any = get_peft_model(base, config).base_model.model[0]  # pyright: ignore
     for part, value in zip((layer.lora_A, layer.lora_B), case.adapter, strict=True):
@@ -170,10 +168,11 @@ def _dequantized_product(gradient: Tensor, weight: Any, dequantize: Callable[...
 
 OPTIONS: dict[str, Any] = {"tolerance": ONCE, "adapted": ADAPTED, "fewest": 5}
 PEERS = {**OPTIONS, "tolerance": PEER, "adapted": PEER, "table": PEER_TABLE, "codes": PEER_TABLE}
+_BY_FUSED = {**OPTIONS, "tolerance": FUSED, "needs_gpu": True, "inside": partial(choice.use, "fused")}
 _PRODUCTS, _LAYERS = ("linear", "input gradient"), OPERATIONS[-2:]
 PROVIDERS = [
-    Provider("ours", _ours, **OPTIONS),
-    Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), needs_gpu=True, **{**OPTIONS, "tolerance": FUSED}),
+    Provider("ours", _ours, inside=partial(choice.use, "two-pass"), **OPTIONS),
+    Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), **_BY_FUSED),
     Provider("bf16", _bf16, ("dequantize", *_PRODUCTS, *_LAYERS), dense=True, **OPTIONS),
     Provider("bitsandbytes", _bitsandbytes, finish=_bitsandbytes_weight, package="bitsandbytes", **PEERS),
     Provider("unsloth", _unsloth, ("dequantize", *_PRODUCTS), package="unsloth", graph=False, **PEERS),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from . import gpu_model
 from .view import Goal, Record, grid, p50, point_cells, points, yes
+from .work import least
 
 COLUMNS = ("ours", "ours, fused", "bf16", "bitsandbytes", "unsloth")  # then every other provider
 GOALS = [
@@ -38,24 +41,60 @@ def with_ratios(point: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
-    """The canaries that do not hold, if any; then a row for each point."""
+    """The canaries that do not hold, if any; a row for each point; what the layers of a model take, if there is one;
+    what products with few rows take besides their bytes."""
     canaries = [record for record in records if record["kind"] == "canary"]
     if wrong := [(record["name"], record["wrong"]) for record in canaries if record["wrong"]]:
         headings = ("canary", "what was found")
         title = f"{len(wrong)} of {len(canaries)} canaries do not hold"
         yield grid(headings, wrong, left=headings, wrap=True, title=title)
     if measured := list(points(records)):
-        yield _table(measured, len(canaries) - len(wrong), len(canaries))
+        yield _table(measured, len(canaries) - len(wrong), len(canaries), states(records))
+        yield from gpu_model.tables(records)
+        if lines := list(fits(records)):
+            headings = ("provider", "M", "shapes", "t0, µs", "GB/s", "farthest off")
+            caption = "products: the time is t0 + bytes / rate, by least squares over the shapes"
+            yield grid(headings, lines, left=("provider",), caption=caption)
 
 
-def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -> Table:
+def fits(records: Sequence[Record], most: int = 16) -> Iterator[tuple[str, ...]]:
+    """A row for each provider and few rows M: the line through the times of ``linear`` over the shapes.
+
+    What a product moves takes its bytes over a rate; t0 is what it takes besides: launch, filling, the tail. It needs
+    two shapes that differ in bytes.
+    """
+    times: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for record in records:
+        if record.get("operation") == "linear" and record["M"] <= most and record["ms"]:
+            name, M = record["provider"], record["M"]
+            work = least("linear", record["shape"], M, dense=name == "bf16")
+            times.setdefault((name, M), []).append((work.nbytes, p50(record)))
+    for (name, M), found in sorted(times.items(), key=lambda item: item[0][1]):
+        if len({nbytes for nbytes, _ in found}) > 1:
+            slope, t0 = statistics.linear_regression(*zip(*found, strict=True))
+            off = max(abs(t0 + slope * nbytes - ms) / ms for nbytes, ms in found)
+            rate = f"{1e-6 / slope:,.0f}" if slope > 0 else "none"
+            yield name, str(M), str(len(found)), f"{1000 * t0:.1f}", rate, f"{off:.1%}"
+
+
+def states(records: Sequence[Record]) -> str:
+    """Clock, power and temperature before the first and after the last point, where nvidia-smi said them."""
+    said = [record for record in records if record["kind"] == "state" and record["sm_mhz"]]
+    units = {"sm_mhz": "MHz", "power_w": "W", "celsius": "°C"}
+    each = [", ".join(f"{one[name]:.0f} {unit}" for name, unit in units.items() if one[name]) for one in said]
+    return f"before {each[0]}, after {each[-1]}; " if each else ""
+
+
+def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int, stated: str) -> Table:
     first = next(iter(measured[0].values()))
     limits = first["roofline"]
+    reading = f"reading {limits['read_gb_per_s']:,.0f} GB/s, " if limits and limits.get("read_gb_per_s") else ""
     rates = (
-        f"copy {limits['copy_gb_per_s']:,.0f} GB/s, bfloat16 product {limits['gemm_tflop_per_s']:.0f} TFLOP/s"
+        f"{reading}copy {limits['copy_gb_per_s']:,.0f} GB/s, bfloat16 product {limits['gemm_tflop_per_s']:.0f} TFLOP/s"
         if limits
         else "no ceilings were measured"
     )
+    checked = f", {held} of {canaries} canaries hold" if canaries else ""
     shown = dict.fromkeys([*COLUMNS, *(name for point in measured for name in point)])
 
     def row(point: Mapping[str, Record]) -> list[str]:
@@ -73,9 +112,9 @@ def _table(measured: Sequence[Mapping[str, Record]], held: int, canaries: int) -
         ("operation", "weight", "M", *shown, "bound", "bf16/ours", "goal", "bnb/ours", "goal"),
         map(row, measured),
         left=("operation", "weight"),
-        title=f"{first['device']}, commit {first['commit']}, {held} of {canaries} canaries hold: median µs",
-        caption=f"{rates}; bound: the least time at these rates over ours; e: with launches, not from a CUDA graph; "
-        "/ours: that provider's time over ours; of our times, the least",
+        title=f"{first['device']}, commit {first['commit']}{checked}: median µs",
+        caption=f"{rates}; {stated}bound: the least time at these rates over ours; e: with launches, not from a CUDA "
+        "graph; /ours: that provider's time over ours; of our times, the least",
     )
 
 

@@ -12,7 +12,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +24,7 @@ import qloralab as ql
 from qloralab.lora.layer import LoRALinear
 from qloralab.nf4.linear import QuantizedLinear
 
-from .case import OPERATIONS, RANK, SCALING, SEED, Case, WrongResultError, check, definition_of_dequantize
+from .case import OPERATIONS, SCALING, SEED, Case, WrongResultError, check, definition_of_dequantize
 from .clock import Run, Timer, interleave, quantiles
 
 PRODUCTS = ("linear", "input gradient", "adapted layer")
@@ -50,6 +51,7 @@ class Provider:
         package: that it needs.
         needs_gpu: whether it runs on a GPU only.
         graph: whether a CUDA graph may capture it.
+        inside: makes the context in which it is called; entered and left while no clock runs.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Provider:
     package: str | None = None
     needs_gpu: bool = False
     graph: bool = True
+    inside: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def does(self, operation: str, M: int | None) -> bool:
         """Whether it takes part in an operation on so many rows."""
@@ -166,7 +169,7 @@ def _gate(case: Case, provider: Provider, prepare: Callable[[Sequence[Run], bool
     if (case.M or 0) > provider.most_rows:
         return Outcome("skipped", f"PyTorch emulates this product; timed up to M = {provider.most_rows}")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), provider.inside():
             runs = provider.runs(case)
             if runs is None:
                 return None
@@ -177,7 +180,12 @@ def _gate(case: Case, provider: Provider, prepare: Callable[[Sequence[Run], bool
         return Outcome("wrong", str(wrong))
     except Exception as failure:
         return Outcome("failed", text(failure))
-    return Outcome("ok", None, error, len(runs), timer)
+
+    def sample() -> float:
+        with provider.inside():
+            return timer.sample()
+
+    return Outcome("ok", None, error, len(runs), replace(timer, sample=sample))
 
 
 def text(error: Exception) -> str:
@@ -187,7 +195,7 @@ def text(error: Exception) -> str:
 
 def adapted_layer(weight: ql.QuantizedTensor, case: Case) -> LoRALinear:
     """A layer of ours in training mode, with the adapter of the case."""
-    config = ql.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, lora_dropout=case.dropout)
+    config = ql.LoraConfig(r=case.rank, lora_alpha=SCALING * case.rank, lora_dropout=case.dropout)
     made = LoRALinear(QuantizedLinear(weight, compute_dtype=case.dtype), config)
     made.lora_A, made.lora_B = (nn.Parameter(part.clone()) for part in case.adapter)
     return made

@@ -53,9 +53,11 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the records as a JSON list, one a line."""
+    """Write the records as a JSON list, one a line; a process that is killed meanwhile leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    new = path.with_suffix(".new")
+    new.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    new.replace(path)
 
 
 def provenance() -> dict[str, Any]:

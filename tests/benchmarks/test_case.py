@@ -13,6 +13,7 @@ from qloralab.benchmarks import case as module
 from qloralab.benchmarks import cpu_providers, gpu_providers
 from qloralab.benchmarks.case import SEED, Case, Weight, WrongResultError, check, last_level_cache
 from qloralab.benchmarks.provider import PRODUCTS, Provider
+from qloralab.benchmarks.work import packed_bytes
 
 CPU = {one.name: one for one in cpu_providers.PROVIDERS}
 GPU = {one.name: one for one in gpu_providers.PROVIDERS if not one.needs_gpu and one.name != "unsloth"}
@@ -160,14 +161,28 @@ PACKED = 64 * 64 + 128 + 8  # bytes: codes, scales, their scales and offset
     ],
 )  # fmt: skip
 def test_work_counts_each_byte_once(weight, operation, M, dtype, dense, work):
-    assert Case(operation, weight, M, dtype).work(dense) == work
+    least = Case(operation, weight, M, dtype).least(dense)
+    assert (least.nbytes, least.flops) == work
+
+
+def test_what_is_written_is_the_result(weight):
+    N, K, i = 64, 128, 2
+    written = {"dequantize": i * N * K, "quantize": PACKED, "linear": i * 4 * N, "input gradient": i * 4 * K}
+    written["adapted layer"] = i * 4 * (N + K) + 4 * 16 * (N + K)
+    for operation, nbytes in written.items():
+        assert Case(operation, weight, ROWS.get(operation, 4)).least(False).written == nbytes
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (63, 65), (1, 1), (300, 1000)])
+def test_a_packed_weight_takes_the_bytes_that_are_counted(shape):
+    assert packed_bytes(shape[0] * shape[1]) == Weight(shape).quantized.nbytes
 
 
 @pytest.mark.parametrize(("times", "count"), [(1000, 32), (10, 20), (1.01, 3), (1, 2), (1e-4, 2)])
 def test_copies_fill_the_cache_twice_within_limits(weight, monkeypatch, times, count):
     case = Case("linear", weight, 4)
     monkeypatch.setattr(weight, "most", 32)
-    monkeypatch.setattr(weight, "cache", int(case.work(False)[0] * times))
+    monkeypatch.setattr(weight, "cache", int(case.least(False).nbytes * times))
     assert case.copies() == count
 
 

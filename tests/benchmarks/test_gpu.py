@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +20,21 @@ import torch
 from qloralab.benchmarks import gpu, gpu_optimizer
 from qloralab.benchmarks.case import OPERATIONS, Case, Weight
 from qloralab.benchmarks.clock import Timer, host
-from qloralab.benchmarks.gpu import POINTS, Device, Limits, ceilings, fused_up_to, main, measure, run
+from qloralab.benchmarks.gpu import POINTS, chosen, fused_up_to, main, measure, run
 from qloralab.benchmarks.gpu_canaries import Canary, CanaryError
+from qloralab.benchmarks.gpu_device import Device, Limits, ceilings, state
 from qloralab.benchmarks.gpu_providers import PROVIDERS
-from qloralab.benchmarks.gpu_views import GOALS, tables, with_ratios
+from qloralab.benchmarks.gpu_views import GOALS, fits, tables, with_ratios
 from qloralab.benchmarks.provider import Provider
-from qloralab.benchmarks.record import RECORDS, gpu_record_file
-from qloralab.kernels.gpu.choice import FUSED_UP_TO, KERNELS
+from qloralab.benchmarks.record import RECORDS, TRIALS, gpu_record_file
+from qloralab.benchmarks.sass.compile import compile_cases
+from qloralab.benchmarks.work import Work, least
+from qloralab.kernels.gpu import choice
+from qloralab.kernels.gpu.choice import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
 LIMITS = Limits(copy_gb_per_s=10.0, gemm_tflop_per_s=0.1)
 LATER = float("inf")
 CEILINGS = {"nbytes": 2**16, "shape": (8, 64, 64), "seconds": 0.0}
@@ -137,6 +145,34 @@ def test_a_record_holds_ratios_and_its_share_of_the_roofline():
     assert ours["timing"] == "host"
 
 
+def test_an_adapter_of_another_rank_with_dropout_is_right_too():
+    points = [("adapted layer", 8), ("linear", 8)]
+    records = measured(points, providers=[*map(provider, ("ours", "bf16", "bitsandbytes"))], rank=4, dropout=0.3)
+    layer, linear = records[:2], records[2:]
+    assert [(r["provider"], r["status"], r["rank"], r["dropout"]) for r in layer] == [
+        ("ours", "ok", 4, 0.3), ("bf16", "ok", 4, 0.3)
+    ]  # fmt: skip
+    assert layer[0]["bound_ms"] < measured(points[:1], providers=[provider("ours")])[0]["bound_ms"]
+    assert [(r["provider"], r["status"]) for r in linear] == [("ours", "ok"), ("bf16", "ok"), ("bitsandbytes", "ok")]
+    assert {frozenset(r) for r in linear} == {frozenset(FIELDS)}
+
+
+def test_points_are_of_the_operations_and_rows_that_are_asked_for():
+    assert chosen(None, None) == POINTS
+    assert chosen(["dequantize", "adapted layer"], None) == [
+        ("dequantize", None), ("adapted layer", 1024), ("adapted layer", 4096)
+    ]  # fmt: skip
+    assert chosen(["quantize", "linear"], [3, 5]) == [("quantize", None), ("linear", 3), ("linear", 5)]
+    assert chosen(["canaries"], [3]) == []
+
+
+def test_operations_and_providers_are_listed(capsys):
+    main(["--list"])
+    out = capsys.readouterr().out
+    for part in ("linear: 1, 4, 16,", "quantize: no rows", '"ours, fused": linear, input gradient', "it needs a GPU"):
+        assert part in out
+
+
 def test_without_ceilings_there_is_no_bound():
     ours = by_provider(measured([("linear", 4)], limits=None))["ours"]
     assert ours["status"] == "ok"
@@ -182,6 +218,32 @@ def test_a_sample_that_fails_is_a_record():
     assert {(r["status"], r["why"]) for r in point} == {("failed", "IndexError: list index out of range")}
 
 
+def test_a_provider_is_called_inside_its_context_which_no_clock_sees():
+    events: list[str] = []
+
+    @contextmanager
+    def inside():
+        events.append("enter")
+        yield
+        events.append("leave")
+
+    def sample() -> float:
+        events.append("clock")
+        return 1.0
+
+    runs: Any = provider("bf16").runs
+    one = Provider("mine", lambda case: events.append("runs") or runs(case), ("linear",), inside=inside, fewest=2)
+    there = dataclasses.replace(device(), prepare=lambda runs, graph: events.append("prepare") or Timer(sample))
+    list(measure(there, COMMON, LIMITS, LATER, [(64, 64)], [("linear", 4)], [one], 0.0))
+    assert events == ["enter", "runs", "prepare", "leave", *["enter", "clock", "leave"] * 2]
+
+
+def test_ours_are_held_to_a_kernel_each():
+    for name, kernel in gpu.PROVIDER_KERNELS.items():
+        with provider(name).inside():
+            assert choice.decide(4096, 4096, 1, choice.Device("sm_90", 132, "a card")).kernel == kernel
+
+
 def holds(guard) -> None:
     guard.copy(torch.ones(3))
 
@@ -214,12 +276,32 @@ def test_a_run_from_the_canaries_to_the_table(tmp_path, capsys):
     assert "linear" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "folder", "seconds"),
+    [
+        ([], RECORDS, gpu.BUDGET),
+        (["--rows", "1"], TRIALS, gpu.BUDGET),
+        (["--only", "linear"], TRIALS, gpu.BUDGET),
+        (["--budget", "0"], TRIALS, 0.0),
+    ],
+)
+def test_only_a_run_of_all_points_is_a_record(arguments, folder, seconds, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "cuda_device", device)
+    monkeypatch.setattr(gpu, "run", lambda *given, **options: asked.append(given) or [])
+    main(arguments)
+    ((_, path, deadline, _),) = asked
+    assert path == gpu_record_file(folder, "A GPU (80 GB)")
+    assert deadline - time.monotonic() == pytest.approx(seconds, abs=10)
+
+
 def test_a_run_goes_on_without_ceilings(tmp_path, capsys):
     records = run(
         device(), tmp_path / "records.json", LATER, [], ceilings={"shape": (1, 2, -1)},
         measure={"shapes": [(64, 64)], "points": [("linear", 1)], "providers": CONTENDERS[:1], "seconds": 0.0},
     )  # fmt: skip
-    assert [(r["status"], r["bound_ms"]) for r in records] == [("ok", None)]
+    assert [(r["status"], r["bound_ms"]) for r in records if r["kind"] == "point"] == [("ok", None)]
     assert "no ceilings: RuntimeError" in capsys.readouterr().err
 
 
@@ -236,6 +318,66 @@ def test_ceilings_are_rates(free, nbytes):
     limits = ceilings(device(free), nbytes=nbytes, shape=(64, 64, 64), seconds=0.0)
     assert 0.01 < limits.copy_gb_per_s < 10**4
     assert 1e-6 < limits.gemm_tflop_per_s < 100
+    assert limits.read_gb_per_s is not None
+    assert 0.01 < limits.read_gb_per_s < 10**4
+
+
+def test_what_is_read_alone_takes_the_rate_of_reading():
+    limits = Limits(copy_gb_per_s=2.0, gemm_tflop_per_s=1.0, read_gb_per_s=4.0)
+    assert limits.bound_ms(Work(read=10**6, written=0, flops=0)) == pytest.approx(0.25)
+    assert limits.bound_ms(Work(read=10**6, written=10**6, flops=0)) == pytest.approx(1.0)
+    assert limits.bound_ms(Work(read=3 * 10**6, written=10**6, flops=0)) == pytest.approx(1.0 + 0.5)
+    assert limits.bound_ms(Work(read=10**6, written=3 * 10**6, flops=0)) == pytest.approx(2.0)
+    assert limits.bound_ms(Work(read=10**6, written=0, flops=10**9)) == pytest.approx(1.0)
+    assert dataclasses.replace(limits, read_gb_per_s=None).bound_ms(Work(10**6, 0, 0)) == pytest.approx(0.5)
+
+
+@needs_triton
+def test_the_kernel_that_reads_reads_all():
+    from qloralab.benchmarks.gpu_read import BLOCK, read
+
+    source = torch.randint(-2, 3, (2 * BLOCK + 5,), dtype=torch.int32)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    assert read(source.to(where)).tolist() == [int(part.sum()) for part in source.split(BLOCK)]
+
+
+@needs_triton
+def test_the_kernel_that_reads_loads_16_bytes_a_thread():
+    (code,) = compile_cases(["sm_90"], ["qloralab.benchmarks.gpu_read"])
+    loads = re.findall(r"\bLDG\S*", code.sass)
+    assert set(loads) == {"LDG.E.128"}
+    assert len(loads) == 64 * 1024 / 16 / 256
+    assert code.spilled == 0
+
+
+SMI = """#!/bin/sh
+[ "$1" = --id=GPU-1 ] && echo "1755, 2619, 690.25, [N/A], 61"
+"""
+NOTHING = dict.fromkeys(("sm_mhz", "memory_mhz", "power_w", "power_limit_w", "celsius"))
+
+
+def test_clocks_and_power_are_what_nvidia_smi_says(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert state(device()) == NOTHING  # it may not be executed
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert state(device()) == NOTHING  # it knows no such device
+    known = dataclasses.replace(device(), id="GPU-1")
+    assert state(known) == {**NOTHING, "sm_mhz": 1755.0, "memory_mhz": 2619.0, "power_w": 690.25, "celsius": 61.0}
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert state(known) == NOTHING
+
+
+def test_clocks_and_power_stand_around_the_points(tmp_path, monkeypatch):
+    said = iter([{**NOTHING, "sm_mhz": 1980.0, "power_w": 80.0, "celsius": 30.0}, {**NOTHING, "sm_mhz": 1410.0}])
+    monkeypatch.setattr(gpu, "state", lambda device: next(said))
+    records = run(
+        device(), tmp_path / "records.json", LATER, [Canary("right", holds)], ceilings=CEILINGS,
+        measure={"shapes": [(64, 64)], "points": [("linear", 1)], "providers": CONTENDERS[:1], "seconds": 0.0},
+    )  # fmt: skip
+    assert [record["kind"] for record in records] == ["canary", "state", "point", "state"]
+    (table,) = tables(records)
+    assert "before 1980 MHz, 80 W, 30 °C, after 1410 MHz; " in str(table.caption)
 
 
 def test_a_provider_that_is_not_installed_says_so():
@@ -277,6 +419,30 @@ def test_what_was_not_timed_reaches_nothing(lines):
     ]
 
 
+def timed(provider: str, M: int, t0: float, rate: float) -> list[dict[str, Any]]:
+    dense = provider == "bf16"
+    return [
+        record(provider, t0 + 1e-6 * least("linear", shape, M, dense).nbytes / rate, M=M, shape=shape)
+        for shape in ([4096, 4096], [14336, 4096], [1024, 4096])
+    ]
+
+
+def test_a_line_through_the_times_of_few_rows_has_their_rate_and_what_they_take_besides():
+    records = [*timed("bf16", 4, 0.002, 3000.0), *timed("ours", 1, 0.0075, 2000.0), *timed("ours", 64, 0.1, 1000.0)]
+    assert list(fits(records)) == [
+        ("ours", "1", "3", "7.5", "2,000", "0.0%"), ("bf16", "4", "3", "2.0", "3,000", "0.0%")
+    ]  # fmt: skip
+    assert list(fits(records[:1])) == []
+    upwards = [record("ours", 0.03, M=1), record("ours", 0.01, M=1, shape=[14336, 4096])]
+    assert [row[4] for row in fits(upwards)] == ["none"]
+
+
+def test_the_committed_record_has_these_lines():
+    found = {row[:2]: row[3:5] for row in fits(json.loads((RECORDS / "gpu-nvidia-h100-80gb-hbm3.json").read_text()))}
+    assert found["ours, fused", "1"] == ("6.8", "1,721")
+    assert found["bitsandbytes", "1"] == ("4.1", "1,219")
+
+
 def test_no_table_without_points():
     assert list(tables([])) == []
 
@@ -303,9 +469,9 @@ def test_the_rows_of_the_table_are_where_both_ways_were_timed_in_both_directions
     assert fused_up_to([record("ours", 0.02)]) == {}
 
 
-def test_the_table_is_that_of_the_committed_record():
+def test_the_rows_of_the_committed_record():
     path = RECORDS / "gpu-nvidia-h100-80gb-hbm3.json"
-    assert fused_up_to(json.loads(path.read_text())) == FUSED_UP_TO["sm_90"]
+    assert fused_up_to(json.loads(path.read_text())) == {(4096, 4096): 256, (14336, 4096): 512, (4096, 14336): 256}
 
 
 @pytest.mark.parametrize("file", sorted(RECORDS.glob("gpu-nvidia*.json")), ids=lambda file: file.stem)
@@ -313,5 +479,6 @@ def test_the_committed_records_are_shown(file):
     records = json.loads(file.read_text())
     assert file == gpu_record_file(RECORDS, records[0]["device"])
     assert {(r["operation"], r["M"]) for r in records if r["kind"] == "point"} == set(POINTS)
-    (table,) = tables(records)
+    table, fit = tables(records)
+    assert fit.caption
     assert "155 of 155 canaries hold" in str(table.title)

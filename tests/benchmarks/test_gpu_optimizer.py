@@ -14,7 +14,7 @@ import qloralab as ql
 from qloralab.benchmarks import gpu_optimizer
 from qloralab.benchmarks.adamw import LORA, Contender, make
 from qloralab.benchmarks.clock import host
-from qloralab.benchmarks.gpu import Device, cuda_device
+from qloralab.benchmarks.gpu_device import Device, cuda_device
 from qloralab.benchmarks.gpu_optimizer import check_paging, contenders, main, points, run, tables
 
 CPU = torch.device("cpu")
@@ -101,4 +101,4 @@ def test_the_whole_command(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_optimizer, "SECONDS", 0.01)
     run(cuda_device(), tmp_path / "records.json")
     kinds = {record["kind"] for record in json.loads((tmp_path / "records.json").read_text())}
-    assert kinds == {"errors", "paging", "ceilings", "overlap", "point"}
+    assert kinds == {"errors", "paging", "ceilings", "overlap", "state", "point"}
