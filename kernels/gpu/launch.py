@@ -11,7 +11,7 @@ each argument
 =========  ==================================================================================================
 a tensor   its dtype, and whether its address is a multiple of 16
 a number   whether it is 1, a multiple of 16, and fits into 32 bits; of one that is not to be specialized, the last
-None       that it is
+None       that it is; in the place of a tensor
 =========  ==================================================================================================
 
 In Triton's interpreter, on GPUs that are not NVIDIA's (where Triton looks at more), and while a profiler has hooks on
@@ -30,8 +30,39 @@ from triton.runtime import driver
 
 from .interpreter import INTERPRETED
 
-_parameters: dict[Any, list[tuple[str, str]]] = {}  # by function: of each parameter the name, and what counts of it
+_signatures: dict[Any, _Signature] = {}  # by function
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+
+class _Signature:
+    """The parameters of a kernel: their names, and what they are, as its first call has them."""
+
+    def __init__(self, kernel: Any, values: Sequence[Any]):
+        self.constants, self.tensors, self.numbers, self.sizes, self.others = (list[int]() for _ in range(5))
+        for index, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+            if parameter.is_constexpr:
+                self.constants.append(index)
+            elif value is None or isinstance(value, Tensor):
+                self.tensors.append(index)
+            elif isinstance(value, float):
+                self.others.append(index)
+            else:
+                (self.sizes if parameter.do_not_specialize else self.numbers).append(index)
+
+    def kinds(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """What these arguments are compiled for."""
+        tensors = [values[i] for i in self.tensors]
+        numbers = [values[i] for i in self.numbers]
+        return (
+            *[values[i] for i in self.constants],
+            *[None if one is None else (one.dtype, not one.data_ptr() % 16) for one in tensors],
+            *[(one == 1, not one % 16, one > _LARGEST) for one in numbers],
+            *[values[i] > _LARGEST for i in self.sizes],
+            *[type(values[i]) for i in self.others],
+        )
+
+
+_LARGEST = 2**31 - 1
 
 
 def launch(
@@ -47,33 +78,18 @@ def launch(
         more: the others, constants too, by name.
     """
     grid = (*grid, 1, 1)[:3]
-    if INTERPRETED.value or torch.version.hip or knobs.runtime.launch_enter_hook or knobs.runtime.launch_exit_hook:
+    hooks: Any = knobs.runtime
+    if INTERPRETED.value or torch.version.hip or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
         kernel[grid](*arguments, **more, num_warps=num_warps, num_stages=num_stages)
         return
-    parameters = _parameters.get(kernel.fn) or _parameters.setdefault(kernel.fn, [*map(_described, kernel.params)])
-    values = [*arguments, *(more[name] for name, _ in parameters[len(arguments) :])]
+    values = [*arguments, *[more[name] for name in kernel.arg_names[len(arguments) :]]]
+    signature = _signatures.get(kernel.fn) or _signatures.setdefault(kernel.fn, _Signature(kernel, values))
     active: Any = driver.active
     device = active.get_current_device()
-    kinds = [_kind(value, what) for value, (_, what) in zip(values, parameters, strict=True)]
-    key = (kernel.fn, device, num_warps, num_stages, *kinds)
+    key = (kernel.fn, device, num_warps, num_stages, *signature.kinds(values))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*values, num_warps=num_warps, num_stages=num_stages)
-    else:
-        compiled[grid](*values, stream=active.get_current_stream(device))
-
-
-def _described(parameter: Any) -> tuple[str, str]:
-    what = "constant" if parameter.is_constexpr else "size" if parameter.do_not_specialize else "value"
-    return parameter.name, what
-
-
-def _kind(argument: Any, what: str) -> Any:
-    if what == "constant":
-        return argument
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if argument is None or isinstance(argument, float):
-        return type(argument)
-    small = -(2**31) <= argument < 2**31
-    return small if what == "size" else (argument == 1, argument % 16 == 0, small)
+        return
+    stream = active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
