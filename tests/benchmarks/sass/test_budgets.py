@@ -20,6 +20,7 @@ from qloralab.kernels.gpu.case import PACKED, Budget
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
 OTHERS = [target for target in TARGETS if target != TARGET]
+SHARED = {"sm_80": 163 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}  # bytes of shared memory, of a program
 
 
 @needs_triton
@@ -37,6 +38,10 @@ def test_every_kernel_compiles_for_the_other_targets():
     names = {target: {one.name for one in found if one.target == target} for target in OTHERS}
     assert all(any(name.startswith(file) for name in some) for some in names.values() for file in KERNEL_FILES)
     assert [(one.name, one.target, one.spilled) for one in found if one.spilled] == []
+    large = [(one.name, one.target, one.shared) for one in found if one.shared > SHARED[one.target]]
+    assert [(name, target) for name, target, _ in large] == [
+        ("grad_B 512 columns, rank 32", "sm_120")
+    ]  # not taken there
 
 
 SHUFFLES = """
