@@ -57,12 +57,13 @@ def parts() -> list[Part]:
         return Part(name, seconds, "gpu", ["--budget", "{budget}", "--only", *only])
 
     return [
-        gpu("canaries", 100, "canaries"),
+        gpu("canaries", 90, "canaries"),
         gpu("linear", 110, "linear"),
         gpu("input gradient", 110, "input gradient"),
         gpu("weights", 30, "dequantize", "quantize"),
-        gpu("adapted layer", 80, "adapted layer", "adapted layer, eager"),
-        Part("optimizer", 70, "gpu_optimizer"),
+        gpu("adapted layer", 70, "adapted layer", "adapted layer, eager"),
+        Part("optimizer", 60, "gpu_optimizer"),
+        Part("generate", 50, "generate", ["--device", "cuda"]),
     ]
 
 
