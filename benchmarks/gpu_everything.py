@@ -107,7 +107,7 @@ def _run(part: Part, folder: Path, seconds: float, python: Sequence[str]) -> str
             with suppress(subprocess.TimeoutExpired):  # a driver may not let go of it
                 process.wait(DYING)
             return "killed, it was late"
-    last = [*(folder / "log.txt").read_text().splitlines(), ""][-2:][0]
+    last = [*(folder / "log.txt").read_text(errors="replace").splitlines(), ""][-2:][0]
     return f"ended with code {code}: {last}" if code else "done"
 
 

@@ -469,6 +469,19 @@ def test_the_rows_of_the_table_are_where_both_ways_were_timed_in_both_directions
     assert fused_up_to([record("ours", 0.02)]) == {}
 
 
+def test_the_rows_are_printed_from_a_record(tmp_path, capsys):
+    for name, some in (("old", {}), ("new", {"architecture": "sm_100"})):
+        points = [
+            record(one, ms, M=1, operation=operation, **some)
+            for one, ms in (("ours", 0.02), ("ours, fused", 0.01))
+            for operation in ("linear", "input gradient")
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(points))
+        main(["--view", str(tmp_path / f"{name}.json"), "--save"])
+        asked = some.get("architecture", "a GPU")
+        assert capsys.readouterr().out.splitlines()[-1] == f'    "{asked}": {{(4096, 4096): 1}},'
+
+
 def test_the_table_is_that_of_the_committed_record():
     path = RECORDS / "gpu-nvidia-h100-80gb-hbm3.json"
     assert fused_up_to(json.loads(path.read_text())) == FUSED_UP_TO["sm_90"]
