@@ -186,6 +186,12 @@ def fused_up_to(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], i
     return rows
 
 
+def saved(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The line for ``choice.MEASURED``."""
+    rows = fused_up_to(records)
+    yield f'    "{records[0]["device"]}": {rows},' if rows else "nothing to save"
+
+
 def run(
     device: Device, path: Path, deadline: float, which: Sequence[Canary] | None = None, **options: Any
 ) -> list[dict[str, Any]]:
@@ -198,7 +204,7 @@ def run(
         which: canaries; None: all.
         options: what ``ceilings`` and ``measure`` take, as ``ceilings={...}``, ``measure={...}``.
     """
-    common = gpu_provenance("gpu", device.name)
+    common = {**gpu_provenance("gpu", device.name), "architecture": choice.device(device.device).architecture}
     print(json.dumps(common), file=sys.stderr)
     records: list[dict[str, Any]] = []
 
@@ -263,11 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--everything", action="store_true", help="and the other benchmarks of a GPU, in ten minutes")
     parser.add_argument("--provider", action="append", metavar="MODULE:NAME", help="a function of yours besides")
-    parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py")
+    parser.add_argument("--save", action="store_true", help="print the rows for kernels/gpu/choice.py, of --view too")
     args = parse(parser, arguments)
     if args.view:
         records = json.loads(args.view.read_text())
-        show(tables(records), WIDTH)
+        show(tables(records), WIDTH, lines=saved(records) if args.save else ())
         plot(records, args.view.with_suffix(".png"))
         return
     if args.compare:
@@ -302,10 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     which = [] if args.only and "canaries" not in args.only else None
     with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
         records = run(device, path, deadline, which, measure=options)
-    show(tables(records), WIDTH)
-    if args.save:
-        rows = fused_up_to(records)
-        print(f'    "{choice.device(device.device).name}": {rows},' if rows else "nothing to save")
+    show(tables(records), WIDTH, lines=saved(records) if args.save else ())
 
 
 if __name__ == "__main__":

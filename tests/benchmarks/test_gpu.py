@@ -469,6 +469,17 @@ def test_the_rows_of_the_table_are_where_both_ways_were_timed_in_both_directions
     assert fused_up_to([record("ours", 0.02)]) == {}
 
 
+def test_the_rows_are_printed_from_a_record(tmp_path, capsys):
+    points = [
+        record(one, ms, M=1, operation=operation)
+        for one, ms in (("ours", 0.02), ("ours, fused", 0.01))
+        for operation in ("linear", "input gradient")
+    ]
+    (tmp_path / "gpu.json").write_text(json.dumps(points))
+    main(["--view", str(tmp_path / "gpu.json"), "--save"])
+    assert capsys.readouterr().out.splitlines()[-1] == '    "a GPU": {(4096, 4096): 1},'
+
+
 def test_the_rows_of_the_committed_record():
     path = RECORDS / "gpu-nvidia-h100-80gb-hbm3.json"
     assert fused_up_to(json.loads(path.read_text())) == {(4096, 4096): 256, (14336, 4096): 512, (4096, 14336): 256}

@@ -10,11 +10,13 @@ import qloralab  # noqa: F401  # isort: skip  # before torch: how OpenMP's threa
 
 import importlib
 import sys
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from qloralab.benchmarks import gpu, gpu_optimizer
+from qloralab.benchmarks import generate, gpu, gpu_optimizer
 from qloralab.benchmarks.clock import host
 from qloralab.benchmarks.gpu_canaries import Canary
 from qloralab.benchmarks.gpu_device import Device
@@ -33,6 +35,12 @@ def device() -> Device:
     return Device(torch.device("cpu"), NAME, 2**15, host, lambda: 2**34)
 
 
+def tiny(path: None) -> Any:
+    """A model of two layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=97, **cast(Any, sizes))).bfloat16().eval()
+
+
 def run(module: str, arguments: list[str]) -> None:
     """``python -m module arguments``."""
     ceilings, contenders = gpu.ceilings, gpu_optimizer.contenders
@@ -45,6 +53,10 @@ def run(module: str, arguments: list[str]) -> None:
     gpu_optimizer.overlap = lambda there: {"kind": "overlap", "read": MS, "write": MS, "update": MS}
     gpu_optimizer.contenders = lambda peer: contenders(peer=False, away=False)
     gpu_optimizer.ELEMENTS, gpu_optimizer.SECONDS = 2 * gpu_optimizer.LORA, 0.0
+    generate.default_model, generate.load_model = lambda: None, tiny
+    generate.load_tokenizer = lambda path: lambda text: {"input_ids": [1, 5, 9]}
+    if module == "benchmarks.generate":  # it moves the model
+        arguments = [argument for argument in arguments if argument not in ("--device", "cuda")] + ["--tokens", "2"]
     with patch.object(torch.cuda, "is_available", lambda: True):
         importlib.import_module(f"qloralab.{module}").main(arguments)
 
