@@ -40,7 +40,6 @@ from .lookup import TABLE_ARGUMENTS, joined, table
 TILE = 64  # columns that share a scale; rows of a step backward
 
 SCALARS = ("tiles", "shift", *TABLE_ARGUMENTS)  # integers of a weight, arguments of the kernels
-POINTERS = {"packed": "*u8", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
 
 
 def why_not(weight: Packed) -> str | None:
@@ -50,7 +49,7 @@ def why_not(weight: Packed) -> str | None:
     N, K = weight.shape
     if N < TILE:
         return f"N must be at least {TILE}, not {N}"
-    if K % TILE:
+    if K % TILE or not K:
         return f"K must be a multiple of {TILE}, not {K}"
     if weight.block_size % TILE:
         return f"the block size must be a multiple of {TILE}, not {weight.block_size}"
@@ -100,6 +99,14 @@ def token_tile(M: int, device: torch.device) -> int:
     return next((tokens for tokens in tiles if tokens >= M), tiles[-1])
 
 
+def weight_of_a_case(double: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Triton's types of a weight's pointers, and its constants, for a ``Case``."""
+    types, second = {"packed": "*u8", "scales": "*u8" if double else "*fp32"}, ("absmax2", "offset", "scale_map")
+    if double:
+        return types | dict.fromkeys(second, "*fp32"), {"DOUBLE": True}
+    return types, {"DOUBLE": False} | dict.fromkeys(second)
+
+
 def check(name: str, tensor: Tensor, columns: int, weight: Packed) -> None:
     """Raises ValueError unless a tensor is bfloat16 [..., columns] on the weight's device."""
     if tensor.dtype != torch.bfloat16:
@@ -118,14 +125,6 @@ def scale_of(scales, absmax2, offset, scale_map, inverse, block, DOUBLE: tl.cons
         level = tl.load(absmax2 + block // SCALES_PER_BLOCK) * inverse
         return tl.fma(tl.load(scale_map + scale.to(tl.int32)), level, offset)
     return scale * inverse
-
-
-@triton.jit
-def offset_of(offset, inverse, DOUBLE: tl.constexpr):
-    """The offset of the scales, divided by the factor; 0 without one."""
-    if DOUBLE:
-        return tl.load(offset) * inverse
-    return 0.0
 
 
 @triton.jit
@@ -149,14 +148,8 @@ def of_four_lanes(x, WARPS: tl.constexpr):
     if INTERPRETED:
         x = tl.permute(tl.reshape(x, (WARPS, 8, 4, 1)), (2, 0, 1, 3))
         return tl.broadcast_to(x, (4, WARPS, 8, 4))
-    x0, x1, x2, x3 = tl.inline_asm_elementwise(
-        _FROM_4,  # pyright: ignore[reportArgumentType]
-        _4_TO_1,  # pyright: ignore[reportArgumentType]
-        [x],
-        dtype=(tl.int32,) * 4,
-        is_pure=True,
-        pack=1,
-    )
+    o = tl.inline_asm_elementwise(_FROM_4, _4_TO_1, [x], (tl.int32,) * 4, True, 1)  # pyright: ignore[reportArgumentType]
+    x0, x1, x2, x3 = o
     x = tl.permute(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (1, 2, 0))
     return tl.reshape(x, (4, WARPS, 8, 4))
 
@@ -167,13 +160,7 @@ def of_eight_lanes(x, WARPS: tl.constexpr):
     if INTERPRETED:
         x = tl.permute(tl.reshape(x, (WARPS, 8, 1, 4)), (1, 0, 2, 3))
         return tl.broadcast_to(x, (8, WARPS, 8, 4))
-    x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
-        _FROM_8,  # pyright: ignore[reportArgumentType]
-        _8_TO_1,  # pyright: ignore[reportArgumentType]
-        [x],
-        dtype=(tl.int32,) * 8,
-        is_pure=True,
-        pack=1,
-    )
+    o = tl.inline_asm_elementwise(_FROM_8, _8_TO_1, [x], (tl.int32,) * 8, True, 1)  # pyright: ignore[reportArgumentType]
+    x0, x1, x2, x3, x4, x5, x6, x7 = o
     x = tl.permute(joined(x0, x1, x2, x3, x4, x5, x6, x7), (1, 2, 3, 0))
     return tl.reshape(x, (8, WARPS, 8, 4))

@@ -49,11 +49,6 @@ def test_the_bytes_on_the_gpu_are_the_bytes_of_the_file():
     assert 8 * sum(tensor.nbytes for tensor in pointers) / (512 * 1024) < 4.2
 
 
-@pytest.mark.parametrize(("block_size", "shift"), [(64, 0), (128, 1), (4096, 6)])
-def test_a_blocks_number_is_that_of_its_64_columns_shifted(block_size, shift):
-    assert arguments(weight((64, 128), block_size))["shift"] == shift
-
-
 @pytest.mark.parametrize(
     ("capability", "sync", "most"),
     [((8, 0), True, 64), ((9, 0), False, 128), ((10, 0), False, 128), ((12, 0), True, 64)],

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.gpu import linear as forward_file
-from qloralab.kernels.gpu import linear_grad_input as backward_file
+from qloralab.kernels.gpu import canonical
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
 from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
@@ -111,8 +110,7 @@ def test_the_whole_numbers_are_exact_in_the_table():
 def order(request, monkeypatch) -> None:
     """Both orders in which tensor cores have columns in lanes; each is right in the interpreter."""
     if request.param:
-        for file in (forward_file, backward_file):
-            monkeypatch.setattr(file, "mma_sync", lambda device: True)
+        monkeypatch.setattr(canonical, "mma_sync", lambda device: True)
 
 
 @pytest.mark.parametrize(("M", "N", "K", "block_size", "splits", "double"), CASES)
