@@ -38,7 +38,6 @@ from .interpreter import INTERPRETED, round_to
 from .lookup import TABLE_ARGUMENTS, joined, table
 
 TILE = 64  # columns that share a scale; rows of a step backward
-
 SCALARS = ("tiles", "shift", *TABLE_ARGUMENTS)  # integers of a weight, arguments of the kernels
 
 
@@ -93,18 +92,17 @@ def mma_sync(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
-def token_tile(M: int, device: torch.device) -> int:
+def token_tile(M: int, sync: bool) -> int:
     """How many tokens a program takes: the smallest tile that holds them all, at most 128, or 64 with ``mma_sync``."""
-    tiles = (16, 32, 64) if mma_sync(device) else (16, 32, 64, 128)
+    tiles = (16, 32, 64) if sync else (16, 32, 64, 128)
     return next((tokens for tokens in tiles if tokens >= M), tiles[-1])
 
 
 def weight_of_a_case(double: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """Triton's types of a weight's pointers, and its constants, for a ``Case``."""
     types, second = {"packed": "*u8", "scales": "*u8" if double else "*fp32"}, ("absmax2", "offset", "scale_map")
-    if double:
-        return types | dict.fromkeys(second, "*fp32"), {"DOUBLE": True}
-    return types, {"DOUBLE": False} | dict.fromkeys(second)
+    more = dict.fromkeys(second, "*fp32") if double else {}
+    return types | more, {"DOUBLE": double, **dict.fromkeys(set(second) - more.keys())}
 
 
 def check(name: str, tensor: Tensor, columns: int, weight: Packed) -> None:

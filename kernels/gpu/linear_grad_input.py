@@ -119,11 +119,7 @@ def _linear_grad_input(
             a, b = tl.split(halves(a, b, (tl.arange(0, 8) % 2)[None, None, :, None, None]))
             low, high = tl.split(tl.permute(by_lane, (0, 2, 3, 4, 1)))
             d = decode_rows(a, b, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8)
-            # s warp g c q rep p i -> rep warp p g, and the order of n
-            if MMA_SYNC:
-                d = tl.permute(d, (5, 1, 6, 2, 0, 3, 4, 7))
-            else:
-                d = tl.permute(d, (5, 1, 6, 2, 0, 4, 3, 7))
+            d = tl.permute(d, (5, 1, 6, 2, 0, 4, 3, 7))  # s warp g c q rep p i -> rep warp p g, s q c i
         total = tl.dot(tl.reshape(d, (256, 64)), g, total)
         grad += 64
         at = tl.minimum(tl.minimum(step + 1, last - 1) * 64, N - 64) * tiles + blocks
@@ -208,9 +204,9 @@ def linear_grad_input(
         G, A, seed, dropped = adapter.G.contiguous(), adapter.A.contiguous(), adapter.seed, threshold(adapter.p)
         r = A.shape[0]
     sync = canonical.mma_sync(grad.device)
-    tokens = min(canonical.token_tile(M, grad.device), 32 if sync else 128)
+    tokens = min(canonical.token_tile(M, sync), 32 if sync else 128)
     rank, ranks = rank_tiles(r, 64 if tokens < 64 else 16)
-    warps = _warps(tokens)
+    warps = 8 if tokens == 128 else 4
     kernel: Any = _linear_grad_input
 
     def launch(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
@@ -222,11 +218,6 @@ def linear_grad_input(
 
     in_parts(launch, out, (-(-K // COLUMNS), -(-M // tokens)), -(-N // TILE), splits, tokens)
     return reshaped(out, (*grad.shape[:-1], K))
-
-
-def _warps(tokens: int) -> int:
-    """Of a program: with 8, a lane has half of each word."""
-    return 8 if tokens == 128 else 4
 
 
 def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -253,15 +244,16 @@ def _case(
     pointers = {"grad": "*bf16", "out": "*bf16", **weight, **(adapter if rank else {})}
     scalars = ("M", "N", "steps", *canonical.SCALARS, "r", "row_words", "threshold")
     rank_tile, ranks = rank_tiles(rank, 64 if tokens < 64 else 16)
+    warps = 8 if tokens == 128 else 4
     name = f"linear_grad_input, {tokens} tokens" + (f", rank {rank}" if rank else "")
     return Case(
         name=name + ("" if double else ", float32 scales"),
         kernel=_linear_grad_input,
         signature=pointers | dict.fromkeys(scalars, "i32") | {"inverse": "fp32"},
-        constexprs={"TOKENS": tokens, "WARPS": _warps(tokens), "MMA_SYNC": sync, "DROPOUT": rank > 0, **constants}
+        constexprs={"TOKENS": tokens, "WARPS": warps, "MMA_SYNC": sync, "DROPOUT": rank > 0, **constants}
         | {"RANK": rank_tile, "RANKS": ranks, **({} if rank else dict.fromkeys(adapter))},
         weights=COLUMNS * TILE,
-        num_warps=_warps(tokens),
+        num_warps=warps,
         divisible=(*pointers, *(("r", "row_words") if rank else ())),
         budget=product_budget(instructions, registers),
     )
@@ -275,7 +267,6 @@ CASES_SM_90 = CASES_SM_100 = (
     _case(64, 5),
     _case(128, 6.3),
     _case(16, 4.8, 176, rank=64),
-    _case(32, 5, 208, rank=128),
     _case(64, 5, rank=64),
     _case(128, 6.3, rank=128),
 )

@@ -99,7 +99,7 @@ def _table(numbers: tuple[float, ...]) -> Table:
     factors = 1 + torch.arange(_FACTORS, dtype=torch.float32, device="cpu") / _FACTORS
     entries = (values * factors[:, None]).bfloat16()  # [factors, 16]
     errors = (entries.double() / factors[:, None].double() - values.double()).square().sum(1)
-    row = int(errors.nan_to_num(torch.inf).argmin())  # with a value that is not finite, the first: 1
+    row = int(errors.argmin())
     bits = [number & 0xFFFF for number in entries[row].view(torch.int16).tolist()]
     planes = bytes([number >> 8 for number in bits] + [number & 0xFF for number in bits])
     words = [int.from_bytes(planes[i : i + 4], "little", signed=True) for i in range(0, 32, 4)]
