@@ -2,7 +2,8 @@
 
 **The layout** is that of ``nf4/packed.py``: the codes of a row one after the other, two in a byte, the first in the
 high nibble; a scale for each ``block_size`` weights in a row, 8 bits of it where the scales are quantized too. No other
-copy of a weight exists on the GPU: 4.13 bits a weight are resident, or 4.5 with float32 scales.
+copy of a weight is on the GPU: 4.13 bits a weight are resident, or 4.5 with float32 scales. The codes begin at a
+multiple of 16 bytes.
 
 **The lanes.** A tensor core wants a weight matrix in pieces of 16 rows and 16 columns: lane 4 g + c of a warp holds, of
 the rows g and g + 8, the columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9. In the canonical layout a lane that loads 4 bytes has

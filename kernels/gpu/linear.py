@@ -29,11 +29,9 @@ off by 2.3e-3 for NF4 (root mean square, relative); the definition's, a float32 
 These are the bits that ``linear_grad_input.py`` multiplies, for any number of tokens. Sums are float32. One rounding to
 bfloat16 follows. NF4 itself is 9e-2 away from the weight that was quantized.
 
-**Few programs.** Where the weight has too few rows to fill the GPU, K is split (``split.py``).
-
 **An adapter** adds h B', and its term is where the sums start: before the loop, one or more products of the rows of B,
-rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes no pass over y, and no registers in the loop,
-which is the same. Where K is split, the first part has it.
+rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes no pass over y, and no registers in the loop.
+Where the weight has too few rows to fill the GPU, K is split (``split.py``), and the first part has that term.
 
 **Other targets.** sm_100 has its weights in tensor memory. sm_80 and sm_120 multiply by mma.sync, with another order of
 k (``canonical.mma_sync``): 16 tokens take 5.6 and 4.6 instructions a weight, 32 take 6.4, both ways. With 64 the
@@ -92,8 +90,10 @@ def _linear(
         k = k // 2 % 4 * (8 * WORDS) + k // 32 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
     x_at = (tl.minimum(m, M - 1) - tl.program_id(1) * TOKENS)[None, :] * K + k[:, None]
     x += (tl.program_id(1) * TOKENS).to(tl.int64) * K + first * COLUMNS
-    row = tl.minimum(top + tl.arange(0, ROWS), N - 1) - top
-    words_at = row[:, None] * (tiles * 8) + tl.arange(0, 4 * WORDS)[None, :]
+    i = tl.arange(0, 4 * WORDS * ROWS)  # rep p warp g c j
+    row = i // (64 * WORDS * WARPS) * (16 * WARPS) + i // (32 * WORDS * WARPS) % 2 * 8
+    row += i // (32 * WORDS) % WARPS * 16 + i // (4 * WORDS) % 8
+    words_at = (tl.minimum(top + row, N - 1) - top) * (tiles * 8) + i % (4 * WORDS)
     words = packed.to(tl.pointer_type(tl.int32)) + top.to(tl.int64) * (tiles * 8) + first * (4 * WORDS)
     i = tl.arange(0, ROWS)  # warp g rep p
     row = i // 2 % 2 * (16 * WARPS) + i % 2 * 8 + i // 32 * 16 + i // 4 % 8
@@ -113,14 +113,14 @@ def _linear(
         by_lane = of_four_lanes(pair(s, s), WARPS)
         if BLOCKS == 2:
             by_lane = tl.where((tl.arange(0, 4) < 2)[None, None, None, :], by_lane, of_four_lanes(pair(u, u), WARPS))
-        by_lane = tl.permute(tl.reshape(by_lane, (2, 2, WARPS, 8, 4, 1)), (0, 2, 1, 3, 4, 5))
-        w = tl.reshape(w, (2, WARPS, 2, 8, 4, WORDS))
+        by_lane = tl.reshape(by_lane, (2, 2, WARPS, 8, 4, 1))
+        w = tl.reshape(w, (2, 2, WARPS, 8, 4, WORDS))
         d = decode(w, tl.broadcast_to(by_lane, w.shape), t0, t1, t2, t3, t4, t5, t6, t7, t8)
-        # rep warp p g c j hi q kp -> rep warp p g, and the order of k above
+        # rep p warp g c j hi q kp -> rep warp p g, and the order of k above
         if MMA_SYNC:
-            d = tl.permute(d, (0, 1, 2, 3, 5, 6, 4, 7, 8))
+            d = tl.permute(d, (0, 2, 1, 3, 5, 6, 4, 7, 8))
         else:
-            d = tl.permute(d, (0, 1, 2, 3, 5, 6, 7, 4, 8))
+            d = tl.permute(d, (0, 2, 1, 3, 5, 6, 7, 4, 8))
         total = tl.dot(tl.reshape(d, (ROWS, COLUMNS)), xs, total)
         words += 4 * WORDS
         x += COLUMNS
