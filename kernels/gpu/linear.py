@@ -34,8 +34,8 @@ rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes no pass
 Where the weight has too few rows to fill the GPU, K is split (``split.py``), and the first part has that term.
 
 **Other targets.** sm_100 has its weights in tensor memory. sm_80 and sm_120 multiply by mma.sync, with another order of
-k (``canonical.mma_sync``): 16 tokens take 5.6 and 4.6 instructions a weight, 32 take 6.4, both ways. With 64 the
-compiler exchanges weights through shared memory, and with 128 it would spill registers.
+k (``canonical.mma_sync``): 16 tokens take 5.6 and 4.6 instructions a weight, 32 take 6.4. With 64 the compiler
+exchanges weights through shared memory, and with 128 it would spill registers.
 """
 
 from __future__ import annotations
