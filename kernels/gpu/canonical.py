@@ -2,7 +2,8 @@
 
 **The layout** is that of ``nf4/packed.py``: the codes of a row one after the other, two in a byte, the first in the
 high nibble; a scale for each ``block_size`` weights in a row, 8 bits of it where the scales are quantized too. No other
-copy of a weight exists on the GPU: 4.13 bits a weight are resident, or 4.5 with float32 scales.
+copy of a weight is on the GPU: 4.13 bits a weight are resident, or 4.5 with float32 scales. The codes begin at a
+multiple of 16 bytes.
 
 **The lanes.** A tensor core wants a weight matrix in pieces of 16 rows and 16 columns: lane 4 g + c of a warp holds, of
 the rows g and g + 8, the columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9. In the canonical layout a lane that loads 4 bytes has
@@ -40,9 +41,7 @@ from .interpreter import INTERPRETED, round_to
 from .lookup import TABLE_ARGUMENTS, joined, table, version
 
 TILE = 64  # columns that share a scale; rows of a step backward
-
 SCALARS = ("tiles", "shift", *TABLE_ARGUMENTS)  # integers of a weight, arguments of the kernels
-POINTERS = {"packed": "*u8", "scales": "*u8", "absmax2": "*fp32", "offset": "*fp32", "scale_map": "*fp32"}
 
 
 def why_not(weight: Packed) -> str | None:
@@ -106,7 +105,7 @@ def _reason(weight: Packed) -> str | None:
     N, K = weight.shape
     if N < TILE:
         return f"N must be at least {TILE}, not {N}"
-    if K % TILE:
+    if K % TILE or not K:
         return f"K must be a multiple of {TILE}, not {K}"
     if weight.block_size % TILE:
         return f"the block size must be a multiple of {TILE}, not {weight.block_size}"
@@ -142,10 +141,17 @@ def mma_sync(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
-def token_tile(M: int, device: torch.device) -> int:
+def token_tile(M: int, sync: bool) -> int:
     """How many tokens a program takes: the smallest tile that holds them all, at most 128, or 64 with ``mma_sync``."""
-    tiles = (16, 32, 64) if mma_sync(device) else (16, 32, 64, 128)
+    tiles = (16, 32, 64) if sync else (16, 32, 64, 128)
     return next((tokens for tokens in tiles if tokens >= M), tiles[-1])
+
+
+def weight_of_a_case(double: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Triton's types of a weight's pointers, and its constants, for a ``Case``."""
+    types, second = {"packed": "*u8", "scales": "*u8" if double else "*fp32"}, ("absmax2", "offset", "scale_map")
+    more = dict.fromkeys(second, "*fp32") if double else {}
+    return types | more, {"DOUBLE": double, **dict.fromkeys(set(second) - more.keys())}
 
 
 def check(name: str, tensor: Tensor, columns: int, weight: Packed) -> None:
@@ -169,14 +175,6 @@ def scale_of(scales, absmax2, offset, scale_map, inverse, block, DOUBLE: tl.cons
 
 
 @triton.jit
-def offset_of(offset, inverse, DOUBLE: tl.constexpr):
-    """The offset of the scales, divided by the factor; 0 without one."""
-    if DOUBLE:
-        return tl.load(offset) * inverse
-    return 0.0
-
-
-@triton.jit
 def pair(low, high):
     """float32 [...], twice -> int32 [...]: both rounded to bfloat16."""
     low = round_to(low, tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -197,14 +195,8 @@ def of_four_lanes(x, WARPS: tl.constexpr):
     if INTERPRETED:
         x = tl.permute(tl.reshape(x, (WARPS, 8, 4, 1)), (2, 0, 1, 3))
         return tl.broadcast_to(x, (4, WARPS, 8, 4))
-    x0, x1, x2, x3 = tl.inline_asm_elementwise(
-        _FROM_4,  # pyright: ignore[reportArgumentType]
-        _4_TO_1,  # pyright: ignore[reportArgumentType]
-        [x],
-        dtype=(tl.int32,) * 4,
-        is_pure=True,
-        pack=1,
-    )
+    o = tl.inline_asm_elementwise(_FROM_4, _4_TO_1, [x], (tl.int32,) * 4, True, 1)  # pyright: ignore[reportArgumentType]
+    x0, x1, x2, x3 = o
     x = tl.permute(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (1, 2, 0))
     return tl.reshape(x, (4, WARPS, 8, 4))
 
@@ -215,13 +207,7 @@ def of_eight_lanes(x, WARPS: tl.constexpr):
     if INTERPRETED:
         x = tl.permute(tl.reshape(x, (WARPS, 8, 1, 4)), (1, 0, 2, 3))
         return tl.broadcast_to(x, (8, WARPS, 8, 4))
-    x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
-        _FROM_8,  # pyright: ignore[reportArgumentType]
-        _8_TO_1,  # pyright: ignore[reportArgumentType]
-        [x],
-        dtype=(tl.int32,) * 8,
-        is_pure=True,
-        pack=1,
-    )
+    o = tl.inline_asm_elementwise(_FROM_8, _8_TO_1, [x], (tl.int32,) * 8, True, 1)  # pyright: ignore[reportArgumentType]
+    x0, x1, x2, x3, x4, x5, x6, x7 = o
     x = tl.permute(joined(x0, x1, x2, x3, x4, x5, x6, x7), (1, 2, 3, 0))
     return tl.reshape(x, (8, WARPS, 8, 4))

@@ -1,9 +1,8 @@
 """The fused products behind the operators: which products are, and the rest.
 
 A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
-device (``self_check.py``), and the weight fits (``canonical.why_not``): K and the block size are multiples of 64, N is
-at least 64, and the codes begin at a multiple of 16 bytes. All of that holds for both directions of a layer or for
-none.
+device (``self_check.py``), and the weight fits (``canonical.why_not``). All of that holds for both directions of a
+layer or for none.
 """
 
 from __future__ import annotations

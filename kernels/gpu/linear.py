@@ -2,7 +2,7 @@
 
 **The product is turned round.** ``y^T = W' x^T``: the weight is the left operand, which WGMMA (sm_90) takes from
 registers, and x the right one, from shared memory. So a dequantized weight never leaves the registers of the thread
-that looked it up: no store to shared memory, no shuffle. Tokens are the columns of the product, 16 at least.
+that looked it up. Tokens are the columns of the product, 16 at least.
 
 **The weight is read as files have it** (``canonical.py``): of a row, each lane c of a quad has 16 columns of a step of
 64, or 32 of 128. So the sum runs over k in an order of its own, and x is copied in that order, 4 bytes at a time::
@@ -29,18 +29,13 @@ off by 2.3e-3 for NF4 (root mean square, relative); the definition's, a float32 
 These are the bits that ``linear_grad_input.py`` multiplies, for any number of tokens. Sums are float32. One rounding to
 bfloat16 follows. NF4 itself is 9e-2 away from the weight that was quantized.
 
-With few tokens the scale could multiply the sum of 64 products instead, at tokens / 64 instructions, with weights that
-are off by 0.8e-3. But the backward product has no such sum: its gradient would be that of another weight.
-
-**Few programs.** Where the weight has too few rows to fill the GPU, K is split (``split.py``).
-
 **An adapter** adds h B', and its term is where the sums start: before the loop, one or more products of the rows of B,
-rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes 100 to 400 instructions of a thread, once, no
-pass over y, and no registers in the loop, which is the same. Where K is split, the first part has it.
+rounded to bfloat16, and the tile's h, of 16, 32 or 64 columns. It takes no pass over y, and no registers in the loop.
+Where the weight has too few rows to fill the GPU, K is split (``split.py``), and the first part has that term.
 
 **Other targets.** sm_100 has its weights in tensor memory. sm_80 and sm_120 multiply by mma.sync, with another order of
-k (``canonical.mma_sync``): 16 tokens take 5.6 and 4.6 instructions a weight, 32 take 6.4, both ways. With 64 the
-compiler exchanges weights through shared memory, and with 128 it would spill registers.
+k (``canonical.mma_sync``): 16 tokens take 5.6 and 4.6 instructions a weight, 32 take 6.4. With 64 the compiler
+exchanges weights through shared memory, and with 128 it would spill registers.
 """
 
 from __future__ import annotations
@@ -57,28 +52,17 @@ from torch import Tensor
 from qloralab.nf4 import ops
 from qloralab.nf4.packed import Packed
 
-from . import self_check
+from . import canonical, self_check
 from .adapter_operands import LowRank, rank_tiles
-from .canonical import (
-    POINTERS,
-    SCALARS,
-    arguments,
-    check,
-    mma_sync,
-    of_four_lanes,
-    offset_of,
-    pair,
-    scale_of,
-    token_tile,
-)
+from .canonical import of_four_lanes, pair, scale_of
 from .case import PACKED, Budget, Case
-from .interpreter import INTERPRETED, bound, operand, round_to, to_float32
+from .interpreter import bound, operand, round_to
 from .launch import launch
 from .lookup import decode
 from .split import in_parts
 
 
-@triton.jit(do_not_specialize=["M", "steps", *SCALARS])
+@triton.jit(do_not_specialize=["M", "steps", *canonical.SCALARS])
 def _linear(
     x, packed, scales, absmax2, offset, scale_map, bias, out, M, N, tiles, steps, shift, inverse,
     t0, t1, t2, t3, t4, t5, t6, t7, t8,
@@ -115,7 +99,8 @@ def _linear(
     i = tl.arange(0, ROWS)  # warp g rep p
     row = i // 2 % 2 * (16 * WARPS) + i % 2 * 8 + i // 32 * 16 + i // 4 % 8
     blocks = tl.minimum(top + row, N - 1) * tiles
-    offset = offset_of(offset, inverse, DOUBLE)
+    if DOUBLE:
+        offset = tl.load(offset) * inverse
     s = scale_of(scales, absmax2, offset, scale_map, inverse, (blocks + first * BLOCKS) >> shift, DOUBLE)
     u = s
     if BLOCKS == 2:
@@ -125,17 +110,13 @@ def _linear(
         total = _low_rank(total, h, B, M, N, r, m, RANK, RANKS, ROWS)
     for step in range(bound(first), bound(last)):
         w = tl.load(words + words_at)
-        xs = tl.load(x + x_at)
-        if INTERPRETED:
-            xs = to_float32(xs)
+        xs = operand(tl.load(x + x_at), tl.bfloat16)
         by_lane = of_four_lanes(pair(s, s), WARPS)
         if BLOCKS == 2:
             by_lane = tl.where((tl.arange(0, 4) < 2)[None, None, None, :], by_lane, of_four_lanes(pair(u, u), WARPS))
         by_lane = tl.reshape(by_lane, (2, 2, WARPS, 8, 4, 1))
-        d = decode(
-            tl.reshape(w, (2, 2, WARPS, 8, 4, WORDS)), tl.broadcast_to(by_lane, (2, 2, WARPS, 8, 4, WORDS)),
-            t0, t1, t2, t3, t4, t5, t6, t7, t8,
-        )  # fmt: skip
+        w = tl.reshape(w, (2, 2, WARPS, 8, 4, WORDS))
+        d = decode(w, tl.broadcast_to(by_lane, w.shape), t0, t1, t2, t3, t4, t5, t6, t7, t8)
         # rep p warp g c j hi q kp -> rep warp p g, and the order of k above
         if MMA_SYNC:
             d = tl.permute(d, (0, 2, 1, 3, 5, 6, 4, 7, 8))
@@ -192,23 +173,24 @@ def linear(
         ValueError: x, bias or the adapter has another dtype, shape or device; or ``canonical.why_not`` has a reason.
     """
     N, K = weight.shape
-    check("x", x, K, weight)
+    canonical.check("x", x, K, weight)
     if bias is not None:
-        check("bias", bias, N, weight)
+        canonical.check("bias", bias, N, weight)
         if bias.dim() != 1:
             raise ValueError(f"bias must have 1 dimension, not {bias.dim()}")
         bias = bias.contiguous()
-    operands = arguments(weight)
+    operands = canonical.arguments(weight)
     x, M = x.contiguous(), math.prod(x.shape[:-1])
     if adapter is not None:
         adapter.check(x, M, N)
     out = x.new_empty((*x.shape[:-1], N))
-    if M == 0 or K == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand(out.shape))
+    if M == 0:
+        return out
     h, B = (None, None) if adapter is None else (adapter.h.contiguous(), adapter.B.contiguous())
     r = 0 if B is None else B.shape[1]
-    sync = mma_sync(x.device)
-    tokens = min(token_tile(M, x.device), 64 if N % 16 else 128)  # 128, each stored by itself, spill registers
+    sync = canonical.mma_sync(x.device)
+    # The sums of 128 tokens, each stored by itself, would spill registers.
+    tokens = min(canonical.token_tile(M, sync), 64 if N % 16 else 128)
     rank, ranks = rank_tiles(r, 64 if tokens < 64 else 16)
     warps, words = _shape(tokens, K, sync)
 
@@ -264,36 +246,35 @@ def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequenc
 CHECKS = {"linear": _check}
 
 
-def product_budget(instructions: float, registers: int, loaded: float) -> Budget:
+def product_budget(instructions: float, registers: int) -> Budget:
     """Dequantized weights stay in registers: nothing is stored to shared memory.
 
     The limits are within 0.2 of what is counted. Weights that were exchanged by shuffles, or multiplications that wait
     for each other, would add that much or more.
     """
-    return Budget(instructions, registers, loaded, staged=0, needs=("HGMMA",))
+    return Budget(instructions, registers, PACKED, staged=0, needs=("HGMMA",))
 
 
 def _case(
     tokens: int, instructions: float, registers: int = 255, rank: int = 0, K: int = 128, sync: bool = False,
     double: bool = True,
 ) -> Case:  # fmt: skip
-    adapter = {"h": "*bf16", "B": "*fp32"} if rank else {}
-    weight = POINTERS if double else {"packed": "*u8", "scales": "*fp32"}
-    pointers = {**dict.fromkeys(("x", "bias", "out"), "*bf16"), **weight}
+    adapter = {"h": "*bf16", "B": "*fp32"}
+    weight, constants = canonical.weight_of_a_case(double)
+    pointers = {**dict.fromkeys(("x", "bias", "out"), "*bf16"), **weight, **(adapter if rank else {})}
     rank_tile, ranks = rank_tiles(rank, 64 if tokens < 64 else 16)
     warps, words = _shape(tokens, K, sync)
     name = f"linear, {tokens} tokens" + (f", rank {rank}" if rank else "") + (", K of 64" if K == 64 else "")
     return Case(
         name=name + ("" if double else ", float32 scales"),
         kernel=_linear,
-        signature=pointers | dict.fromkeys(("M", "N", "steps", *SCALARS, "r"), "i32") | {"inverse": "fp32"} | adapter,
-        constexprs={"TOKENS": tokens, "WARPS": warps, "WORDS": words, "MMA_SYNC": sync, "DOUBLE": double, "BIAS": True}
-        | {"RANK": rank_tile, "RANKS": ranks}
-        | dict.fromkeys({"h", "B"} - adapter.keys() | POINTERS.keys() - weight.keys()),
+        signature=pointers | dict.fromkeys(("M", "N", "steps", *canonical.SCALARS, "r"), "i32") | {"inverse": "fp32"},
+        constexprs={"TOKENS": tokens, "WARPS": warps, "WORDS": words, "MMA_SYNC": sync, "BIAS": True, **constants}
+        | {"RANK": rank_tile, "RANKS": ranks, **({} if rank else dict.fromkeys(adapter))},
         weights=32 * warps * 32 * words,
         num_warps=warps,
-        divisible=(*pointers, "N", *((*adapter, "r") if rank else ())),
-        budget=product_budget(instructions, registers, PACKED),
+        divisible=(*pointers, "N", *(("r",) if rank else ())),
+        budget=product_budget(instructions, registers),
     )
 
 
@@ -306,9 +287,8 @@ CASES_SM_90 = CASES_SM_100 = (
     _case(32, 4.9, 192),
     _case(64, 5.3),
     _case(128, 5.8),
-    _case(16, 4.7, 176, rank=64),  # with an adapter the loop is the same, and what is before it must not spill
-    _case(32, 4.9, 208, rank=128),
-    _case(64, 5.3, rank=64),
+    _case(16, 4.7, 176, rank=64),  # what is before the loop must not spill
+    _case(64, 5.3, rank=128),
     _case(128, 5.8, rank=128),
 )
 CASES_SM_80 = CASES_SM_120 = tuple(

@@ -41,23 +41,11 @@ from torch import Tensor
 from qloralab.lora.dropout import keep_mask, seed_of
 from qloralab.nf4.packed import Packed
 
-from . import self_check
+from . import canonical, self_check
 from .adapter_operands import MaskedLowRank, coins, limit, quad_terms, rank_tiles, row_terms, row_words, threshold
-from .canonical import (
-    POINTERS,
-    SCALARS,
-    TILE,
-    arguments,
-    check,
-    mma_sync,
-    of_eight_lanes,
-    offset_of,
-    pair,
-    scale_of,
-    token_tile,
-)
-from .case import PACKED, Case
-from .interpreter import INTERPRETED, bound, operand, round_to, to_float32
+from .canonical import TILE, of_eight_lanes, pair, scale_of
+from .case import Case
+from .interpreter import bound, operand, round_to
 from .launch import launch
 from .linear import LEVELS, product_budget, whole_weight
 from .lookup import decode_rows, halves
@@ -66,7 +54,7 @@ from .split import in_parts
 COLUMNS = 256  # of a program
 
 
-@triton.jit(do_not_specialize=["M", "N", "steps", "threshold", *SCALARS])
+@triton.jit(do_not_specialize=["M", "N", "steps", "threshold", *canonical.SCALARS])
 def _linear_grad_input(
     grad, packed, scales, absmax2, offset, scale_map, out, M, N, tiles, steps, shift, inverse,
     t0, t1, t2, t3, t4, t5, t6, t7, t8,
@@ -93,18 +81,18 @@ def _linear_grad_input(
     words = packed.to(tl.pointer_type(tl.int32))
     i = tl.arange(0, 2048)  # s q i warp c lane
     lane = tl.arange(0, 32 * WARPS) % 32
-    if MMA_SYNC:  # n is s c q i, else s q c i; a lane has the scales of s q = g
-        row = i // 512 * 16 + i // LANES % 4 * 4 + i // 256 % 2 * 2 + i // 128 % 2
-        scale_row = lane // 8 * 16 + lane % 4 * 4 + lane // 4 % 2 * 2
-    else:
-        row = i // 512 * 16 + i // 256 % 2 * 8 + i // LANES % 4 * 2 + i // 128 % 2
-        scale_row = lane * 2
+    # n is s q c i, with MMA_SYNC s c q i; a lane has the scales of s q = g.
+    Q: tl.constexpr = 2 if MMA_SYNC else 8
+    C: tl.constexpr = 4 if MMA_SYNC else 2
+    row = i // 512 * 16 + i // 256 % 2 * Q + i // LANES % 4 * C + i // 128 % 2
+    scale_row = lane // 8 * 16 + lane // 4 % 2 * Q + lane % 4 * C
     warp = i // (4 * LANES) % WARPS
     block = tl.minimum(tl.program_id(0) * 4 + warp // (WARPS // 4), tiles - 1)
     words_at = row * (tiles * 8) + block * 8 + warp % (WARPS // 4) * LANES + i % LANES
     block = tl.minimum(tl.program_id(0) * 4 + tl.arange(0, 32 * WARPS) // (8 * WARPS), tiles - 1)
     blocks = scale_row * tiles + block
-    offset = offset_of(offset, inverse, DOUBLE)
+    if DOUBLE:
+        offset = tl.load(offset) * inverse
     at = tl.minimum(first * 64, N - 64) * tiles + blocks
     s = scale_of(scales, absmax2, offset, scale_map, inverse, at >> shift, DOUBLE)
     u = scale_of(scales, absmax2, offset, scale_map, inverse, (at + tiles) >> shift, DOUBLE)
@@ -115,9 +103,7 @@ def _linear_grad_input(
         )
     for step in range(bound(first), bound(last)):
         w = tl.load(words + tl.minimum(step * 64, N - 64).to(tl.int64) * (tiles * 8) + words_at)
-        g = tl.load(grad + grad_at)
-        if INTERPRETED:
-            g = to_float32(g)
+        g = operand(tl.load(grad + grad_at), tl.bfloat16)
         by_lane = tl.reshape(of_eight_lanes(pair(s, u), WARPS), (4, 2, WARPS, 8, 4))
         w = tl.permute(tl.reshape(w, (4, 2, 2, WARPS, 4, LANES)), (0, 1, 3, 5, 4, 2))  # s q warp lane c i
         if WARPS == 4:
@@ -134,11 +120,7 @@ def _linear_grad_input(
             a, b = tl.split(halves(a, b, (tl.arange(0, 8) % 2)[None, None, :, None, None]))
             low, high = tl.split(tl.permute(by_lane, (0, 2, 3, 4, 1)))
             d = decode_rows(a, b, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8)
-            # s warp g c q rep p i -> rep warp p g, and the order of n
-            if MMA_SYNC:
-                d = tl.permute(d, (5, 1, 6, 2, 0, 3, 4, 7))
-            else:
-                d = tl.permute(d, (5, 1, 6, 2, 0, 4, 3, 7))
+            d = tl.permute(d, (5, 1, 6, 2, 0, 4, 3, 7))  # s warp g c q rep p i -> rep warp p g, s q c i
         total = tl.dot(tl.reshape(d, (256, 64)), g, total)
         grad += 64
         at = tl.minimum(tl.minimum(step + 1, last - 1) * 64, N - 64) * tiles + blocks
@@ -206,8 +188,8 @@ def linear_grad_input(
         ValueError: grad or the adapter has another dtype, shape or device; or ``canonical.why_not`` has a reason.
     """
     N, K = weight.shape
-    check("grad", grad, N, weight)
-    operands = arguments(weight)
+    canonical.check("grad", grad, N, weight)
+    operands = canonical.arguments(weight)
     M, rest = math.prod(grad.shape[:-1]), N % TILE
     out = grad.new_empty((*grad.shape[:-1], K))
     if rest:
@@ -216,17 +198,17 @@ def linear_grad_input(
     grad = grad.contiguous()
     if adapter is not None:
         adapter.check(grad, M, K)
-    if M == 0 or K == 0:
+    if M == 0:
         return out
     G, A, seed, r, dropped = None, None, None, 0, 0
     if adapter is not None:
         G, A, seed = adapter.G.contiguous(), adapter.A.contiguous(), seed_of(adapter.seed, adapter.p)
         dropped = threshold(adapter.p)
         r = A.shape[0]
-    sync = mma_sync(grad.device)
-    tokens = min(token_tile(M, grad.device), 32 if sync else 128)
+    sync = canonical.mma_sync(grad.device)
+    tokens = min(canonical.token_tile(M, sync), 32 if sync else 128)
     rank, ranks = rank_tiles(r, 64 if tokens < 64 else 16)
-    warps = _warps(tokens)
+    warps = 8 if tokens == 128 else 4
 
     def run(grid: tuple[int, int, int], to: Tensor, steps: int) -> None:
         launch(
@@ -238,11 +220,6 @@ def linear_grad_input(
 
     in_parts(run, out, (-(-K // COLUMNS), -(-M // tokens)), -(-N // TILE), splits, tokens)
     return out
-
-
-def _warps(tokens: int) -> int:
-    """Of a program: with 8, a lane has half of each word."""
-    return 8 if tokens == 128 else 4
 
 
 def _check(launch: Any, device: torch.device) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -264,24 +241,23 @@ CHECKS = {"linear_grad_input": _check}
 def _case(
     tokens: int, instructions: float, registers: int = 255, rank: int = 0, sync: bool = False, double: bool = True
 ) -> Case:
-    adapter = {"G": "*bf16", "A": "*fp32", "seed": "*i64"} if rank else {}
-    weight = POINTERS if double else {"packed": "*u8", "scales": "*fp32"}
-    pointers = {"grad": "*bf16", "out": "*bf16", **weight}
-    scalars = ("M", "N", "steps", *SCALARS, "r", "row_words", "threshold")
+    adapter = {"G": "*bf16", "A": "*fp32", "seed": "*i64"}
+    weight, constants = canonical.weight_of_a_case(double)
+    pointers = {"grad": "*bf16", "out": "*bf16", **weight, **(adapter if rank else {})}
+    scalars = ("M", "N", "steps", *canonical.SCALARS, "r", "row_words", "threshold")
     rank_tile, ranks = rank_tiles(rank, 64 if tokens < 64 else 16)
-    warps = _warps(tokens)
+    warps = 8 if tokens == 128 else 4
     name = f"linear_grad_input, {tokens} tokens" + (f", rank {rank}" if rank else "")
     return Case(
         name=name + ("" if double else ", float32 scales"),
         kernel=_linear_grad_input,
-        signature=pointers | dict.fromkeys(scalars, "i32") | {"inverse": "fp32"} | adapter,
-        constexprs={"TOKENS": tokens, "WARPS": warps, "MMA_SYNC": sync, "DOUBLE": double}
-        | {"RANK": rank_tile, "RANKS": ranks, "DROPOUT": rank > 0}
-        | dict.fromkeys({"G", "A", "seed"} - adapter.keys() | POINTERS.keys() - weight.keys()),
+        signature=pointers | dict.fromkeys(scalars, "i32") | {"inverse": "fp32"},
+        constexprs={"TOKENS": tokens, "WARPS": warps, "MMA_SYNC": sync, "DROPOUT": rank > 0, **constants}
+        | {"RANK": rank_tile, "RANKS": ranks, **({} if rank else dict.fromkeys(adapter))},
         weights=COLUMNS * TILE,
         num_warps=warps,
-        divisible=(*pointers, *((*adapter, "r", "row_words") if rank else ())),
-        budget=product_budget(instructions, registers, PACKED),
+        divisible=(*pointers, *(("r", "row_words") if rank else ())),
+        budget=product_budget(instructions, registers),
     )
 
 
@@ -293,7 +269,6 @@ CASES_SM_90 = CASES_SM_100 = (
     _case(64, 5),
     _case(128, 6.3),
     _case(16, 4.8, 176, rank=64),
-    _case(32, 5, 208, rank=128),
     _case(64, 5, rank=64),
     _case(128, 6.3, rank=128),
 )

@@ -99,7 +99,7 @@ def _table(numbers: tuple[float, ...]) -> Table:
     factors = 1 + torch.arange(_FACTORS, dtype=torch.float32, device="cpu") / _FACTORS
     entries = (values * factors[:, None]).bfloat16()  # [factors, 16]
     errors = (entries.double() / factors[:, None].double() - values.double()).square().sum(1)
-    row = int(errors.nan_to_num(torch.inf).argmin())  # with a value that is not finite, the first: 1
+    row = int(errors.argmin())
     bits = [number & 0xFFFF for number in entries[row].view(torch.int16).tolist()]
     planes = bytes([number >> 8 for number in bits] + [number & 0xFF for number in bits])
     words = [int.from_bytes(planes[i : i + 4], "little", signed=True) for i in range(0, 32, 4)]
@@ -159,19 +159,10 @@ def decode(words, scales, t0, t1, t2, t3, t4, t5, t6, t7, t8):
     words and scales are int32 [...]; a scale is bfloat16, in both halves.
     """
     if INTERPRETED:
-        entries = _entries(t0, t1, t2, t3, t4, t5, t6, t7)
-        o0, o1, o2, o3, o4, o5, o6, o7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
-            entries, words, scales << 16, scales << 16
-        )
-    else:
-        o0, o1, o2, o3, o4, o5, o6, o7 = tl.inline_asm_elementwise(
-            _ONE_ROW,  # pyright: ignore[reportArgumentType]
-            _8_TO_11,  # pyright: ignore[reportArgumentType]
-            [words, scales, t0, t1, t2, t3, t4, t5, t6, t7, t8],
-            dtype=(tl.bfloat16,) * 8,
-            is_pure=True,
-            pack=1,
-        )
+        return _row(words, scales << 16, scales << 16, t0, t1, t2, t3, t4, t5, t6, t7)
+    given = [words, scales, t0, t1, t2, t3, t4, t5, t6, t7, t8]
+    o = tl.inline_asm_elementwise(_ONE_ROW, _8_TO_11, given, (tl.bfloat16,) * 8, True, 1)  # pyright: ignore[reportArgumentType]
+    o0, o1, o2, o3, o4, o5, o6, o7 = o
     return joined(o0, o1, o2, o3, o4, o5, o6, o7)
 
 
@@ -183,22 +174,11 @@ def decode_rows(first, second, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8):
     lower and the upper four codes of the words.
     """
     if INTERPRETED:
-        entries = _entries(t0, t1, t2, t3, t4, t5, t6, t7)
-        a0, a1, a2, a3, a4, a5, a6, a7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
-            entries, first, low << 16, high << 16
-        )
-        b0, b1, b2, b3, b4, b5, b6, b7 = _row(  # pyright: ignore[reportGeneralTypeIssues]
-            entries, second, low & -65536, high & -65536
-        )
-    else:
-        a0, b0, a1, b1, a2, b2, a3, b3, a4, b4, a5, b5, a6, b6, a7, b7 = tl.inline_asm_elementwise(
-            _TWO_ROWS,  # pyright: ignore[reportArgumentType]
-            _16_TO_13,  # pyright: ignore[reportArgumentType]
-            [first, second, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8],
-            dtype=(tl.bfloat16,) * 16,
-            is_pure=True,
-            pack=1,
-        )
+        a = _row(first, low << 16, high << 16, t0, t1, t2, t3, t4, t5, t6, t7)
+        return tl.join(a, _row(second, low & -65536, high & -65536, t0, t1, t2, t3, t4, t5, t6, t7))
+    given = [first, second, low, high, t0, t1, t2, t3, t4, t5, t6, t7, t8]
+    o = tl.inline_asm_elementwise(_TWO_ROWS, _16_TO_13, given, (tl.bfloat16,) * 16, True, 1)  # pyright: ignore[reportArgumentType]
+    a0, b0, a1, b1, a2, b2, a3, b3, a4, b4, a5, b5, a6, b6, a7, b7 = o
     return tl.join(joined(a0, a1, a2, a3, a4, a5, a6, a7), joined(b0, b1, b2, b3, b4, b5, b6, b7))
 
 
@@ -207,14 +187,8 @@ def halves(first, second, upper):
     """The lower half-words of two int32 as one, or, where upper is 1 and not 0, the upper ones."""
     if INTERPRETED:
         return ((first >> (upper * 16)) & 0xFFFF) | ((second >> (upper * 16)) << 16)
-    return tl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;",  # pyright: ignore[reportArgumentType]
-        "=r,r,r,r",  # pyright: ignore[reportArgumentType]
-        [first, second, upper * 0x2222 + 0x5410],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    given = [first, second, upper * 0x2222 + 0x5410]
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", given, tl.int32, True, 1)  # pyright: ignore[reportArgumentType]
 
 
 @triton.jit
@@ -226,9 +200,14 @@ def joined(o0, o1, o2, o3, o4, o5, o6, o7):
 
 
 @triton.jit
-def _entries(t0, t1, t2, t3, t4, t5, t6, t7):
+def _row(words, low, high, t0, t1, t2, t3, t4, t5, t6, t7):
+    """The interpreter's: scales are the bits of float32."""
     bits = (_byte(t0, t1, t2, t3) << 24) | (_byte(t4, t5, t6, t7) << 16)
-    return bits.to(tl.float32, bitcast=True)
+    k = tl.arange(0, 8)
+    codes = (tl.expand_dims(words, -1) >> ((k ^ 1) * 4)) & 15
+    scale = tl.where(k < 4, tl.expand_dims(low, -1), tl.expand_dims(high, -1)).to(tl.float32, bitcast=True)
+    value = tl.reshape(tl.gather(bits.to(tl.float32, bitcast=True), tl.ravel(codes), 0), codes.shape)
+    return tl.reshape(operand(value * scale, tl.bfloat16), (*words.shape, 2, 2, 2))
 
 
 @triton.jit
@@ -236,24 +215,3 @@ def _byte(t0, t1, t2, t3):
     code = tl.arange(0, 16)
     words = tl.where(code < 8, tl.where(code < 4, t0, t1), tl.where(code < 12, t2, t3))
     return (words >> (code % 4 * 8)) & 0xFF
-
-
-@triton.jit
-def _row(entries, words, low, high):
-    low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
-    return (
-        _weight(entries, words >> 4, low),
-        _weight(entries, words, low),
-        _weight(entries, words >> 12, low),
-        _weight(entries, words >> 8, low),
-        _weight(entries, words >> 20, high),
-        _weight(entries, words >> 16, high),
-        _weight(entries, words >> 28, high),
-        _weight(entries, words >> 24, high),
-    )
-
-
-@triton.jit
-def _weight(entries, codes, scale):
-    value = tl.reshape(tl.gather(entries, tl.ravel(codes & 15), 0), codes.shape)
-    return operand(value * scale, tl.bfloat16)

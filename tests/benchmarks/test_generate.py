@@ -75,7 +75,7 @@ def test_a_gpu_has_a_file_of_its_own_and_no_goal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "compute_dtype", lambda device: SimpleNamespace(dtype=torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU (80 GB)")
-    monkeypatch.setattr(generate.choice, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(generate.choice, "device", lambda device: generate.choice.Device("sm_90", 132, "A GPU (80 GB)"))
     monkeypatch.setattr(torch, "tensor", lambda data, device: device)
     monkeypatch.setattr(
         generate, "measure",

@@ -125,8 +125,8 @@ def test_a_rehearsal(tmp_path):
     verdicts = everything(tmp_path, time.monotonic() + 600, python=command)
     assert verdicts == {part.name: "done" for part in parts()}
     files = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    answers = record_file(tmp_path, "generate").name
-    assert set(files) == {"gpu-a-gpu-80-gb.json", "gpu-optimizer-a-gpu-80-gb.json", answers}
+    of_the_host = {record_file(tmp_path, name).name for name in ("generate", "host")}
+    assert set(files) == {"gpu-a-gpu-80-gb.json", "gpu-optimizer-a-gpu-80-gb.json", *of_the_host}
     records = files["gpu-a-gpu-80-gb.json"]
     assert records[0]["kind"] == "canary"
     points = [record for record in records if record["kind"] == "point"]

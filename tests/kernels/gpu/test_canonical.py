@@ -50,24 +50,16 @@ def test_the_bytes_on_the_gpu_are_the_bytes_of_the_file():
     assert 8 * sum(tensor.nbytes for tensor in pointers) / (512 * 1024) < 4.2
 
 
-@pytest.mark.parametrize(("block_size", "shift"), [(64, 0), (128, 1), (4096, 6)])
-def test_a_blocks_number_is_that_of_its_64_columns_shifted(block_size, shift):
-    assert arguments(weight((64, 128), block_size))["shift"] == shift
-
-
-@pytest.mark.parametrize(
-    ("capability", "sync", "most"),
-    [((8, 0), True, 64), ((9, 0), False, 128), ((10, 0), False, 128), ((12, 0), True, 64)],
-)
-def test_tensor_cores_by_capability(capability, sync, most, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+@pytest.mark.parametrize(("major", "sync", "most"), [(8, True, 64), (9, False, 128), (10, False, 128), (12, True, 64)])
+def test_tensor_cores_by_capability(major, sync, most, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     assert mma_sync(torch.device("cuda")) == sync
-    assert token_tile(1500, torch.device("cuda")) == most
+    assert token_tile(1500, sync) == most
 
 
 @pytest.mark.parametrize(("M", "tokens"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (1500, 128)])
 def test_the_tile_of_tokens(M, tokens):
-    assert token_tile(M, torch.device("cpu")) == tokens
+    assert token_tile(M, sync=False) == tokens
 
 
 @pytest.mark.parametrize(

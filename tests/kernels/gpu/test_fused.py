@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +17,6 @@ import qloralab as ql
 from qloralab.kernels.gpu import choice, fused, operators, self_check, two_pass
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
-from qloralab.nf4.linear import QuantizedLinear
-from qloralab.nf4.sharded import shardable_
 
 N, K = SHAPE = (64, 128)
 CLOSE = 0.006  # bfloat16 products with weights that are rounded elsewhere, root mean square over that of the result
@@ -80,17 +77,6 @@ def test_a_measured_choice_is_followed(device, launched, measured):
     assert launched == ["linear", "linear_grad_input"]
     assert error(y, F.linear(x.float(), W, bias.float())) < CLOSE
     assert error(dx, grad.float() @ W) < CLOSE
-
-
-def test_a_weight_that_is_whole_for_a_product_only_is_fused_like_any(device, launched, measured):
-    """Those of fully_shard: nothing is kept of them."""
-    measured(16)
-    model: Any = nn.Sequential(QuantizedLinear(weight(device)))
-    x, _, _ = inputs(device)
-    expected = operators.linear(x, *model[0].weight.operands(), None)
-    shardable_(model)
-    assert torch.equal(operators.linear(x, *model[0].weight.operands(), None), expected)
-    assert launched == ["linear"] * 2
 
 
 def test_an_adapter_is_in_the_fused_products(device, launched, measured):

@@ -10,15 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qloralab.kernels.gpu import linear as forward_file
-from qloralab.kernels.gpu import linear_grad_input as backward_file
+from qloralab.kernels.gpu import canonical
 from qloralab.kernels.gpu.adapter_operands import LowRank, MaskedLowRank
 from qloralab.kernels.gpu.linear import linear
 from qloralab.kernels.gpu.linear_grad_input import linear_grad_input
 from qloralab.kernels.gpu.lookup import table
 from qloralab.lora.dropout import keep_mask
 from qloralab.nf4 import blockwise, double_quant, ops
-from qloralab.nf4.codebook import dynamic_map
 from qloralab.nf4.packed import Packed
 
 from ..cpu.cases import NF4, ONE, WHOLE, ZERO
@@ -78,19 +76,6 @@ def dequantized(weight: Packed) -> Tensor:
     return ops.dequantize.reference(*weight, torch.float32).double()
 
 
-def kernels_own(weight: Packed) -> Tensor:
-    """The weights that the kernels multiply, float32 [N, K]: each factor in bfloat16, and their product."""
-    look_up, codes = table(weight.values), blockwise.unpack(weight.packed, 2 * len(weight.packed)).long()
-    inverse = torch.tensor(1 / look_up.factor)
-    if weight.absmax2 is None or weight.offset is None:
-        scales = weight.scales * inverse
-    else:
-        levels = (weight.absmax2 * inverse).repeat_interleave(256)[: len(weight.scales)].double()
-        scales = (dynamic_map().double()[weight.scales.long()] * levels + (weight.offset * inverse).double()).float()
-    each = scales.bfloat16().float().repeat_interleave(weight.block_size)[: len(codes)]
-    return (torch.tensor(look_up.values)[codes] * each).bfloat16().float().view(tuple(weight.shape))
-
-
 def rounded(exact: Tensor) -> Tensor:
     """float64, rounded to bfloat16 (through float32, which holds the sums of these tests exactly)."""
     return exact.float().bfloat16().double()
@@ -111,8 +96,7 @@ def test_the_whole_numbers_are_exact_in_the_table():
 def order(request, monkeypatch) -> None:
     """Both orders in which tensor cores have columns in lanes; each is right in the interpreter."""
     if request.param:
-        for file in (forward_file, backward_file):
-            monkeypatch.setattr(file, "mma_sync", lambda device: True)
+        monkeypatch.setattr(canonical, "mma_sync", lambda device: True)
 
 
 @pytest.mark.parametrize(("M", "N", "K", "block_size", "splits", "double"), CASES)
@@ -202,14 +186,14 @@ def test_accuracy_and_the_same_bits_in_both_directions_and_for_any_number_of_tok
     assert 1.7e-3 < (W.double() - W64).norm() / W64.norm() < 2.7e-3
 
 
-@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_against_float64_with_its_own_weights(double, device):
+def test_against_float64_with_its_own_weights(device):
     """Sums of many products: only the rounding of the result away from the exact sum of the kernel's weights."""
     M, N, K = 5, 64, 512
-    weight = random_weight(N, K, "cpu", double)
+    weight = random_weight(N, K, device)
+    W = linear_grad_input(torch.eye(N, dtype=torch.bfloat16, device=device), weight).cpu()
     x, bias = torch.randn(M, K).bfloat16(), torch.randn(N).bfloat16()
-    expected = exact(True, x, kernels_own(weight)) + bias.double()
-    found = linear(x.to(device), moved(weight, lambda tensor: tensor.to(device)), bias.to(device)).cpu().double()
+    expected = exact(True, x, W) + bias.double()
+    found = linear(x.to(device), weight, bias.to(device)).cpu().double()
     assert (found - expected).norm() / expected.norm() < 2e-3
     assert torch.allclose(found, expected, rtol=2**-8, atol=1e-4)
 
