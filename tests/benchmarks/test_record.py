@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qloralab.benchmarks.record import (
     provenance,
     record_file,
     record_files,
+    write,
 )
 
 
@@ -77,6 +79,21 @@ def test_a_trial_overwrites_no_record(arguments, folder):
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--shape", type=int, nargs=2, action="append")
     assert parse(parser, arguments).out == folder
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    write([{"M": 1}], tmp_path / "gpu.json")
+
+    def killed(self, text):
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write([{"M": 1}, {"M": 2}], tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == [{"M": 1}]
+    assert [file.name for file in tmp_path.glob("*.json")] == ["gpu.json"]
 
 
 def test_a_class_has_a_file_of_its_own(tmp_path, monkeypatch):
