@@ -7,7 +7,7 @@ schema; the functions that an operator is made of take one ``Packed`` instead. W
 ``torch.compile`` and ``torch.export``, in a dispatch mode, a transform of ``torch.func`` or a trace, for subclasses of
 ``Tensor``. It costs: a custom operator whose gradient is wanted crosses from the dispatcher to Python four times, 100
 to 200 microseconds of a processor, in which a GPU finishes several small layers. So an eager call of plain tensors goes
-past it: to the implementation of the device at once, or by one ``autograd.Function``, which both ways share.
+past it: to the implementation of the device at once, or by one ``autograd.Function`` with the same derivative.
 
 Derivatives are those of reverse mode. Forward-mode differentiation (``torch.func.jvp``, ``torch.autograd.forward_ad``)
 raises NotImplementedError: PyTorch would drop the tangents of a custom operator and go on.
@@ -43,6 +43,7 @@ def backend(device: str) -> int:
     return _bits(device) & _BACKENDS
 
 
+_keys_of = torch._C._dispatch_keys
 _BACKENDS = 0xFFFF
 # Dense memory, with autograd and autocast; not a view that is still to be negated, say.
 _PLAIN = _bits("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")
@@ -83,7 +84,7 @@ class Operator(CustomOpDef):
         for argument in arguments:
             if isinstance(argument, Tensor):
                 wants = wants or argument.requires_grad
-                keys |= _keys(argument) if type(argument) in _CLASSES else ~_PLAIN
+                keys |= _keys_of(argument).raw_repr() if type(argument) in _CLASSES else ~_PLAIN
         wants = wants and torch.is_grad_enabled()
         run = None if keys & ~_PLAIN else self.implementations.get(keys & _BACKENDS)
         if run is None or (wants and self._eager is None):
@@ -110,7 +111,7 @@ class Operator(CustomOpDef):
         self.register_autograd(all_gradients, setup_context=lambda ctx, inputs, output: keep_flat(ctx, output, *inputs))
 
         def forward(ctx, *arguments):
-            output = self.implementations[_keys(arguments[0]) & _BACKENDS](*arguments)
+            output = self.implementations[_keys_of(arguments[0]).raw_repr() & _BACKENDS](*arguments)
             keep_flat(ctx, output, *arguments)
             return output
 
@@ -155,10 +156,6 @@ class Operator(CustomOpDef):
 def operator(schema: str) -> Callable[[_Function], Operator]:
     """Declare a function, the reference, as an operator of its name."""
     return lambda reference: Operator(schema, reference)
-
-
-def _keys(tensor: Tensor) -> int:
-    return torch._C._dispatch_keys(tensor).raw_repr()
 
 
 def _is_watched() -> bool:

@@ -17,8 +17,8 @@ They serve what ``quantize`` makes and files hold: codes of 4 bits; float32, bfl
 
 Each kernel serves on a device only after it has passed a check there (``self_check.py``); ``QLORALAB_GPU`` chooses.
 
-**The fused products** (``fused.py``) serve where ``choice.py`` says that they took less time on this architecture,
-and after a check on the device. All other products are two-pass.
+**The fused products** (``fused.py``) serve where ``choice.py`` says so, and after a check on the device. All other
+products are two-pass.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ KERNELS = {
     "adapted_linear": ("dequantize", "project"),
     "adapted_linear_backward": ("dequantize", "grad_A", "grad_B", "masked_low_rank"),
 }
+FUSED = ("linear", "linear_grad_input")  # the kernels of the fused products
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,8 +228,19 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
         elif kernels == (name,):
             implementation, why = "triton", "it agrees with the definition on this device, bit for bit"
         else:
-            implementation = "two-pass"
-            why = f"Triton's {', '.join(kernels)}, then cuBLAS; "
-            why += choice.summary(choice.device(device))
+            implementation, why = _product_report(kernels, device)
         rows.append({"operator": name, "device": "cuda", "implementation": implementation, "why": why})
     return rows
+
+
+def _product_report(kernels: Sequence[str], device: torch.device) -> tuple[str, str]:
+    """Which ways a product takes on a device, and why."""
+    two_pass = f"Triton's {', '.join(kernels)}, then cuBLAS"
+    found = choice.device(device)
+    summary = choice.summary(found)
+    if choice.is_exact() or not choice.fused_up_to(1 << 20, found):
+        return "two-pass", f"{two_pass}; {summary}"
+    for name in FUSED:
+        if failed := self_check.reason(name, device):
+            return "two-pass", f"{two_pass}; not fused: {failed}"
+    return "fused, two-pass", f"{summary}; else {two_pass}"

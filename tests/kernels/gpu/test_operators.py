@@ -292,6 +292,28 @@ def test_the_report_says_what_serves(device):
     assert found["dropout"] == ("reference", "there is no Triton kernel for it")
 
 
+@pytest.fixture
+def sm_90(monkeypatch) -> None:
+    monkeypatch.setattr(choice, "device", lambda _: choice.Device("sm_90", 132, "a card"))
+
+
+@pytest.mark.usefixtures("sm_90")
+def test_the_report_of_a_product_that_is_fused(device, monkeypatch):
+    monkeypatch.setattr(self_check, "_failure", lambda *_: "")
+    where = torch.device(device)
+    way, why = rows(where)["linear"]
+    assert way == "fused, two-pass"
+    assert why.startswith("fused up to 256 tokens, 128 where the weight has few rows; else Triton's dequantize, then")
+    monkeypatch.setattr(choice, "is_exact", lambda: True)
+    assert rows(where)["linear"] == ("two-pass", "Triton's dequantize, then cuBLAS; never fused (QLORALAB_EXACT=1)")
+
+
+@pytest.mark.usefixtures("sm_90")
+def test_the_report_of_a_fused_kernel_that_fails(device, monkeypatch):
+    monkeypatch.setattr(self_check, "_failure", lambda name, *_: "ptxas" if name == "linear_grad_input" else "")
+    assert rows(torch.device(device))["linear"] == ("two-pass", "Triton's dequantize, then cuBLAS; not fused: ptxas")
+
+
 @pytest.mark.parametrize(
     ("kernel", "asked", "implementation"),
     [("dequantize", "auto", "reference"), ("dequantize", "triton", "none"), ("grad_A", "auto", "reference")],
