@@ -143,6 +143,7 @@ def grad_B(dy: Tensor, h: Tensor, B: Tensor, factor: float, plan: Plan | None = 
     return _one_pass(dy.contiguous(), h.contiguous(), B.contiguous(), factor, plan)
 
 
+@functools.lru_cache(1024)
 def plan_of(M: int, N: int, r: int, widest: int = WIDTHS[0]) -> Plan | None:
     """How one pass cuts dy [M, N] for a rank of r; None: two products move fewer bytes.
 

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,11 +131,9 @@ def adapted_linear(
     """``adapter.project``, then a product with h B' inside."""
     if not _is_adapted(x, weight, A, B, seed, bias=bias) or not _are_served("adapted_linear", weight, x):
         return lora_ops.adapted_linear.reference(x, *weight, bias, A, B, scaling, p, seed)
-    from .adapter import project
-    from .adapter_operands import LowRank
-
-    h = project(rows(x), A, seed, p, scaling / (1 - rate(p)))
-    return _product("linear", x, weight, bias, adapter=LowRank(h, B)), h
+    gpu = _modules()
+    h = gpu.adapter.project(rows(x), A, seed, p, scaling / (1 - rate(p)))
+    return _product("linear", x, weight, bias, adapter=gpu.adapter_operands.LowRank(h, B)), h
 
 
 @lora_ops.adapted_linear_backward.on("CUDA", _on_its_device)
@@ -145,25 +145,32 @@ def adapted_linear_backward(
     fits = _is_adapted(x, weight, A, B, seed, grad=grad, h=h)
     if not fits or not _are_served("adapted_linear_backward", weight, x):
         return lora_ops.adapted_linear_backward.reference(grad, x, h, *weight, A, B, scaling, p, seed, needs_input)
-    from .adapter import grad_A
-    from .adapter_operands import MaskedLowRank
-    from .grad_B import grad_B
-
-    G, dB = grad_B(rows(grad), h, B, scaling / (1 - rate(p)))
-    dA = grad_A(G, rows(x), seed, p)
+    gpu = _modules()
+    G, dB = gpu.grad_B.grad_B(rows(grad), h, B, scaling / (1 - rate(p)))
+    dA = gpu.adapter.grad_A(G, rows(x), seed, p)
     if not needs_input:
         return x.new_empty(0), dA, dB
-    return _product("linear_grad_input", grad, weight, adapter=MaskedLowRank(G, A, seed, p)), dA, dB
+    return (
+        _product("linear_grad_input", grad, weight, adapter=gpu.adapter_operands.MaskedLowRank(G, A, seed, p)),
+        dA,
+        dB,
+    )
 
 
 def _product(
     operation: str, x: Tensor, weight: Packed, *bias: Tensor | None, adapter: LowRank | MaskedLowRank | None = None
 ) -> Tensor:
     """x W' + bias or grad W, plus the term of an adapter: fused where ``choice.py`` says so, else two-pass."""
-    from . import fused, two_pass
+    gpu = _modules()
+    y = getattr(gpu.fused, operation)(x, weight, *bias, adapter=adapter)
+    return getattr(gpu.two_pass, operation)(x, weight, *bias, adapter=adapter) if y is None else y
 
-    y = getattr(fused, operation)(x, weight, *bias, adapter=adapter)
-    return getattr(two_pass, operation)(x, weight, *bias, adapter=adapter) if y is None else y
+
+@functools.cache
+def _modules() -> SimpleNamespace:
+    """Those that import Triton, at the first call. (An import statement in each call is a microsecond.)"""
+    names = ("adapter", "adapter_operands", "fused", "grad_B", "two_pass")
+    return SimpleNamespace(**{name: import_module(f".{name}", __package__) for name in names})
 
 
 def _are_served(name: str, weight: Packed, x: Tensor) -> bool:
