@@ -1,0 +1,88 @@
+"""A launch past the compiler runs the kernel that the compiler would have chosen, whatever the arguments are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, where kernels are compiled; nothing is launched.
+CODE = """
+import itertools, json
+import torch, triton
+import triton.language as tl
+from qloralab.benchmarks import no_device
+from qloralab.kernels.gpu import launch as module
+from triton import knobs
+
+@triton.jit(do_not_specialize=["size"])
+def kernel(x, maybe, number, size, factor, LARGE: tl.constexpr, WIDE: tl.constexpr):
+    i = tl.arange(0, 16)
+    value = tl.load(x + i * number, mask=i < size, other=0.0) * factor
+    if maybe is not None:
+        value += tl.load(maybe + i)
+    tl.store(x + i, value)
+
+def at(offset, dtype):
+    memory = torch.zeros(256, dtype=dtype)
+    start = -memory.data_ptr() % 64 // memory.element_size() + offset
+    return memory[start:start + 64]
+
+choices = {
+    "x": [at(0, torch.float32), at(1, torch.float32), at(0, torch.bfloat16), at(4, torch.float32)],
+    "maybe": [None, at(0, torch.float32)],
+    "number": [1, 16, 17, 2**31 + 16],
+    "size": [1, 16, 2**31],
+    "factor": [0.5],
+    "LARGE": [True, False],
+    "WIDE": [8],
+}
+with no_device.pretend():
+    wrong, kernels, launches = [], set(), len(no_device.launches)
+    combinations = list(itertools.product(*choices.values()))
+    for turn in range(2):  # the second time each is known
+        known = len(module._compiled)
+        for values in combinations:
+            named = dict(zip(choices, values))
+            positional = [named.pop(name) for name in ("x", "maybe")]
+            ran = []
+            right = kernel[(1, 1, 1)](*values, num_warps=4, num_stages=3)
+            run, right._run = right.run, lambda *a: ran.append(a)
+            module.launch(kernel, (1,), *positional, **named)
+            right._run = run
+            launched = ran and list(ran[0][9:]) == list(values) and ran[0][:3] == (1, 1, 1)
+            if not launched:
+                wrong.append([turn, str(values)])
+            kernels.add(right.hash)
+        if turn == 1 and len(module._compiled) != known:
+            wrong.append("known ones were compiled again")
+    seen = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    before = dict(module._compiled)
+    module._compiled.clear()
+    module.launch(kernel, (1,), *combinations[0][:2], **dict(list(zip(choices, combinations[0]))[2:]))
+    found = {"wrong": wrong[:5], "kernels": len(kernels), "asked": len(combinations), "hooked": len(module._compiled)}
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    file = tmp_path_factory.mktemp("launch") / "kernels.py"  # Triton reads the text of a kernel
+    file.write_text(CODE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_kernel_is_the_compilers(found):
+    assert found["wrong"] == []
+    assert 10 < found["kernels"] < found["asked"]
+
+
+def test_with_hooks_a_launch_goes_the_long_way(found):
+    assert found["hooked"] == 0
