@@ -52,7 +52,7 @@ from .gpu_plot import plot
 from .gpu_providers import FUSED, OPTIONS, PROVIDERS
 from .gpu_views import tables, with_ratios
 from .provider import Outcome, Provider, compare, from_user, text
-from .record import gpu_provenance, gpu_record_file, parse, write
+from .record import existing, gpu_provenance, gpu_record_file, parse, write
 from .view import p50, show
 from .view import points as by_point
 
@@ -252,13 +252,13 @@ def listing(providers: Sequence[Provider]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything that can be run here, or show what was measured."""
     parser = argparse.ArgumentParser(description="Check and measure the GPU kernels beside cuBLAS and their peers.")
-    parser.add_argument("--view", type=Path, metavar="FILE", help="show and draw these records, measure nothing")
+    parser.add_argument("--view", type=existing, metavar="FILE", help="show and draw these records, measure nothing")
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar="FILE", help="show what became slower, measure nothing"
+        "--compare", type=existing, nargs=2, metavar="FILE", help="show what became slower, measure nothing"
     )
     parser.add_argument("--fail-over", type=percentage, default=0.03, metavar="PERCENT", help="of --compare: 3%%")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
-    parser.add_argument("--model", type=Path, metavar="CONFIG.JSON", help="the shapes of its linear layers")
+    parser.add_argument("--model", type=existing, metavar="CONFIG.JSON", help="the shapes of its linear layers")
     parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="of products and layers")
     parser.add_argument("--rank", type=int, default=RANK, help="of adapters")

@@ -17,7 +17,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import no_device
-from .record import parse, provenance, record_file, write
+from .record import existing, parse, provenance, record_file, write
 from .view import grid, show
 
 N = K = 256
@@ -171,7 +170,7 @@ def _memory(tensor: Tensor) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and show, or show what was measured."""
     parser = argparse.ArgumentParser(description="What the host does for a call of the GPU's operators.")
-    parser.add_argument("--view", type=Path, metavar="FILE", help="show these records, measure nothing")
+    parser.add_argument("--view", type=existing, metavar="FILE", help="show these records, measure nothing")
     args = parse(parser, arguments)
     if args.view:
         show([table(json.loads(args.view.read_text()))], WIDTH)

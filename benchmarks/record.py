@@ -52,6 +52,13 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return args
 
 
+def existing(name: str) -> Path:
+    """A file that is there, as the type of an option."""
+    if not (path := Path(name)).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {name}")
+    return path
+
+
 def write(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the records as a JSON list, one a line; a process that is killed meanwhile leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qloralab.benchmarks import gpu
 from qloralab.benchmarks import record as module
 from qloralab.benchmarks.record import (
     LOWERING,
@@ -124,3 +125,11 @@ def test_versions_of_what_is_installed_only(monkeypatch):
     found = gpu_provenance("gpu", "a GPU")["versions"]
     assert found["torch"].startswith(torch.__version__.partition("+")[0])
     assert "a-package-that-nobody-has" not in found
+
+
+@pytest.mark.parametrize("option", ["--view", "--model", "--compare"])
+def test_a_file_that_is_not_there_is_refused_by_name(option, tmp_path, capsys):
+    missing = str(tmp_path / "missing.json")
+    with pytest.raises(SystemExit):
+        gpu.main([option, missing, *([missing] if option == "--compare" else [])])
+    assert capsys.readouterr().err.endswith(f"error: argument {option}: there is no file {missing}\n")
