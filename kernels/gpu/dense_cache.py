@@ -12,10 +12,9 @@ layers but one, it would hit nothing. Of a fixed set, every layer hits, each tim
 **Recomputed weights go before.** Gradient checkpointing computes a block again within the backward pass and takes its
 gradient right after: of the three dequantizations of a weight in a step, the third has the bits of the second. A
 product that runs forward within a backward pass is known by PyTorch's number of that pass, without anyone's help. Its
-weight is kept until its input gradient was taken. The bytes of one block so save one dequantization for each block of
-the model, where those of a block that stays save three; hence recomputed weights take the place of the ones that came
-last, and the room that they took at most is left to them. What no gradient asked for is dropped by the next product
-that runs forward outside.
+weight is kept until its input gradient was taken, where the budget has room left; what no gradient asked for is dropped
+by the next product that runs forward outside. The bytes of one block so save one dequantization for each block of the
+model, where those of a block that stays save three of its own.
 
 **An entry** is of a ``packed`` tensor and a dtype, and dies with that tensor. It is made again when an operand was
 written to, or is another one. A weight that is whole for a product only (``nf4/sharded.py``) has none.
@@ -25,10 +24,8 @@ nothing is kept that would leave less than `MARGIN` free. There, or where an all
 and the workspace serves.
 
 **Streams.** An entry is made on the stream of its first product. Another stream waits for that once, and is made known
-to the allocator. A CUDA graph may be captured with an entry that is there (``torch.cuda.graph`` waits for the device
-before it captures); none is made meanwhile. The graph replays the address of the entry, which therefore stays for as
-long as ``packed``, whose own address a graph without the cache replays; neither ``clear`` nor a recomputed weight takes
-it. A graph goes on with the bits of its capture when packed is written to.
+to the allocator. A CUDA graph replays addresses, so a product that is captured takes none from here: its weight is
+dequantized in the graph's own memory, at each replay.
 """
 
 from __future__ import annotations
@@ -81,7 +78,6 @@ class _Dense:
         recomputed: it is kept until its input gradient was taken.
         made: when, on the stream that made it; None where there are no streams.
         streams: that may use it.
-        captured: the address is in a CUDA graph.
     """
 
     weight: Tensor
@@ -90,36 +86,31 @@ class _Dense:
     recomputed: bool
     made: torch.cuda.Event | None = None
     streams: set[torch.cuda.Stream] = field(default_factory=set)
-    captured: bool = False
 
 
 class _Account:
     """The bytes of a device."""
 
     def __init__(self) -> None:
-        self.kept = self.recomputed = 0
-        self.reserved = 0  # what recomputed weights took at most
-        self.most = 0  # what all took at most
+        self.held = 0
+        self.most = 0  # that was held
         self.ceiling = math.inf  # where memory came to an end
-        self._freed: deque[tuple[str, int]] = deque()  # entries die at any moment, in any thread
+        self._freed: deque[int] = deque()  # entries die at any moment, in any thread
 
     def add(self, dense: _Dense) -> None:
-        kind, nbytes = "recomputed" if dense.recomputed else "kept", dense.weight.nbytes
-        setattr(self, kind, getattr(self, kind) + nbytes)
-        self.most = max(self.most, self.kept + self.recomputed)
-        self.reserved = max(self.reserved, self.recomputed)
-        weakref.finalize(dense, self._freed.append, (kind, nbytes)).atexit = False
+        self.held += dense.weight.nbytes
+        self.most = max(self.most, self.held)
+        weakref.finalize(dense, self._freed.append, dense.weight.nbytes).atexit = False
 
     def settle(self) -> None:
         """Take off what has died."""
         while self._freed:
-            kind, nbytes = self._freed.popleft()
-            setattr(self, kind, getattr(self, kind) - nbytes)
+            self.held -= self._freed.popleft()
 
 
 _lock = threading.Lock()
-# packed -> by dtype; by dtype and a number where packed was written to and a graph has the address
-_weights = WeakTensorKeyDictionary()
+_weights = WeakTensorKeyDictionary()  # packed -> by dtype
+_recomputed = weakref.WeakSet["_Dense"]()
 _accounts: dict[torch.device, _Account] = {}
 _used: _Limit | None = None
 
@@ -141,6 +132,8 @@ def weight(operands: Packed, dtype: torch.dtype, forward: bool, dequantize: Call
     """
     limit = _limit()
     if limit is None or not limit.budget or getattr(operands.packed, "is_fleeting", False):
+        return None
+    if operands.packed.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     with _lock:
         return _find(operands, dtype, forward, limit, dequantize)
@@ -189,16 +182,10 @@ def while_recomputing(device: torch.device) -> AbstractContextManager[None]:
 
 
 def clear() -> None:
-    """Let go of all weights but those whose addresses are in CUDA graphs."""
+    """Let go of all weights."""
     with _lock:
-        for packed, entries in list(_weights.items()):
-            for key in [key for key, dense in entries.items() if not dense.captured]:
-                del entries[key]
-            if not entries:
-                del _weights[packed]
-        for account in _accounts.values():
-            account.settle()
-            account.most, account.reserved, account.ceiling = account.kept + account.recomputed, 0, math.inf
+        _weights.clear()
+        _accounts.clear()
 
 
 def held() -> dict[torch.device, Held]:
@@ -241,30 +228,20 @@ def _find(
     operands: Packed, dtype: torch.dtype, forward: bool, limit: _Limit, dequantize: Callable[..., Tensor]
 ) -> Tensor | None:
     packed = operands.packed
-    account = _accounts.setdefault(packed.device, _Account())
-    capturing = _is_capturing(packed.device)
     within_backward = torch._C._current_graph_task_id() >= 0
-    if account.recomputed and forward and not (within_backward or capturing):
-        _drop_recomputed(packed.device)
+    if _recomputed and forward and not within_backward:
+        _drop_recomputed()
     entries = _weights.get(packed)
     again = entries is not None
     if entries is None:
         entries = _weights[packed] = {}
     dense = entries.get(dtype)
-    if dense is not None and dense.state != _state(operands):
+    if dense is None or dense.state != _state(operands):
         dense = None
-    if capturing:
-        if dense is None or dense.recomputed:
-            return None
-        dense.captured = True
-        return dense.weight
-    if dense is None:
-        if (stale := entries.pop(dtype, None)) is not None and stale.captured:
-            entries[dtype, id(stale)] = stale
-        del stale
+        entries.pop(dtype, None)
         recomputed = forward and within_backward
         if recomputed or limit.keep == "all" or (limit.keep == "used again" and again):
-            dense = _made(operands, dtype, recomputed, account, limit.budget, dequantize)
+            dense = _made(operands, dtype, recomputed, limit.budget, dequantize)
         if dense is None:
             return None
         entries[dtype] = dense
@@ -275,25 +252,21 @@ def _find(
 
 
 def _made(
-    operands: Packed, dtype: torch.dtype, recomputed: bool, account: _Account, budget: int,
-    dequantize: Callable[..., Tensor],
-) -> _Dense | None:  # fmt: skip
+    operands: Packed, dtype: torch.dtype, recomputed: bool, budget: int, dequantize: Callable[..., Tensor]
+) -> _Dense | None:
     """A new entry; None: there is no room for it."""
-    account.settle()
     device, nbytes = operands.packed.device, math.prod(operands.shape) * dtype.itemsize
-    if recomputed:
-        fits = _make_room(device, account, account.recomputed + nbytes, budget)
-    else:
-        fits = account.kept + nbytes + account.reserved <= budget
-    total = account.kept + account.recomputed + nbytes
-    if not fits or total > account.ceiling:
+    account = _accounts.setdefault(device, _Account())
+    account.settle()
+    total = account.held + nbytes
+    if total > min(budget, account.ceiling):
         return None
     try:
         if device.type == "cuda" and total > account.most and spare(device) < nbytes:
             raise torch.OutOfMemoryError
         made = dequantize(*operands, dtype)
     except torch.OutOfMemoryError:
-        account.ceiling = account.kept + account.recomputed
+        account.ceiling = account.held
         return None
     dense = _Dense(made, operands.tensors[1:], _state(operands), recomputed)
     if made.is_cuda:
@@ -301,39 +274,16 @@ def _made(
         dense.made.record(stream)
         dense.streams.add(stream)
     account.add(dense)
+    if recomputed:
+        _recomputed.add(dense)
     return dense
 
 
-def _make_room(device: torch.device, account: _Account, recomputed: int, budget: int) -> bool:
-    """For so many bytes of recomputed weights, in place of those that came last. False: nothing was let go of."""
-    if account.kept + max(recomputed, account.reserved) <= budget:
-        return True
-    others = [
-        (entries, key, dense.weight.nbytes)
-        for entries in _weights.values()
-        for key, dense in entries.items()
-        if dense.weight.device == device and not (dense.recomputed or dense.captured)
-    ]
-    if account.kept - sum(nbytes for *_, nbytes in others) + recomputed > budget:
-        return False
-    for entries, key, _ in reversed(others):
-        if account.kept + recomputed <= budget:
-            break
-        del entries[key]
-        account.settle()
-    return True
-
-
-def _drop_recomputed(device: torch.device) -> None:
-    """Those of a device: the backward pass that they were made in is over."""
+def _drop_recomputed() -> None:
+    """The backward pass that they were made in is over."""
     for entries in list(_weights.values()):
-        for key in [key for key, dense in entries.items() if dense.recomputed and dense.weight.device == device]:
+        for key in [key for key, dense in entries.items() if dense.recomputed]:
             del entries[key]
-    _accounts[device].settle()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _order(dense: _Dense) -> None:
