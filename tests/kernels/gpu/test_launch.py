@@ -41,7 +41,7 @@ choices = {
     "WIDE": [8],
 }
 with no_device.pretend():
-    wrong, kernels, launches = [], set(), len(no_device.launches)
+    wrong, kernels = [], set()
     combinations = list(itertools.product(*choices.values()))
     for turn in range(2):  # the second time each is known
         known = len(module._compiled)
