@@ -1,10 +1,10 @@
 """The GPU's operators on a machine that has none: everything that the host does, and nothing that a device would.
 
 Triton's driver is replaced by `Driver`: kernels are compiled for a real target, the JIT binds, looks up and launches as
-it always does, and the launcher writes down what it was given instead of calling CUDA. So does the function that stands
-for the driver's where launches are replayed, in C (``no_device.c``). The operators of ``kernels/gpu`` serve CPU tensors,
-but for those that quantize. What a kernel would have written is whatever the memory held; products that a GPU gives to
-cuBLAS run on the CPU, so shapes are to be small.
+it always does, and the launcher writes down what it was given instead of calling CUDA. So does what stands for the
+driver's function where launches are replayed, in C (``no_device.c``). The operators of ``kernels/gpu`` serve CPU
+tensors, but for those that quantize. What a kernel would have written is whatever the memory held; products that a GPU
+gives to cuBLAS run on the CPU, so shapes are to be small.
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ def launches() -> list[Launch]:
     return [_launch(_driver().launch(number).contents) for number in range(first, _taken)]
 
 
+def function(name: str, sizes: Sequence[int]) -> int:
+    """The handle of a new function with parameters of so many bytes."""
+    _names.append(name)
+    known = _driver().sizes_of(len(_names) - 1)
+    for number, size in enumerate(sizes):
+        known[number] = size
+    return len(_names) - 1
+
+
 class _Taken(ctypes.Structure):
     """``Launch`` of no_device.c."""
 
@@ -99,11 +108,8 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any):
         self._kinds = tuple(source.signature.values())
         passed = [kind for kind in self._kinds if kind != "constexpr"]
-        self._sizes = [8 if kind[0] == "*" else struct.calcsize(_FORMATS[kind]) for kind in passed]
-        _names.append(metadata.name)
-        sizes = _driver().sizes_of(len(_names) - 1)
-        for number, size in enumerate([*self._sizes, 8, 8]):  # behind them, pointers to scratch memory
-            sizes[number] = size
+        sizes = [8 if kind[0] == "*" else struct.calcsize(_FORMATS[kind]) for kind in passed]
+        function(metadata.name, [*sizes, 8, 8])  # behind them, pointers to scratch memory
 
     def __call__(
         self, x: int, y: int, z: int, stream: int, function: int, metadata: Sequence[int], _1: Any, _2: Any, _3: Any,
@@ -152,6 +158,7 @@ class Driver:
 @contextmanager
 def pretend() -> Iterator[None]:
     """Serve eager calls with CPU tensors by the GPU's operators, inside the body. It is the whole process'."""
+    import qloralab.kernels.cpu.operators  # noqa: F401  # registers itself, and is replaced
     from qloralab.kernels.gpu import operators, program, replay, self_check
     from qloralab.lora import ops as lora_ops
     from qloralab.nf4 import ops

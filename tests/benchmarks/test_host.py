@@ -15,8 +15,8 @@ from qloralab.benchmarks.host import counts
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER = ["_project", "_linear", "_grad_B", "_add_parts", "_grad_A", "_linear_grad_input"]
-# The kernels that are launched, calls of the dispatcher, and tensors that are made: h, y, dx, dA, dB, and a workspace for
-# G and its two parts; with dropout the seed.
+# The kernels that are launched, calls of the dispatcher, and tensors that are made: h, y, dx, dA, dB, and a workspace
+# for G and its two parts; with dropout the seed.
 EXPECTED = {
     "adapted layer, both ways, dropout": (LAYER, 7, 7),
     "adapted layer, both ways": (LAYER, 6, 6),
