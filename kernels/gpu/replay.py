@@ -172,7 +172,7 @@ def _learn(function: _Function, arguments: Sequence[Any], kind: _Kind, addresses
         _remember(_seen, kind, True)
         return function(*arguments)
     is_traceable = len(set(addresses)) == len(addresses)
-    if not is_traceable or (arguments[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_traceable or _is_capturing(arguments[0].device):
         return function(*arguments)
     assert _tools is not None
     with _tools.noted() as notes, _Made() as made:
@@ -187,6 +187,10 @@ def _learn(function: _Function, arguments: Sequence[Any], kind: _Kind, addresses
     if replay is None or _is_trusted(replay, addresses, stream, result):
         _remember(_replays, kind, replay)
     return result
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Made(TorchDispatchMode):
