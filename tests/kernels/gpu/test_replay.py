@@ -93,18 +93,24 @@ class Made:
         return self.result
 
 
-@pytest.fixture
-def recorder(monkeypatch) -> Iterator[Any]:
-    """``record(run)`` is an operator of a tensor; what its recording gives is ``record.made``."""
-    noted: Any = lambda: nullcontext([])  # noqa: E731
-    monkeypatch.setattr(replay, "_tools", replay._Tools(lambda device: 7, lambda values: None, noted))
+class Recorder:
+    """Makes operators that are recorded."""
 
-    def record(run: Callable[..., Any]) -> Callable[..., Any]:
+    made: Made | None = None
+
+    def __call__(self, run: Callable[..., Any]) -> Callable[..., Any]:
         return replay.replayed("an operator", run)
 
-    monkeypatch.setattr(replay, "_replay", lambda *_: record.made)
+
+@pytest.fixture
+def recorder(monkeypatch) -> Iterator[Any]:
+    """``recorder(run)`` is an operator of a tensor; what its recording gives is ``recorder.made``."""
+    noted: Any = lambda: nullcontext([])  # noqa: E731
+    made = Recorder()
+    monkeypatch.setattr(replay, "_tools", replay._Tools(lambda device: 7, lambda values: None, noted))
+    monkeypatch.setattr(replay, "_replay", lambda *_: made.made)
     replay.clear()
-    yield record
+    yield made
     replay.clear()
 
 
