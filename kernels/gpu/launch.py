@@ -76,6 +76,7 @@ class _Signature:
 
 
 _LARGEST = 2**31 - 1
+LONG_WAY: bool = INTERPRETED.value or torch.version.hip is not None  # of every launch
 
 
 def launch(
@@ -156,18 +157,17 @@ def stream(device: int) -> int | None:
     Args:
         device: its number; -1 for the current one.
     """
+    if _is_watched():
+        return None
     active: Any = driver.active
     current = active.get_current_device()
-    return None if _is_watched() or device not in (current, -1) else active.get_current_stream(current)
+    return active.get_current_stream(current) if device in (current, -1) else None
 
 
 def _is_watched() -> bool:
     """Whether each launch goes the long way."""
     hooks: Any = knobs.runtime
-    return bool(_LONG_WAY or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
-
-
-_LONG_WAY = INTERPRETED.value or torch.version.hip is not None
+    return bool(LONG_WAY or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
 @contextmanager

@@ -162,7 +162,8 @@ def _find_tools() -> _Tools | None:
     if f"{__package__}.launch" in sys.modules:
         from . import launch, lookup
 
-        _tools = _Tools(launch.stream, lookup.known, launch.noted)
+        if not launch.LONG_WAY:
+            _tools = _Tools(launch.stream, lookup.known, launch.noted)
     return _tools
 
 
