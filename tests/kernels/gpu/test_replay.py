@@ -72,6 +72,7 @@ def test_a_kernel_that_is_not_tritons_is_replayed_beside_one_that_is(found):
     native, sums = found["native"]["launches"]
     assert found["native"]["same"] == [True] * 4
     assert found["native"]["replays"] == 5
+    assert found["native"]["replays of more"] == 0  # what PyTorch computes too
     assert native[:1] + native[2:7] == ["native", [3, 1, 1], 512, 65536, 7, True]
     assert native[7] == ["x", "temporary 0", 0, 2**32 - 3, 3, 2**64 - 2**40, 2**63, 0x3F000000]
     assert sums[0] == "_add_parts"
@@ -191,6 +192,14 @@ def test_nothing_is_recorded_within_a_capture(recorder, monkeypatch):
     monkeypatch.setattr(replay, "_is_capturing", lambda device: True)
     call(x)  # what was recorded before is replayed into it
     assert recorder.made.calls == 2
+
+
+def test_operators_are_not_mixed_up(recorder):
+    recorder.made = Made(torch.ones(3), "cpu")
+    one, other, x = recorder(ones), replay.replayed("another", torch.zeros_like), torch.zeros(3)
+    for _ in range(3):
+        one(x)
+    assert torch.equal(other(x), torch.zeros(3))
 
 
 def test_operands_at_one_address_are_not_recorded(recorder):
