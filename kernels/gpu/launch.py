@@ -133,7 +133,7 @@ def launch_native(
 
     Raises:
         NotAProgramError: an argument is not of these types.
-        RuntimeError: the driver refused it, or this thread has used no GPU yet.
+        RuntimeError: the driver refused it.
     """
     x, y, z = (*grid, 1, 1)[:3]
     one = Launch(name, function, (x, y, z), threads, shared, tuple(arguments), dependent)
@@ -143,11 +143,13 @@ def launch_native(
         bases.append(tensor.data_ptr())
         return Slot(len(bases) - 1)
 
-    program = Program([one], place)
+    program, packed = Program([one], place), struct.pack(f"{len(bases)}Q", *bases)
     active: Any = driver.active
     stream = active.get_current_stream(active.get_current_device())
-    if not program(struct.pack(f"{len(bases)}Q", *bases), stream):
-        raise RuntimeError(f"the launch of {name} failed: this thread has no context of CUDA")
+    if not program(packed, stream):
+        torch.zeros((), device="cuda")  # gives this thread a context
+        if not program(packed, stream):
+            raise RuntimeError(f"the launch of {name} failed: this thread has no context of CUDA")
     _note(one)
 
 

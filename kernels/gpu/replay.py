@@ -9,15 +9,16 @@ the same arguments, in the same order; what is saved is the time of the host.
 **The kind** of a call is everything that the implementations look at: the operator; of each tensor its dtype, shape and
 whether its address is a multiple of 16; all other arguments as they are; the device; the table of the codebook, which
 is among the arguments of the fused kernels; the kernel that ``choice.use`` asks for. All tensors are on the current
-device and contiguous, and no two are at one address. Other calls go the ordinary way, as do those in Triton's
-interpreter, on GPUs not NVIDIA's, and while a profiler has hooks on launches.
+device and contiguous. Other calls go the ordinary way, as do those in Triton's interpreter, on GPUs not NVIDIA's, and
+while a profiler has hooks on launches. No address is kept from one call to the next, so weights of one shape share what
+was recorded, and may be written to, moved or replaced.
 
 **What can be recorded** is a call that makes tensors and launches kernels, and nothing else. A dispatch mode sees
 everything that PyTorch is asked for: a product of cuBLAS, a copy or a zero that is filled in, and the kind goes the
 ordinary way for good. The address of each argument is traced to an operand, or to a tensor that was made, or to one
-that stays (`RESIDENT`). A tensor that was made and is a result is made by each replay. All others share one workspace,
-where they lie beside each other: a replay has at once what an ordinary call has one after the other, some megabytes at
-most.
+that stays (``program.resident``); where two operands are at one address, it tells nothing, and another call is
+recorded. A tensor that was made and is a result is made by each replay. All others share one workspace, where they lie
+beside each other: a replay has at once what an ordinary call has one after the other.
 
 **Trust.** On a GPU, the first replay of each sequence of kernels runs right after the call that was recorded, on the
 same operands, and serves only if no bit of the results differs. If one does, that is reported once, and nothing is

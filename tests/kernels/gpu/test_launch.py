@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +84,23 @@ def found(tmp_path_factory) -> dict:
 def test_the_kernel_is_the_compilers(found):
     assert found["wrong"] == []
     assert 10 < found["kernels"] < found["asked"]
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_a_thread_gets_a_context_for_a_kernel_that_is_not_tritons(contexts, monkeypatch):
+    """The first launches say that there is none, so many less one."""
+    from qloralab.kernels.gpu import launch
+
+    made, asked = list[str](), list[int]()
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(
+        launch, "Program", lambda *_: lambda bases, stream: asked.append(stream) or len(asked) >= contexts
+    )
+    monkeypatch.setattr(launch.torch, "zeros", lambda *_, device: made.append(device))
+    with pytest.raises(RuntimeError, match="no context") if contexts == 3 else nullcontext():
+        launch.launch_native("native", 1, (1,), 32, 0, ())
+    assert (made, asked) == (["cuda"] * (contexts > 1), [7] * min(contexts, 2))
 
 
 def test_with_hooks_a_launch_goes_the_long_way(found):
