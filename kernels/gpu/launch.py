@@ -190,16 +190,19 @@ def _note(one: Launch | None) -> None:
 
 
 def _described(compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> Launch | None:
-    """A launch of a kernel of Triton's as the driver gets it."""
-    kinds = _kinds(compiled)
-    if kinds is None:
+    """A launch of a kernel of Triton's as the driver gets it; None where that is not known, as of a later Triton's."""
+    try:
+        kinds = _kinds(compiled)
+        if kinds is None:
+            return None
+        arguments = [pair for pair in zip(kinds, values, strict=True) if pair[0] != "constexpr"]
+        threads = compiled.metadata.target.warp_size * compiled.metadata.num_warps
+        function, shared = compiled.function, compiled.metadata.shared
+    except (AttributeError, ValueError):
         return None
-    arguments = [pair for pair in zip(kinds, values, strict=True) if pair[0] != "constexpr"]
     x, y, z = grid
-    metadata = compiled.metadata
-    threads = metadata.target.warp_size * metadata.num_warps
     scratch = [("*i8", None)] * 2
-    return Launch(compiled.name, compiled.function, (x, y, z), threads, metadata.shared, (*arguments, *scratch))
+    return Launch(compiled.name, function, (x, y, z), threads, shared, (*arguments, *scratch))
 
 
 @functools.cache
