@@ -84,25 +84,24 @@ class LoRALinear(Adapted):
         """
         p = self.config.lora_dropout if self.training else 0.0
         seed = _draw_seed(x.device) if p else None
-        if isinstance(self.base_layer, QuantizedLinear):
-            return self._on_quantized(self.base_layer, x, p, seed)
-        y = self.base_layer(x)
+        base = self.base_layer
+        if isinstance(base, QuantizedLinear):
+            return self._on_quantized(base, x, p, seed)
+        y = base(x)
         A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         return _AddLowRank.apply(y, x.to(y.dtype), A, B, self.config.scaling, p, seed)
 
     def _on_quantized(self, base: QuantizedLinear, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-        if x.shape[-1:] != self.lora_A.shape[1:]:
+        A, B, bias, dtype = self.lora_A, self.lora_B, base.bias, base.compute_dtype
+        if x.shape[-1:] != A.shape[1:]:
             raise ValueError(f"x is {list(x.shape)}; the layer takes [..., {self.in_features}]")
-        bias = None if base.bias is None else base.bias.to(base.compute_dtype)  # the model may have been cast since
-        adapter = self.lora_A, self.lora_B, self.config.scaling
+        bias = None if bias is None else bias.to(dtype)  # the model may have been cast since
+        like, x, scaling = x.dtype, converted(x, dtype), self.config.scaling
         if self.merge_aware:
-            merged = MergeAware.apply(
-                converted(x, base.compute_dtype), self.lora_A, self.lora_B, bias, base.weight, self.config.scaling
-            )
-            return merged.to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        x_and_weight = converted(x, base.compute_dtype), *base.weight.operands()
-        y, _ = ops.adapted_linear(*x_and_weight, bias, *adapter, p, seed)
-        return y.to(x.dtype)
+            y: Tensor = MergeAware.apply(x, A, B, bias, base.weight, scaling)  # pyright: ignore[reportAssignmentType]
+        else:
+            y, _ = ops.adapted_linear(x, *base.weight.operands(), bias, A, B, scaling, p, seed)
+        return y if dtype == like else y.to(like)
 
     def extra_repr(self) -> str:
         aware = ", merge-aware" if self.merge_aware else ""

@@ -52,8 +52,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)  # the model may have been cast since
-        return linear(converted(x, self.compute_dtype), self.weight, bias).to(x.dtype)
+        bias, dtype = self.bias, self.compute_dtype
+        bias = None if bias is None else bias.to(dtype)  # the model may have been cast since
+        y = linear(converted(x, dtype), self.weight, bias)
+        return y if x.dtype == dtype else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -29,7 +29,6 @@ from . import packed
 from .packed import Packed
 
 _Function = Callable[..., Any]
-_CLASSES = (Tensor, nn.Parameter)
 
 
 def _bits(*names: str) -> int:
@@ -82,9 +81,12 @@ class Operator(CustomOpDef):
             return self._opoverload(*arguments)
         wants, keys = False, 0
         for argument in arguments:
-            if isinstance(argument, Tensor):
+            kind = type(argument)
+            if kind is Tensor or kind is nn.Parameter:
                 wants = wants or argument.requires_grad
-                keys |= _keys_of(argument).raw_repr() if type(argument) in _CLASSES else ~_PLAIN
+                keys |= _keys_of(argument).raw_repr()
+            elif isinstance(argument, Tensor):
+                keys = ~_PLAIN
         wants = wants and torch.is_grad_enabled()
         run = None if keys & ~_PLAIN else self.implementations.get(keys & _BACKENDS)
         if run is None or (wants and self._eager is None):

@@ -347,4 +347,4 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in the dtype of a product; TypeError for one whose dtype would truncate what comes out."""
     if not x.is_floating_point():
         raise TypeError(f"linear: x is {x.dtype}; a floating-point tensor is needed")
-    return x.to(dtype)
+    return x if x.dtype == dtype else x.to(dtype)

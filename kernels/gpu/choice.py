@@ -65,7 +65,7 @@ OTHERS = 16
 # kernels of today.
 MEASURED: Mapping[str, Mapping[tuple[int, int], int]] = {}
 
-_asked: str | None = None
+asked: str | None = None
 
 
 class Decision(NamedTuple):
@@ -85,8 +85,8 @@ class Device(NamedTuple):
 
 def decide(N: int, K: int, M: int, device: Device) -> Decision:
     """The kernel for the products, forward and backward, of M tokens with a packed [N, K] weight."""
-    if _asked is not None:
-        return Decision(_asked, "it was asked for")
+    if asked is not None:
+        return Decision(asked, "it was asked for")
     if is_exact():
         return Decision("two-pass", f"it was asked for ({VARIABLE}=1)")
     up_to, why = _limit(N, K, device)
@@ -155,11 +155,11 @@ def use(kernel: str) -> Iterator[None]:
     Raises:
         ValueError: the kernel is none of `KERNELS`.
     """
-    global _asked
+    global asked
     if kernel not in KERNELS:
         raise ValueError(f"the kernel is one of {', '.join(KERNELS)}, not {kernel!r}")
-    before, _asked = _asked, kernel
+    before, asked = asked, kernel
     try:
         yield
     finally:
-        _asked = before
+        asked = before

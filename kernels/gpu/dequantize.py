@@ -56,6 +56,7 @@ from . import self_check
 from .case import Budget, Case
 from .interpreter import round_to
 from .launch import launch
+from .program import resident
 
 TILE = 8192  # weights of a program: whole blocks of any size, no more of them than share an absmax2
 SCALES_PER_BLOCK = tl.constexpr(packed.SCALES_PER_BLOCK)  # of the second level
@@ -138,7 +139,7 @@ def dequantize(
 @functools.cache
 def map_on(device: torch.device) -> Tensor:
     """What the 8-bit codes of scales stand for, float32 [256] on a device; copied there once."""
-    return dynamic_map().to(device)
+    return resident(dynamic_map().to(device))
 
 
 def _check(

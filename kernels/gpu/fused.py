@@ -19,7 +19,7 @@ from .adapter_operands import LowRank, MaskedLowRank
 from .canonical import why_not
 from .linear import linear as _linear
 from .linear_grad_input import linear_grad_input as _linear_grad_input
-from .lookup import is_known
+from .lookup import known
 
 
 def linear(x: Tensor, operands: Packed, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
@@ -36,7 +36,7 @@ def _is_fused(x: Tensor, operands: Packed) -> bool:
     (N, K), M = operands.shape, math.prod(x.shape[:-1])
     if x.dtype != torch.bfloat16 or choice.decide(N, K, M, choice.device(x.device)).kernel != "fused":
         return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing() and not is_known(operands.values):
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and known(operands.values) is None:
         return False  # a table and a check wait for the device
     for name in ("linear", "linear_grad_input"):
         if why := self_check.reason(name, x.device):

@@ -39,13 +39,14 @@ interpreter leaves out, the assembly itself, the tests run in an emulator of its
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .interpreter import INTERPRETED, operand
 
@@ -55,7 +56,7 @@ _FACTORS = 1 << 13  # candidates in [1, 2)
 _NATURAL = 0x32103210  # the selector that leaves the bytes where they are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """A codebook as the kernels look it up."""
 
@@ -64,7 +65,15 @@ class Table:
     words: tuple[int, ...]  # t0 to t8 of ``decode``, int32: the 16 high bytes, the 16 low ones, and a selector
 
 
-_tables = WeakTensorKeyDictionary()  # codebook -> (its version, Table)
+class _Known(NamedTuple):
+    """The table of a tensor, as long as that lives."""
+
+    values: weakref.ref[Tensor]
+    version: int
+    table: Table
+
+
+_known: dict[int, _Known] = {}  # by the identity of the codebook
 
 
 def table(values: Tensor) -> Table:
@@ -74,18 +83,19 @@ def table(values: Tensor) -> Table:
         values: float32 [16], in the order of the codes.
 
     Returns:
-        the one whose entries, divided by the factor, are nearest to the codebook's.
+        the one whose entries, divided by the factor, are nearest to the codebook's; the same object for equal ones.
     """
-    now, found = version(values), _tables.get(values)
-    if found is None or found[0] != now:
-        found = _tables[values] = now, _table(tuple(values.float().tolist()))
-    return found[1]
+    found = known(values)
+    if found is None:
+        key, found = id(values), _table(tuple(values.float().tolist()))
+        _known[key] = _Known(weakref.ref(values, lambda _: _known.pop(key, None)), version(values), found)
+    return found
 
 
-def is_known(values: Tensor) -> bool:
-    """Whether `table` need not wait."""
-    found = _tables.get(values)
-    return found is not None and found[0] == version(values)
+def known(values: Tensor) -> Table | None:
+    """The table, where ``table`` need not wait for it."""
+    found = _known.get(id(values))
+    return found.table if found and found.values() is values and found.version == version(values) else None
 
 
 def version(values: Tensor) -> int:

@@ -40,6 +40,7 @@ from qloralab.nf4.product import rows, without_autocast
 
 from ..operands import is_adapted
 from . import choice, self_check
+from .replay import replayed
 
 if TYPE_CHECKING:
     from .adapter_operands import LowRank, MaskedLowRank
@@ -74,6 +75,16 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _replayed(before: int | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same, or a replay of what it launched before.
+
+    Args:
+        before: arguments in front of the weight, where kernels take the table of its codebook; None: none does.
+    """
+    codebook = 0 if before is None else before + Packed._fields.index("values")
+    return lambda function: replayed(function.__name__, _on_its_device(function), codebook)
+
+
 @ops.quantize_blockwise.on("CUDA", _on_its_device)
 def quantize_blockwise(weight: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """``quantize.py``."""
@@ -98,7 +109,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ops.quantize_scales.reference(absmax) if launch is None else launch(absmax.contiguous())
 
 
-@ops.dequantize.on("CUDA", _on_its_device)
+@ops.dequantize.on("CUDA", _replayed())
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     """``dequantize.py``."""
     fits = _is_weight(weight, dtype)
@@ -106,7 +117,7 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
     return (launch or ops.dequantize.reference)(*weight, dtype)
 
 
-@ops.linear.on("CUDA", _on_its_device)
+@ops.linear.on("CUDA", _replayed(1))
 def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     """``two_pass.py``, or fused."""
     fits = weight.meets(x, 1) and _on(x.device, *weight.tensors)
@@ -115,7 +126,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     return _product("linear", x, weight, bias)
 
 
-@ops.linear_grad_input.on("CUDA", _on_its_device)
+@ops.linear_grad_input.on("CUDA", _replayed(1))
 def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     """``two_pass.py``, or fused."""
     fits = weight.meets(grad, 0) and _on(grad.device, *weight.tensors)
@@ -124,7 +135,7 @@ def linear_grad_input(grad: Tensor, weight: Packed) -> Tensor:
     return _product("linear_grad_input", grad, weight)
 
 
-@lora_ops.adapted_linear.on("CUDA", _on_its_device)
+@lora_ops.adapted_linear.on("CUDA", _replayed(1))
 def adapted_linear(
     x: Tensor, weight: Packed, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,7 @@ def adapted_linear(
     return _product("linear", x, weight, bias, adapter=gpu.adapter_operands.LowRank(h, B)), h
 
 
-@lora_ops.adapted_linear_backward.on("CUDA", _on_its_device)
+@lora_ops.adapted_linear_backward.on("CUDA", _replayed(3))
 def adapted_linear_backward(
     grad: Tensor, x: Tensor, h: Tensor, weight: Packed, A: Tensor, B: Tensor, scaling: float, p: float,
     seed: Tensor | None, needs_input: bool,

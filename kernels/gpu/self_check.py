@@ -121,13 +121,13 @@ def warn_once(name: str, why: str, note: str) -> None:
 
 def _failure(name: str, device: torch.device, *variant: Any) -> str:
     try:
-        same = _same(*_check(name)(_launcher(name), device, *variant))
+        is_same = same(*_check(name)(_launcher(name), device, *variant))
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except Exception as error:  # whatever Triton, its compiler or the driver raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     for_ = f" for {', '.join(map(str, variant))}" if variant else ""
-    return "" if same else f"its result differs from the definition's on {device}{for_}"
+    return "" if is_same else f"its result differs from the definition's on {device}{for_}"
 
 
 def _launcher(name: str) -> Callable[..., Any]:
@@ -138,7 +138,7 @@ def _check(name: str) -> Check:
     return import_module(f".{FILES[name]}", __package__).CHECKS[name]
 
 
-def _same(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+def same(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether shapes, dtypes and bits are the same."""
     return len(result) == len(expected) and all(
         a.dtype == b.dtype

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qloralab.kernels.gpu import lookup
-from qloralab.kernels.gpu.lookup import assembly, is_known, table
+from qloralab.kernels.gpu.lookup import assembly, known, table
 from qloralab.nf4.codebook import codebook_values, normal_float
 
 from .prmt import lop3, prmt, run
@@ -98,16 +98,16 @@ def test_the_nf4_table_is_nearer_to_nf4_than_bfloat16_is():
 
 def test_a_codebook_is_read_once_and_again_when_it_was_written_to(monkeypatch):
     values = normal_float().clone()
-    assert not is_known(values)
+    assert known(values) is None
     first = table(values)
-    assert is_known(values)
+    assert known(values) is table(values)
     read: list[tuple[float, ...]] = []
     right = lookup._table
     monkeypatch.setattr(lookup, "_table", lambda numbers: read.append(numbers) or right(numbers))
     assert table(values) is first
     assert read == []
     values[3] = 0.25
-    assert not is_known(values)
+    assert known(values) is None
     assert table(values).values[3] > 0 > first.values[3]
     assert len(read) == 1
     with torch.inference_mode():
