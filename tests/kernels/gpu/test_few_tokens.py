@@ -1,0 +1,154 @@
+"""The product of few tokens: the source of the GPU's kernel, compiled for a CPU, against the definition of its weights.
+
+A GPU's thread is a thread here (``cuda_shim.h``), so what the threads of a CTA do to each other is what is tested. Only
+the instructions that have no C++ are stood in for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qloralab.kernels.cpu import build
+from qloralab.kernels.gpu import canonical, few_tokens
+from qloralab.kernels.gpu.adapter_operands import LowRank
+from qloralab.kernels.gpu.lookup import table
+from qloralab.nf4 import blockwise, double_quant
+from qloralab.nf4.blockwise import unpack_codes
+from qloralab.nf4.packed import Packed
+
+from ..cpu.cases import NF4
+from .conftest import few
+from .test_linear import dequantized, rounded, whole_weight
+
+HERE = Path(__file__).parent
+FILES = (HERE / "few_tokens_cpu.cpp", HERE / "cuda_shim.h", few_tokens.SOURCE)
+FLAGS = ("-std=c++20", "-O1", f"-I{few_tokens.SOURCE.parent}", "-Wno-unknown-pragmas", "-pthread")
+
+pytestmark = pytest.mark.compiler
+
+
+@functools.cache
+def library(constants: few_tokens.Constants) -> ctypes.CDLL:
+    """The kernel compiled for a CPU with some constants."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()  # the cache goes by flags
+    options = [option.decode() for option in constants.options()]
+    return build.load([FILES[0]], "native", [*FLAGS, *options, f"-DSOURCES=0x{digest[:8]}", "-lstdc++"])
+
+
+def multiply(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: LowRank | None = None, grid: int = 3
+) -> Tensor:
+    """``few_tokens.few_tokens`` on so many multiprocessors of a CPU."""
+    M, (N, _) = len(x), weight.shape
+    constants = few_tokens.Constants.of(M, weight)
+    out = torch.full((M, N), float("nan"), dtype=torch.bfloat16)
+    operands, grid = few_tokens.arguments(x, weight, bias, adapter, out), few_tokens.grid_of(N, grid)
+    *tensors, M_, N_, r, inverse = operands[:-8]
+    pointers = [ctypes.c_void_p(one.data_ptr() if isinstance(one, Tensor) else None) for one in tensors]
+    numbers = [*map(ctypes.c_uint, (M_, N_, r)), ctypes.c_float(inverse)]
+    words = (ctypes.c_uint * 8)(*[word & 0xFFFFFFFF for word in operands[-8:]])
+    shared = ctypes.c_size_t(few_tokens.shared_bytes(weight, grid))
+    assert library(constants).run(ctypes.c_uint(grid), shared, *pointers, *numbers, words) == 1
+    return out
+
+
+def bits_of_the_weight(weight: Packed) -> Tensor:
+    """bfloat16 [N, K]: bf16(c v) bf16(s / c), each of the three rounded once."""
+    found, operands = table(weight.values), canonical.arguments(weight)
+    scales, inverse = weight.scales, torch.tensor(operands["inverse"])
+    if weight.absmax2 is not None:
+        assert weight.offset is not None
+        level = (weight.absmax2 * inverse).repeat_interleave(256)[: len(scales)].double()
+        scales = (operands["scale_map"][scales.int()].double() * level + (weight.offset * inverse).double()).float()
+    else:
+        scales = scales * inverse
+    codes = unpack_codes(weight.packed, weight.shape[0] * weight.shape[1]).long()
+    values = torch.tensor(found.values).bfloat16()[codes]
+    return (values * scales.bfloat16().repeat_interleave(weight.block_size)[: len(values)]).view(weight.shape)
+
+
+def random_weight(N: int, K: int, block_size: int = 64, double: bool = True) -> Packed:
+    packed, absmax = blockwise.quantize_blockwise(torch.randn(N, K), NF4, block_size)
+    scales = double_quant.quantize_scales(absmax) if double else (absmax, None, None)
+    return Packed(packed, *scales, NF4, (N, K), block_size)
+
+
+# M, N, K, block size, double quantization, rank, multiprocessors: each number of tokens; K of less than a unit, of half
+# a unit more, and of more units than warps; odd rows; blocks that span rows.
+CASES = [
+    (1, 64, 64, 64, True, 0, 1), (2, 65, 128, 64, False, 1, 1), (3, 100, 192, 64, True, 16, 2),
+    (4, 192, 256, 128, True, 17, 5), (5, 65, 1024, 64, True, 64, 3), (6, 67, 2112, 256, False, 0, 1),
+    (7, 96, 2240, 64, True, 3, 2), (8, 70, 576, 4096, True, 33, 132), (9, 65, 128, 512, False, 0, 2),
+    (10, 79, 192, 64, True, 5, 1), (11, 80, 4160, 64, True, 0, 1), (12, 81, 320, 4096, True, 70, 2),
+    (13, 64, 64, 64, False, 100, 4), (14, 66, 1088, 1024, True, 0, 3), (15, 1000, 128, 64, True, 2, 7),
+    (16, 95, 4224, 64, True, 20, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("M", "N", "K", "block_size", "double", "r", "grid"), CASES)
+def test_exact_sums(M, N, K, block_size, double, r, grid):
+    weight, x, bias = whole_weight(N, K, block_size, double), few(M, K), few(N) if M % 2 else None
+    adapter = LowRank(few(M, r), few(N, r).float()) if r else None
+    exact = x.double() @ dequantized(weight).T
+    if bias is not None:
+        exact += bias.double()
+    if adapter is not None:
+        exact += adapter.h.double() @ adapter.B.double().T
+    assert torch.equal(multiply(x, weight, bias, adapter, grid).double(), rounded(exact))
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("K", [128, 192])
+def test_the_weights_are_those_of_the_other_kernels(K, double):
+    weight = random_weight(96, K, double=double)
+    W = torch.cat([multiply(rows.contiguous(), weight) for rows in torch.eye(K).bfloat16().split(16)]).T
+    assert torch.equal(W, bits_of_the_weight(weight))
+
+
+@pytest.mark.parametrize(("M", "K"), [(3, 2304), (16, 576)])
+def test_every_grid_gives_the_same_bits_near_the_exact_sum(M, K):
+    N, r = 150, 20
+    weight, x, bias = random_weight(N, K), torch.randn(M, K).bfloat16(), torch.randn(N).bfloat16()
+    adapter = LowRank(torch.randn(M, r).bfloat16(), torch.randn(N, r))
+    found = [multiply(x, weight, bias, adapter, grid) for grid in (1, 2, 3, 7)]
+    assert all(torch.equal(found[0], one) for one in found)
+    exact = x.double() @ bits_of_the_weight(weight).double().T + bias.double()
+    exact += adapter.h.double() @ adapter.B.bfloat16().double().T
+    assert ((found[0].double() - exact).norm() / exact.norm()) < 1.8e-3  # one rounding to bfloat16: 1.65e-3
+
+
+SANITIZERS = {"address": ("8", "65"), "thread": ("3", "65")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [3, 33], ids=["3 blocks", "33 blocks"])
+@pytest.mark.parametrize("name", SANITIZERS)
+def test_under_a_sanitizer(name: str, blocks: int, tmp_path: Path):
+    """No byte beside an operand; no value that another thread writes before a barrier."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("needs g++")
+    program = tmp_path / "program"
+    options = [one.decode() for one in few_tokens.Constants(1, True, blocks, 0).options()]
+    command = [compiler, *FLAGS, *options, "-g", f"-fsanitize={name}", "-DMAIN", str(FILES[0]), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find" in done.stderr:
+        pytest.skip(f"g++ has no -fsanitize={name}")
+    assert done.returncode == 0, done.stderr
+    _passes([str(program), *SANITIZERS[name]])
+
+
+def _passes(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
