@@ -26,6 +26,9 @@ FILES = {
     "adamw_8bit": "adamw_8bit",
 }
 
+# Those in CUDA C++, likewise.
+CUDA_FILES = {"few_tokens": "few_tokens"}
+
 PACKED = 0.5  # bytes per weight: 4 bits
 
 

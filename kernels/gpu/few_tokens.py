@@ -178,7 +178,8 @@ def shared_bytes(weight: Packed, grid: int) -> int:
     if weight.absmax2 is None:
         return 256 * 256
     N, K = weight.shape
-    rows = -(--(-N // ROWS) // grid) * ROWS + ROWS  # and those before, where the last ones are fewer than a row tile
+    tiles = -(-N // ROWS)
+    rows = -(-tiles // grid) * ROWS + ROWS  # and those before, where the last ones are fewer than a row tile
     return 256 * 256 + 4 * 256 + 4 * (rows * K // (weight.block_size * 256) + 2)
 
 

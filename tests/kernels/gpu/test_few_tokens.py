@@ -24,7 +24,7 @@ from qloralab.kernels.gpu import canonical, few_tokens
 from qloralab.kernels.gpu.adapter_operands import LowRank
 from qloralab.kernels.gpu.lookup import table
 from qloralab.nf4 import blockwise, double_quant
-from qloralab.nf4.blockwise import unpack_codes
+from qloralab.nf4.blockwise import unpack
 from qloralab.nf4.packed import Packed
 
 from ..cpu.cases import NF4
@@ -73,7 +73,7 @@ def bits_of_the_weight(weight: Packed) -> Tensor:
         scales = (operands["scale_map"][scales.int()].double() * level + (weight.offset * inverse).double()).float()
     else:
         scales = scales * inverse
-    codes = unpack_codes(weight.packed, weight.shape[0] * weight.shape[1]).long()
+    codes = unpack(weight.packed, weight.shape[0] * weight.shape[1]).long()
     values = torch.tensor(found.values).bfloat16()[codes]
     return (values * scales.bfloat16().repeat_interleave(weight.block_size)[: len(values)]).view(weight.shape)
 
