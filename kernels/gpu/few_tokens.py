@@ -53,6 +53,7 @@ from qloralab.nf4.packed import Packed
 
 from . import canonical, driver, self_check
 from .adapter_operands import LowRank
+from .case import PACKED, Budget, CudaCase
 from .lookup import TABLE_ARGUMENTS, version
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -223,3 +224,16 @@ def _check(launch: Any, device: torch.device, constants: Constants) -> tuple[Seq
 
 
 CHECKS = {NAME: _check}
+
+
+def _case(name: str, constants: Constants, instructions: float) -> CudaCase:
+    budget = Budget(instructions, 128, PACKED, staged=0, needs=("HMMA",), forbids=("BAR",))
+    return CudaCase(f"{NAME}, {name}", functools.partial(compiled, constants), 256, SHARED, budget)
+
+
+CUDA_CASES = (
+    _case("8 tokens", Constants(1, True, 64, 0), 2.12),
+    _case("8 tokens, float32 scales", Constants(1, False, 64, 0), 2.0),
+    _case("16 tokens", Constants(2, True, 64, 0), 2.3),
+    _case("8 tokens, K of 64", Constants(1, True, 9, 0), 2.6),
+)

@@ -8,6 +8,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -144,7 +145,7 @@ bool launch(unsigned grid, unsigned threads, size_t shared, const Kernel& kernel
     std::vector<char> let_go(threads, 1);
     for (unsigned cta = 0; cta < grid; ++cta) {
         blockIdx = {cta};
-        shared_memory = static_cast<uint4*>(std::aligned_alloc(16, shared));
+        shared_memory = static_cast<uint4*>(std::malloc(shared));
         std::memset(shared_memory, 0xff, shared);
         std::vector<std::thread> running;
         for (unsigned i = 0; i < threads; ++i)
