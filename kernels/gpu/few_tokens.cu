@@ -252,6 +252,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) few_tokens(
         return reinterpret_cast<float*>(shared + (slot * TOKEN_TILES * 8 + token) * 256 + SUMS_AT);
     };
 
+    // A row tile that the last group lacks is multiplied, too, whatever is in its registers, and not stored.
     for (u32 row = first; row < end; row += GROUP) {
         float sums[TILES][TOKEN_TILES][4] = {};
         const bool has_a_unit = at.row == row;

@@ -180,7 +180,8 @@ def shared_bytes(weight: Packed, grid: int) -> int:
         return 256 * 256
     N, K = weight.shape
     tiles = -(-N // ROWS)
-    rows = -(-tiles // grid) * ROWS + ROWS  # and those before, where the last ones are fewer than a row tile
+    # And a row tile before, where the last rows are fewer than one, and one behind, which a group may lack.
+    rows = -(-tiles // grid) * ROWS + 2 * ROWS
     return 256 * 256 + 4 * 256 + 4 * (rows * K // (weight.block_size * 256) + 2)
 
 
