@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ class DriverError(RuntimeError):
 def why_not() -> str:
     """Why nothing can be compiled here, in words; empty where it can."""
     try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
+        _bindings("nvrtc").nvrtcVersion()
     except ImportError:
         return "cuda-bindings is not installed"
     except Exception as error:  # the library itself is looked for at the first call
@@ -50,8 +49,7 @@ def compile_source(source: Path, target: str, options: Sequence[bytes] = ()) -> 
     Raises:
         DriverError: it does not compile, with the compiler's first lines.
     """
-    from cuda.bindings import nvrtc
-
+    nvrtc = _bindings("nvrtc")
     program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, None, None))
     try:
         options = [f"--gpu-architecture={target}".encode(), b"--std=c++17", *options]
@@ -78,8 +76,7 @@ def load(cubin: bytes, name: str, shared: int) -> int:
     Returns:
         a handle (CUfunction).
     """
-    from cuda.bindings import driver
-
+    driver = _bindings("driver")
     function = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(cubin)), name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, attribute, shared))
@@ -105,8 +102,7 @@ def launch_native(
         arguments: tensors and None, which are pointers; int, 32 bits; float, 32 bits.
         dependent: whether it may begin while the grid before it ends.
     """
-    from cuda.bindings import driver
-
+    driver = _bindings("driver")
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = block
@@ -118,6 +114,11 @@ def launch_native(
         config.attrs, config.numAttrs = [attribute], 1
     values, types = zip(*map(_c_argument, arguments), strict=True)
     _checked(driver.cuLaunchKernelEx(config, driver.CUfunction(function), (values, types), 0))
+
+
+@functools.cache
+def _bindings(name: str) -> Any:
+    return import_module(f"cuda.bindings.{name}")
 
 
 def _c_argument(value: Any) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """y = x W'^T + bias for 1 to 16 tokens: CUDA C++ (``few_tokens.cu``), with a table of pairs in shared memory.
 
-It multiplies by the bits of ``linear.py``, from the same bytes, and differs in the order of its float32 sums. Few tokens
-are all about reading: a weight is read once, and what is done to it has to fit beneath that.
+It multiplies by the bits of ``linear.py``, from the same bytes, and differs in the order of its float32 sums. With few
+tokens a weight is read once, and what is done to it has to fit beneath that.
 
 **The table.** A byte holds two codes, neighbours along k, and a tensor core takes two neighbours in a register. So the
 256 bytes have an entry each, the pair of their values in bfloat16. An entry is there 32 times, once in each bank of
@@ -28,7 +28,7 @@ and the table is filled before it is waited for: they depend on nothing that it 
 for what may just have written the weight.
 
 **Counted** for sm_90 (NVRTC 13.0, K = 4096) in instructions a weight: 2.11 for 8 tokens, 2.29 for 16, 1.98 for 8 with
-float32 scales; of the first 0.56 are PRMT and LOP3, 0.53 loads from shared memory. linear.py takes 4.5. Nothing of this
+float32 scales; of the first 0.70 are of the integer unit, 0.53 loads from shared memory. linear.py takes 4.5. Nothing of this
 was run on a GPU.
 
 **Compiling.** NVRTC, which PyTorch's CUDA wheels bring with ``cuda-bindings``, compiles it at first use, in half a
@@ -86,6 +86,10 @@ class Constants(NamedTuple):
         return [f"-D{name}={int(value)}".encode() for name, value in self._asdict().items()]
 
 
+USUAL = Constants(1, True, 64, 0)
+_serves: dict[tuple[torch.device, Constants], bool] = {}
+
+
 def serves(x: Tensor, M: int, weight: Packed) -> bool:
     """Whether it multiplies x by a weight that fits a fused product: found out once for its constants, on a device.
 
@@ -103,10 +107,7 @@ def serves(x: Tensor, M: int, weight: Packed) -> bool:
     return found and shared_bytes(weight, grid_of(weight.shape[0], _multiprocessors(x.device))) <= SHARED
 
 
-_serves: dict[tuple[torch.device, Constants], bool] = {}
-
-
-def reason(device: torch.device, constants: Constants = Constants(1, True, 4, 0)) -> str:
+def reason(device: torch.device, constants: Constants = USUAL) -> str:
     """Why the kernel does not serve on a device, in words; empty where it does. Compiles and checks it, once."""
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST:
@@ -152,8 +153,7 @@ def few_tokens(x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: L
     grid = grid_of(N, _multiprocessors(x.device))
     driver.launch_native(
         _function(x.device, Constants.of(M, weight)), (grid, 1, 1), (THREADS, 1, 1), shared_bytes(weight, grid),
-        torch.cuda.current_stream(x.device).cuda_stream, arguments(x, weight, bias, adapter, out),
-        known and torch.cuda.get_device_capability(x.device)[0] >= 9,
+        _stream(x.device), arguments(x, weight, bias, adapter, out), known and _can_depend(x.device),
     )  # fmt: skip
     return out
 
@@ -175,7 +175,7 @@ def grid_of(N: int, multiprocessors: int) -> int:
 
 
 def shared_bytes(weight: Packed, grid: int) -> int:
-    """Shared memory of a CTA: the table, the map of the scales' codes, and the second level of the scales of its rows."""
+    """Shared memory of a CTA: the table, the map of the scales' codes, and the second level of its rows' scales."""
     if weight.absmax2 is None:
         return 256 * 256
     N, K = weight.shape
@@ -183,6 +183,15 @@ def shared_bytes(weight: Packed, grid: int) -> int:
     # And a row tile before, where the last rows are fewer than one, and one behind, which a group may lack.
     rows = -(-tiles // grid) * ROWS + 2 * ROWS
     return 256 * 256 + 4 * 256 + 4 * (rows * K // (weight.block_size * 256) + 2)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _can_depend(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
 device (``self_check.py``), and the weight fits (``canonical.why_not``). All of that holds for both directions of a
-layer or for none. Forward products of 1 to 16 tokens take ``few_tokens.py`` where that serves: it multiplies by the same
-bits.
+layer or for none. Forward products of 1 to 16 tokens take ``few_tokens.py`` where that serves, which
+multiplies by the same bits.
 """
 
 from __future__ import annotations

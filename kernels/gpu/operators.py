@@ -252,5 +252,5 @@ def _product_report(kernels: Sequence[str], device: torch.device) -> tuple[str, 
     for name in FUSED:
         if failed := self_check.reason(name, device):
             return "two-pass", f"{two_pass}; not fused: {failed}"
-    few = few_tokens.reason(device)
+    few = few_tokens.reason(device) if device.type == "cuda" else ""
     return "fused, two-pass", f"{summary}{f' (1 to 16 in Triton: {few})' if few else ''}; else {two_pass}"

@@ -175,6 +175,7 @@ def _quick(monkeypatch):
         raise PeerError("no peer")
 
     monkeypatch.setattr(sass_report, "compile_cases", compile_cases)
+    monkeypatch.setattr(sass_report, "cuda_cases", list)
     monkeypatch.setattr(sass_report, "count", lambda sass, weights: found()[1])
     monkeypatch.setattr(sass_report, "peers", no_peers)
 

@@ -62,7 +62,7 @@ def test_cuda(case, target):
     """A CTA fits; weights are asked for before the grid before is waited for, and nothing else is read or written."""
     one = compile_cuda(case, target)
     counts = count(one.sass, one.weights_per_thread)
-    assert exceeded(one.budget, one, counts) == [] if target == TARGET else unsound(one, counts) == []
+    assert (exceeded(case.budget, one, counts) if target == TARGET else unsound(one, counts)) == []
     assert one.registers * few_tokens.THREADS <= 65536
     assert one.shared <= few_tokens.SHARED
     assert counts.opcodes["SHFL"] == 8  # of scales, not of weights

@@ -18,6 +18,8 @@ extern "C" __attribute__((visibility("default"))) int run(
     });
 }
 
+extern "C" __attribute__((visibility("default"))) unsigned products_of(unsigned warp) { return products[warp]; }
+
 #ifdef MAIN
 // Operands of exactly their size, of whole numbers: every grid gives the same bits.
 template <class T>

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qloralab.kernels.cpu import build
-from qloralab.kernels.gpu import canonical, few_tokens
+from qloralab.kernels.gpu import canonical, few_tokens, self_check
 from qloralab.kernels.gpu.adapter_operands import LowRank
 from qloralab.kernels.gpu.lookup import table
 from qloralab.nf4 import blockwise, double_quant
@@ -126,6 +126,64 @@ def test_every_grid_gives_the_same_bits_near_the_exact_sum(M, K):
     exact = x.double() @ bits_of_the_weight(weight).double().T + bias.double()
     exact += adapter.h.double() @ adapter.B.bfloat16().double().T
     assert ((found[0].double() - exact).norm() / exact.norm()) < 1.8e-3  # one rounding to bfloat16: 1.65e-3
+
+
+@pytest.mark.parametrize(("N", "K"), [(160, 192), (96, 2112)])
+def test_warps_differ_by_one_unit(N, K):
+    """Two row tiles by 128 columns are 16 multiplications, in all groups of rows together."""
+    weight = whole_weight(N, K)
+    multiply(few(1, K), weight, grid=1)
+    found = library(few_tokens.Constants.of(1, weight))
+    products = [found.products_of(warp) for warp in range(16)]
+    assert sum(products) == 16 * -(-N // 32) * -(-K // 128)
+    assert max(products) - min(products) <= 16
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (few(17, 64), {}, "there must be 1 to 16 tokens, not 17"),
+        (few(0, 64), {}, "there must be 1 to 16 tokens, not 0"),
+        (few(1, 128), {}, "the last dimension of x must be 64"),
+        (few(1, 64).float(), {}, "x must be bfloat16"),
+        (few(1, 64), {"bias": few(1, 64)}, "bias must have 1 dimension"),
+        (few(1, 64), {"adapter": LowRank(few(1, 3), torch.zeros(64, 4))}, "h must be"),
+    ],
+    ids=["17 tokens", "no tokens", "columns", "dtype", "bias", "adapter"],
+)
+def test_what_does_not_fit_is_refused(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        few_tokens.few_tokens(x, whole_weight(64, 64), **options)
+
+
+def test_nothing_is_served_without_a_gpu():
+    assert not few_tokens.serves(few(1, 64), 1, whole_weight(64, 64))
+
+
+def test_the_definition_of_the_check_is_what_the_kernel_computes():
+    """The check at first use, of each kind of scales and half a unit."""
+    for constants in (few_tokens.Constants(1, True, 3, 0), few_tokens.Constants(2, False, 4, 1)):
+        found, expected = few_tokens.CHECKS["few_tokens"](multiply, torch.device("cpu"), constants)
+        assert self_check._same(found, expected)
+
+
+def test_one_launch(monkeypatch):
+    """What reaches the driver: one CTA for each multiprocessor, and a launch that depends from the second on."""
+    launches = list[tuple]()
+    monkeypatch.setattr(few_tokens, "_function", lambda *_: 7)
+    monkeypatch.setattr(few_tokens, "_multiprocessors", lambda _: 4)
+    monkeypatch.setattr(few_tokens, "_stream", lambda _: 5)
+    monkeypatch.setattr(few_tokens, "_can_depend", lambda _: True)
+    monkeypatch.setattr(few_tokens.driver, "launch_native", lambda *given: launches.append(given))
+    weight, x = whole_weight(100, 64), few(3, 64)
+    for _ in range(2):
+        assert few_tokens.few_tokens(x, weight, few(100)).shape == (3, 100)
+    weight.packed.add_(1)
+    few_tokens.few_tokens(x, weight)
+    assert [given[:3] + given[4:5] for given in launches] == [(7, (4, 1, 1), (512, 1, 1), 5)] * 3
+    assert [given[-1] for given in launches] == [False, True, False]
+    few_tokens.few_tokens(few(4 * 64 + 1)[1:].view(4, 64), weight)
+    assert launches[-1][5][0].data_ptr() % 16 == 0
 
 
 SANITIZERS = {"address": ("8", "65"), "thread": ("3", "65")}
