@@ -28,8 +28,8 @@ and the table is filled before it is waited for: they depend on nothing that it 
 for what may just have written the weight.
 
 **Counted** for sm_90 (NVRTC 13.0, K = 4096) in instructions a weight: 2.11 for 8 tokens, 2.29 for 16, 1.98 for 8 with
-float32 scales; of the first 0.70 are of the integer unit, 0.53 loads from shared memory. linear.py takes 4.5. Nothing of this
-was run on a GPU.
+float32 scales; of the first 0.70 are PRMT, LOP3 and others of the integer unit, 0.53 loads from shared memory.
+``linear.py`` takes 4.5. No GPU has run this.
 
 **Compiling.** NVRTC, which PyTorch's CUDA wheels bring with ``cuda-bindings``, compiles it at first use, in half a
 second for each K, block size, kind of scales and 8 tokens, and each of these passes a check before it serves. Without

@@ -119,7 +119,7 @@ inline void mma(
     float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1
 ) {
     const auto of = exchanged({a0, a1, a2, a3, b0, b1});
-    products[threadIdx.x / 32] += threadIdx.x % 32 == 0;
+    if (threadIdx.x % 32 == 0) ++products[threadIdx.x / 32];
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const auto half = [](uint32_t pair, int k) { return __uint_as_float(k % 2 ? pair & 0xffff0000 : pair << 16); };
     for (int i = 0; i < 4; ++i) {
