@@ -67,7 +67,8 @@ DEVICE u32 of_first_lane(u32 x) { return __shfl_sync(~0u, x, 0); }
 // What the even (0) or the odd lane (1) of two neighbours has.
 DEVICE u32 of_pair(u32 x, int which) { return __shfl_sync(~0u, x, which, 2); }
 
-// sum += a b. Lane 4 g + c has rows g and g + 8 of a, column g of b, and rows g and g + 8 of columns 2 c, 2 c + 1 of sum.
+// sum += a b. Lane 4 g + c has of a the rows g and g + 8, of b the column g, and of sum those rows in columns 2 c and
+// 2 c + 1.
 DEVICE void mma(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
@@ -201,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) few_tokens(
     const auto source_of = [&](const Place& at) {
         const u32 row = first_row(at.row, end, N);
         const u32 block = row * BLOCKS + 2 * at.unit + block_of_lane;
-        Source source = {weights + u64(row) * BYTES + at.unit * 64, scales + (block >> SHIFT) * (DOUBLE ? 1 : 4), block};
+        const u8* scale = scales + (block >> SHIFT) * (DOUBLE ? 1 : 4);
+        Source source = {weights + u64(row) * BYTES + at.unit * 64, scale, block};
         as_it_is(source.words), as_it_is(source.scales);
         return source;
     };
@@ -214,11 +216,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) few_tokens(
                 const u8* to = from.words - 32 * back + v * WARPS * 64 + tile * ROWS * BYTES;
                 words[v][tile][0] = load_weight(to);
                 words[v][tile][1] = load_weight(to + 8 * BYTES);
-                const u32 more = scale_of(from.block - back, tile * ROWS * BLOCKS + v * WARPS * 2) - (from.block >> SHIFT);
+                const u32 scale = scale_of(from.block - back, tile * ROWS * BLOCKS + v * WARPS * 2);
+                const int more = scale - (from.block >> SHIFT);
                 if (DOUBLE)
-                    codes[v][tile] = load_code(from.scales + int(more));
+                    codes[v][tile] = load_code(from.scales + more);
                 else
-                    whole_scales[v][tile] = load_scale(reinterpret_cast<const float*>(from.scales) + int(more));
+                    whole_scales[v][tile] = load_scale(reinterpret_cast<const float*>(from.scales) + more);
             }
         }
     };

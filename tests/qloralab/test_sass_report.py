@@ -26,6 +26,7 @@ from qloralab.benchmarks.sass.report import (
     show,
     table,
 )
+from qloralab.kernels.gpu import driver
 from qloralab.kernels.gpu.case import Budget
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
@@ -240,3 +241,11 @@ def test_the_whole_command(program):
     assert (status, err) == (0, "")
     assert out.count(" kept") == 1
     assert "bitsandbytes" not in out
+
+
+@pytest.mark.skipif(bool(driver.why_not()), reason=f"needs NVRTC: {driver.why_not()}")
+def test_a_kernel_in_cuda(program):
+    status, out, err = program("sass", "--kernel", "few_tokens, 8 tokens")
+    assert (status, err) == (0, "")
+    assert "few_tokens, 8 tokens" in out
+    assert "kept" in out

@@ -43,8 +43,8 @@ int main(int, char** arguments) {
     for (u32 grid : {1, 3}) {
         Operand<u16>& to = grid == 1 ? first : out;
         if (!run(
-                grid, LEVELS_AT + 4 * ((N + 2 * ROWS) * BLOCKS / SCALES + 2), x.data, packed.data, scales.data, absmax2.data, offset.data, map.data,
-                bias.data, to.data, h.data, B.data, M, N, r, 1, t
+                grid, LEVELS_AT + 4 * ((N + 2 * ROWS) * BLOCKS / SCALES + 2), x.data, packed.data, scales.data,
+                absmax2.data, offset.data, map.data, bias.data, to.data, h.data, B.data, M, N, r, 1, t
             ))
             return 1;
     }

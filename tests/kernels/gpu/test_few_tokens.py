@@ -186,7 +186,7 @@ def test_one_launch(monkeypatch):
     assert launches[-1][5][0].data_ptr() % 16 == 0
 
 
-SANITIZERS = {"address": ("8", "65"), "thread": ("3", "65")}
+SANITIZERS = {"address": ("5", "65"), "thread": ("3", "65")}
 
 
 @pytest.mark.slow
