@@ -149,7 +149,9 @@ def few_tokens(x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: L
         adapter = LowRank(adapter.h.contiguous(), adapter.B.contiguous())
     out = x.new_empty((*x.shape[:-1], N))
     now = tuple(version(one) for one in weight.tensors if one is not None)
-    known, _seen[weight.packed] = _seen.get(weight.packed) == now, now
+    known = _seen.get(weight.packed) == now
+    if not known:
+        _seen[weight.packed] = now
     grid = grid_of(N, _multiprocessors(x.device))
     driver.launch_native(
         _function(x.device, Constants.of(M, weight)), (grid, 1, 1), (THREADS, 1, 1), shared_bytes(weight, grid),
