@@ -2,7 +2,8 @@
 
 ===============  ====================================================================================================
 ours             nf4's operators as they are registered for CUDA, held to the two-pass product
-ours, fused      the fused kernels
+ours, fused      the fused kernels, in Triton
+ours, few        the same for 1 to 16 tokens, in CUDA C++
 bf16             the weight in bfloat16: cuBLAS; beside dequantize, a copy of the weight
 bitsandbytes     ``quantize_4bit``, ``dequantize_4bit``, ``matmul_4bit`` without a gradient; for the input gradient what
                  the backward of its ``MatMul4Bit`` does, ``dequantize_4bit`` and a product
@@ -76,6 +77,14 @@ def _fused(case: Case) -> list[Run]:
     if case.operation == "linear":
         return [partial(linear.linear, case.x, part.operands()) for part in case.packed]
     return [partial(linear_grad_input.linear_grad_input, case.gradient, part.operands()) for part in case.packed]
+
+
+def _few_tokens(case: Case) -> list[Run] | None:
+    from qloralab.kernels.gpu import few_tokens
+
+    if case.M is None or case.M > few_tokens.MOST:
+        return None
+    return [partial(few_tokens.few_tokens, case.x, part.operands()) for part in case.packed]
 
 
 def _bf16(case: Case) -> list[Run]:
@@ -173,6 +182,7 @@ _PRODUCTS, _LAYERS = ("linear", "input gradient"), OPERATIONS[-2:]
 PROVIDERS = [
     Provider("ours", _ours, inside=partial(choice.use, "two-pass"), **OPTIONS),
     Provider("ours, fused", _fused, (*_PRODUCTS, *_LAYERS), **_BY_FUSED),
+    Provider("ours, few", _few_tokens, ("linear",), **_BY_FUSED),
     Provider("bf16", _bf16, ("dequantize", *_PRODUCTS, *_LAYERS), dense=True, **OPTIONS),
     Provider("bitsandbytes", _bitsandbytes, finish=_bitsandbytes_weight, package="bitsandbytes", **PEERS),
     Provider("unsloth", _unsloth, ("dequantize", *_PRODUCTS), package="unsloth", graph=False, **PEERS),

@@ -35,6 +35,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -197,14 +198,13 @@ def load_runtime() -> Any:
         ImportError: it is not installed; the message says what to install.
     """
     try:
-        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]
+        return import_module("cuda.bindings.runtime")
     except ImportError as error:
         wanted = f"cuda-bindings=={torch.version.cuda}.*" if torch.version.cuda else "cuda-bindings"
         raise ImportError(
             "paging on a GPU needs cuda.bindings, which PyTorch's builds for CUDA 12.9 and later bring along: "
             f'pip install "{wanted}"'
         ) from error
-    return runtime
 
 
 class Runtime:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qloralab.kernels.gpu.case import FILES, Budget, Case
+from qloralab.kernels.gpu.case import CUDA_FILES, FILES, Budget, Case, CudaCase
 
 KERNEL_FILES = tuple(dict.fromkeys(FILES.values()))  # modules of kernels/gpu with CASES, in the order of the table
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")  # A100; H100, H200; B200; RTX 50
@@ -169,6 +169,42 @@ def compile_case(case: Case, target: str = "sm_90", disassemble: bool = True) ->
         sass=sass,
         budget=case.budget,
     )
+
+
+def compile_cuda(case: CudaCase, target: str = "sm_90") -> Compiled:
+    """Compile a case in CUDA C++, by NVRTC.
+
+    Raises:
+        OfflineError: NVRTC or a tool is missing, or the compiler refuses.
+        ValueError: another target.
+    """
+    from qloralab.kernels.gpu import nvrtc
+
+    _capability(target)
+    if why := nvrtc.why_not():
+        raise OfflineError(f"{case.name}: {why}")
+    try:
+        cubin = case.compile(target)
+    except nvrtc.DriverError as error:
+        raise OfflineError(f"{case.name} does not compile for {target}: {error}") from error
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = occupied(file.name)
+        sass = run_tool("nvdisasm", "-c", "-ndf", file.name)
+    if usage is None:
+        raise OfflineError(f"{case.name}: cuobjdump states no registers")
+    return Compiled(case.name, target, triton_version(), case.weights, *usage[:2], case.shared, sass, case.budget)
+
+
+def cuda_cases() -> list[CudaCase]:
+    """The cases in CUDA C++; none where NVRTC is missing."""
+    from qloralab.kernels.gpu import nvrtc
+
+    if nvrtc.why_not():
+        return []
+    modules = dict.fromkeys(CUDA_FILES.values())
+    return [case for name in modules for case in importlib.import_module(f"qloralab.kernels.gpu.{name}").CUDA_CASES]
 
 
 def cases_of(module: str, target: str) -> Sequence[Case]:

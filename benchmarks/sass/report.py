@@ -29,6 +29,8 @@ from .compile import (
     Compiled,
     OfflineError,
     compile_cases,
+    compile_cuda,
+    cuda_cases,
     kernel_modules,
     occupied,
     run_tool,
@@ -178,8 +180,18 @@ def _compile(target: str, only: str | None) -> tuple[Found, str | None]:
             raise OfflineError(missing)
         chosen = select([compiled.name for compiled, _ in theirs], only)
         return [pair for pair in theirs if pair[0].name in chosen], None
-    ours = [(one, count(one.sass, one.weights_per_thread)) for one in compile_cases([target], kernel_modules(), only)]
-    return [*ours, *theirs], missing
+    cuda = cuda_cases()
+    if only is not None:
+        with suppress(OfflineError):  # of ours in Triton, then
+            chosen = select([case.name for case in cuda], only)
+            return [_counted(compile_cuda(case, target)) for case in cuda if case.name in chosen], None
+        cuda = []
+    ours = [*compile_cases([target], kernel_modules(), only), *(compile_cuda(case, target) for case in cuda)]
+    return [*map(_counted, ours), *theirs], missing
+
+
+def _counted(one: Compiled) -> tuple[Compiled, Counts]:
+    return one, count(one.sass, one.weights_per_thread)
 
 
 def peers(target: str) -> Found:

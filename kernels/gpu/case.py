@@ -8,6 +8,7 @@ may cost (`Case`, `Budget`), and with ``CHECKS``, what ``self_check.py`` runs on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ FILES = {
     "adamw": "adamw",
     "adamw_8bit": "adamw_8bit",
 }
+
+# Those in CUDA C++, likewise.
+CUDA_FILES = {"few_tokens": "few_tokens"}
 
 PACKED = 0.5  # bytes per weight: 4 bits
 
@@ -78,3 +82,22 @@ class Case:
     num_stages: int = 3
     divisible: tuple[str, ...] | None = None
     budget: Budget | None = None
+
+
+@dataclass(frozen=True)
+class CudaCase:
+    """One way to compile a kernel in CUDA C++.
+
+    Attributes:
+        name: of the case, as of a ``Case``.
+        compile: from a target such as ``"sm_90"`` to a cubin of one kernel.
+        weights: that one thread handles in one iteration of its main loop.
+        shared: bytes of dynamic shared memory, of a CTA.
+        budget: what it may cost on sm_90.
+    """
+
+    name: str
+    compile: Callable[[str], bytes]
+    weights: int
+    shared: int
+    budget: Budget

@@ -2,7 +2,8 @@
 
 A product that ``choice.py`` wants fused is fused where x is bfloat16, both kernels have passed their check on the
 device (``self_check.py``), and the weight fits (``canonical.why_not``). All of that holds for both directions of a
-layer or for none.
+layer or for none. Forward products of 1 to 16 tokens take ``few_tokens.py`` where that serves, which
+multiplies by the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qloralab.nf4.packed import Packed
 
-from . import choice, self_check
+from . import choice, few_tokens, self_check
 from .adapter_operands import LowRank, MaskedLowRank
 from .canonical import why_not
 from .linear import linear as _linear
@@ -24,7 +25,11 @@ from .lookup import known
 
 def linear(x: Tensor, operands: Packed, bias: Tensor | None, adapter: LowRank | None = None) -> Tensor | None:
     """``linear.linear`` of x [..., K] and W as the operators of ``nf4/ops.py`` take it; or None: it is two-pass."""
-    return _linear(x, operands, bias, adapter=adapter) if _is_fused(x, operands) else None
+    if not _is_fused(x, operands):
+        return None
+    if few_tokens.serves(x, math.prod(x.shape[:-1]), operands):
+        return few_tokens.few_tokens(x, operands, bias, adapter)
+    return _linear(x, operands, bias, adapter=adapter)
 
 
 def linear_grad_input(grad: Tensor, operands: Packed, adapter: MaskedLowRank | None = None) -> Tensor | None:

@@ -39,9 +39,10 @@ typedef struct {
     Parameter *parameters;
 } Launch;
 
-/* Returns 0; or the first result that is not CUDA_SUCCESS, and 2**32 times the number of its launch, from 0. */
+/* depend: whether those launches may start before others have ended that may. Returns 0; or the first result that is
+ * not CUDA_SUCCESS, and 2**32 times the number of its launch, from 0. */
 __attribute__((visibility("default"))) int64_t qloralab_launch(LaunchKernelEx run, const Launch *launches, int64_t count,
-                                                               const uint64_t *bases, void *stream) {
+                                                               const uint64_t *bases, void *stream, int depend) {
     for (int64_t i = 0; i < count; i++) {
         const Launch *one = launches + i;
         uint64_t addresses[MOST_PARAMETERS];
@@ -61,7 +62,7 @@ __attribute__((visibility("default"))) int64_t qloralab_launch(LaunchKernelEx ru
             .shared = one->shared,
             .stream = stream,
             .attributes = &attribute,
-            .count = one->dependent ? 1 : 0,
+            .count = one->dependent && depend,
         };
         int result = run(&config, one->function, parameters, 0);
         if (result) return i << 32 | (uint32_t)result;

@@ -119,6 +119,7 @@ def launch_native(
     shared: int,
     arguments: Sequence[tuple[str, Any]],
     dependent: bool = False,
+    depend: bool = False,
 ) -> None:
     """Run a kernel that is not Triton's on the current stream of the current device.
 
@@ -130,6 +131,7 @@ def launch_native(
         shared: bytes of its dynamic shared memory.
         arguments: see ``program.Launch``.
         dependent: likewise.
+        depend: see ``program.Program``.
 
     Raises:
         NotAProgramError: an argument is not of these types.
@@ -146,9 +148,9 @@ def launch_native(
     program, packed = Program([one], place), struct.pack(f"{len(bases)}Q", *bases)
     active: Any = driver.active
     stream = active.get_current_stream(active.get_current_device())
-    if not program(packed, stream):
+    if not program(packed, stream, depend):
         torch.zeros((), device="cuda")  # gives this thread a context
-        if not program(packed, stream):
+        if not program(packed, stream, depend):
             raise RuntimeError(f"the launch of {name} failed: this thread has no context of CUDA")
     _note(one)
 

@@ -256,9 +256,12 @@ def _product_report(kernels: Sequence[str], device: torch.device) -> tuple[str, 
     two_pass = f"Triton's {', '.join(kernels)}, then cuBLAS"
     found = choice.device(device)
     summary = choice.summary(found)
+    from . import few_tokens
+
     if choice.is_exact() or not choice.fused_up_to(1 << 20, found):
         return "two-pass", f"{two_pass}; {summary}"
     for name in FUSED:
         if failed := self_check.reason(name, device):
             return "two-pass", f"{two_pass}; not fused: {failed}"
-    return "fused, two-pass", f"{summary}; else {two_pass}"
+    few = few_tokens.reason(device) if device.type == "cuda" else ""
+    return "fused, two-pass", f"{summary}{f' (1 to 16 in Triton: {few})' if few else ''}; else {two_pass}"

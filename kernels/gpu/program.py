@@ -42,8 +42,8 @@ class Launch(NamedTuple):
         shared: bytes of dynamic shared memory of a program.
         arguments: Triton's type and the value of each parameter: "*bf16" or another pointer with a tensor, or None for
             a null pointer; "i32", "u32", "i64", "u64" and "fp32" with a number.
-        dependent: whether it may start before the kernel in front of it has ended (programmatic dependent launch). It
-            waits itself, then.
+        dependent: whether it may start before the kernel in front of it has ended (programmatic dependent launch): it
+            waits itself where it needs to, but for operands that were there before.
     """
 
     name: str
@@ -95,12 +95,13 @@ class Program:
         self._run, self._launch = _library().qloralab_launch, driver()
         self._address, self._count = ctypes.addressof(self._kept[1]), len(launches)
 
-    def __call__(self, bases: bytes, stream: int) -> bool:
+    def __call__(self, bases: bytes, stream: int, depend: bool = False) -> bool:
         """Issue the launches, in order.
 
         Args:
             bases: the addresses, 64 bits each.
             stream: the driver's handle.
+            depend: whether launches start before others have ended, if they may.
 
         Returns:
             whether they were; False where this thread has no context of CUDA yet, which a launch of Triton's makes.
@@ -108,7 +109,7 @@ class Program:
         Raises:
             RuntimeError: the driver refused one.
         """
-        failed = self._run(self._launch, self._address, self._count, bases, stream)
+        failed = self._run(self._launch, self._address, self._count, bases, stream, depend)
         if not failed:
             return True
         if failed == INVALID_CONTEXT:
@@ -145,7 +146,7 @@ class _Launch(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     library = load([SOURCE], "portable")
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.qloralab_launch.argtypes = pointer, pointer, integer, ctypes.c_char_p, pointer
+    library.qloralab_launch.argtypes = pointer, pointer, integer, ctypes.c_char_p, pointer, ctypes.c_int
     library.qloralab_launch.restype = integer
     return library
 

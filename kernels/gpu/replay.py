@@ -71,15 +71,17 @@ class Replay:
         device: of the results.
         results: the shape, strides and dtype of each.
         workspace: bytes.
+        is_dependent: whether a launch may start before the kernel in front of it has ended.
     """
 
     def __init__(self, program: Program, results: Sequence[Tensor], workspace: int, is_one: bool, operands: int):
         self.program, self.workspace = program, workspace
+        self.is_dependent = any(one.dependent for one in program.launches)
         self.results = [(one.shape, one.stride(), one.dtype) for one in results]
         self.device, self._is_one = results[0].device, is_one
         self._pack = struct.Struct(f"{operands + len(results) + bool(workspace)}Q").pack
 
-    def __call__(self, operands: Sequence[int], stream: int) -> Any:
+    def __call__(self, operands: Sequence[int], stream: int, depend: bool = False) -> Any:
         """The results, from the addresses of the operands; None where nothing could be launched."""
         device, empty = self.device, torch.empty_strided
         made = [empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.results]
@@ -87,7 +89,7 @@ class Replay:
         if self.workspace:
             workspace = empty((self.workspace,), (1,), dtype=torch.uint8, device=device)
             bases.append(workspace.data_ptr())
-        if not self.program(self._pack(*bases), stream):
+        if not self.program(self._pack(*bases), stream, depend):
             return None
         return made[0] if self._is_one else tuple(made)
 
@@ -133,7 +135,8 @@ def replayed(name: str, function: _Function, codebook: int = 0) -> _Function:
             return function(*arguments)
         if replay is _NEW:
             return _learn(function, arguments, kind, addresses, stream)
-        found = replay(addresses, stream)
+        depend = replay.is_dependent and tools.is_settled(arguments[codebook - 4 : codebook + 1])
+        found = replay(addresses, stream, depend)
         return function(*arguments) if found is None else found
 
     return run
@@ -153,6 +156,7 @@ class _Tools(NamedTuple):
     stream: Callable[[int], int | None]
     table: Callable[[Tensor], Any]
     noted: Callable[[], Any]
+    is_settled: Callable[[Sequence[Tensor | None]], bool]
 
 
 _tools: _Tools | None = None
@@ -161,10 +165,10 @@ _tools: _Tools | None = None
 def _find_tools() -> _Tools | None:
     global _tools
     if f"{__package__}.launch" in sys.modules:
-        from . import launch, lookup
+        from . import few_tokens, launch, lookup
 
         if not launch.LONG_WAY:
-            _tools = _Tools(launch.stream, lookup.known, launch.noted)
+            _tools = _Tools(launch.stream, lookup.known, launch.noted, few_tokens.is_settled)
     return _tools
 
 
@@ -257,7 +261,7 @@ def _is_trusted(replay: Replay, addresses: Sequence[int], stream: int, result: A
     functions = tuple(one.function for one in replay.program.launches)
     if replay.device.type != "cuda" or functions in _trusted:
         return True
-    again = replay(addresses, stream)
+    again = replay(addresses, stream, depend=True)
     if again is None:
         return False
     one = (result, again) if isinstance(result, tuple) else ((result,), (again,))

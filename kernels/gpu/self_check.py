@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import warn
-from .case import FILES
+from .case import CUDA_FILES, FILES
 
 VARIABLE = "QLORALAB_GPU"
 MODES = ("auto", "triton", "reference")
@@ -65,7 +65,7 @@ def mode() -> str:
 
 
 def kernel(name: str, device: torch.device, *variant: Any) -> Callable[..., Any] | None:
-    """The launcher of a kernel, one of ``case.FILES``, or None where the reference is to run.
+    """The launcher of a kernel, one of ``case.FILES`` or ``CUDA_FILES``, or None where the reference is to run.
 
     Args:
         name: of the kernel.
@@ -131,11 +131,15 @@ def _failure(name: str, device: torch.device, *variant: Any) -> str:
 
 
 def _launcher(name: str) -> Callable[..., Any]:
-    return getattr(import_module(f".{FILES[name]}", __package__), name)
+    return getattr(_module(name), name)
 
 
 def _check(name: str) -> Check:
-    return import_module(f".{FILES[name]}", __package__).CHECKS[name]
+    return _module(name).CHECKS[name]
+
+
+def _module(name: str) -> Any:
+    return import_module(f".{(FILES | CUDA_FILES)[name]}", __package__)
 
 
 def same(result: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -26,6 +26,7 @@ from qloralab.benchmarks.sass.report import (
     show,
     table,
 )
+from qloralab.kernels.gpu import nvrtc
 from qloralab.kernels.gpu.case import Budget
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
@@ -175,6 +176,7 @@ def _quick(monkeypatch):
         raise PeerError("no peer")
 
     monkeypatch.setattr(sass_report, "compile_cases", compile_cases)
+    monkeypatch.setattr(sass_report, "cuda_cases", list)
     monkeypatch.setattr(sass_report, "count", lambda sass, weights: found()[1])
     monkeypatch.setattr(sass_report, "peers", no_peers)
 
@@ -239,3 +241,11 @@ def test_the_whole_command(program):
     assert (status, err) == (0, "")
     assert out.count(" kept") == 1
     assert "bitsandbytes" not in out
+
+
+@pytest.mark.skipif(bool(nvrtc.why_not()), reason=f"needs NVRTC: {nvrtc.why_not()}")
+def test_a_kernel_in_cuda(program):
+    status, out, err = program("sass", "--kernel", "few_tokens, 8 tokens")
+    assert (status, err) == (0, "")
+    assert "few_tokens, 8 tokens" in out
+    assert "kept" in out

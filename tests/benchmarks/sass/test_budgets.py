@@ -12,10 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from qloralab.benchmarks.sass.budgets import TARGET, exceeded
-from qloralab.benchmarks.sass.compile import KERNEL_FILES, TARGETS, Compiled, compile_cases
-from qloralab.benchmarks.sass.reader import Counts, Instruction, count
-from qloralab.kernels.gpu import case
+from qloralab.benchmarks.sass.budgets import TARGET, exceeded, unsound
+from qloralab.benchmarks.sass.compile import (
+    KERNEL_FILES,
+    TARGETS,
+    Compiled,
+    compile_cases,
+    compile_cuda,
+    cuda_cases,
+)
+from qloralab.benchmarks.sass.reader import Counts, Instruction, count, parse
+from qloralab.kernels.gpu import case, few_tokens, nvrtc
 from qloralab.kernels.gpu.case import PACKED, Budget
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which has wheels for Linux")
@@ -42,6 +49,33 @@ def test_every_kernel_compiles_for_the_other_targets():
     assert [(name, target) for name, target, _ in large] == [
         ("grad_B 512 columns, rank 32", "sm_120")
     ]  # not taken there
+
+
+needs_nvrtc = pytest.mark.skipif(bool(nvrtc.why_not()), reason=f"needs NVRTC: {nvrtc.why_not()}")
+
+
+@needs_triton
+@needs_nvrtc
+@pytest.mark.parametrize("case", cuda_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("target", TARGETS)
+def test_cuda(case, target):
+    """A CTA fits; weights are asked for before the grid before is waited for, and nothing else is read or written."""
+    one = compile_cuda(case, target)
+    counts = count(one.sass, one.weights_per_thread)
+    assert (exceeded(case.budget, one, counts) if target == TARGET else unsound(one, counts)) == []
+    assert one.registers * few_tokens.THREADS <= 65536
+    assert one.shared <= few_tokens.SHARED
+    assert counts.opcodes["SHFL"] == 8  # of scales, not of weights
+    opcodes = [instruction.opcode for instruction in parse(one.sass)]
+    if target == "sm_80":
+        assert "ACQBULK" not in opcodes
+        return
+    waits, lets = opcodes.index("ACQBULK"), opcodes.index("PREEXIT")
+    before = [opcode for opcode in opcodes[:waits] if opcode.startswith(("LDG", "STG"))]
+    assert sum(".128" in opcode for opcode in before) == 8
+    assert all("CONSTANT" in opcode for opcode in before if ".128" in opcode)
+    assert not [opcode for opcode in before if opcode.startswith("STG")]
+    assert waits < lets
 
 
 SHUFFLES = """

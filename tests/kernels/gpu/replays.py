@@ -22,7 +22,7 @@ from triton import knobs
 
 import qloralab as ql
 from qloralab.benchmarks import no_device
-from qloralab.kernels.gpu import choice, launch, lookup, replay
+from qloralab.kernels.gpu import choice, few_tokens, launch, lookup, replay
 from qloralab.kernels.gpu.program import RESIDENT
 from qloralab.kernels.gpu.split import add_parts
 from qloralab.lora import ops as lora_ops
@@ -332,22 +332,37 @@ def native() -> dict[str, Any]:
     kinds = ("*bf16", "*fp32", "*i8", "i32", "u32", "i64", "u64", "fp32")
     function = no_device.function("native", [8, 8, 8, 4, 4, 8, 8, 4])
 
-    def run(x: Tensor, weight: Any, number: int) -> Tensor:
+    operands = ql.quantize(torch.randn(64, 64)).operands()
+    weight: dict[str, Any] = dict(zip(operands._fields[:5], operands, strict=False))
+    lookup.table(operands.values)
+    few_tokens.is_settled(operands.tensors)
+
+    def run(x: Tensor, *others: Any) -> Tensor:
         out, between = x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)
+        *operands, number = others
         values = x, between, None, -number, number, -(2**40), 2**63, 0.5
-        launch.launch_native("native", function, (3,), 512, 65536, tuple(zip(kinds, values, strict=True)), True)
+        arguments = tuple(zip(kinds, values, strict=True))
+        launch.launch_native("native", function, (3,), 512, 65536, arguments, True, few_tokens.is_settled(operands))
         add_parts(between[None].expand(2, *x.shape), out)
         return out
 
-    call = replay.replayed("native", run)
-    found = [again(call, {"x": torch.randn(4, 64).bfloat16(), "weight": None, "number": 3}) for _ in range(4)]
-    operands = {"x": torch.randn(4, 64).bfloat16(), "weight": None, "number": 3}
+    call = replay.replayed("native", run, 5)
+    found = [again(call, {"x": torch.randn(4, 64).bfloat16(), **weight, "number": 3}) for _ in range(4)]
+    operands = {"x": torch.randn(4, 64).bfloat16(), **weight, "number": 3}
     seen = launched(lambda: call(*operands.values()), operands).calls
-    more = replay.replayed("more", lambda *arguments: run(*arguments).mul_(2))
+    more = replay.replayed("more", lambda *arguments: run(*arguments).mul_(2), 5)
+    depends = list[bool]()
+    for written in (None, "packed", None, "scales", None):
+        if written:
+            weight[written].add_(1)
+        no_device.launches()
+        call(*operands.values())
+        depends.append(no_device.launches()[0].dependent)
     return {
         "same": found,
         "replays": replays(lambda: call(*operands.values())),
         "launches": seen[:2],
+        "depends": depends,
         "replays of more": replays(lambda: more(*operands.values())),
     }
 

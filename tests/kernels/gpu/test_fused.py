@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qloralab as ql
-from qloralab.kernels.gpu import choice, fused, operators, self_check, two_pass
+from qloralab.kernels.gpu import choice, few_tokens, fused, operators, self_check, two_pass
 from qloralab.lora import ops as lora_ops
 from qloralab.nf4 import ops
 
@@ -77,6 +77,18 @@ def test_a_measured_choice_is_followed(device, launched, measured):
     assert launched == ["linear", "linear_grad_input"]
     assert error(y, F.linear(x.float(), W, bias.float())) < CLOSE
     assert error(dx, grad.float() @ W) < CLOSE
+
+
+def test_few_tokens_take_their_own_kernel_where_it_serves(device, launched, measured, monkeypatch):
+    measured(4)
+    operands, (x, grad, bias) = weight(device).operands(), inputs(device)
+    y = torch.zeros(3, N, device=device)
+    monkeypatch.setattr(few_tokens, "serves", lambda x, M, weight: M == 3)
+    monkeypatch.setattr(few_tokens, "few_tokens", lambda *given: launched.append("few") or y)
+    assert operators.linear(x, *operands, bias) is y
+    operators.linear_grad_input(grad, *operands)
+    operators.linear(x[:2], *operands, bias)
+    assert launched == ["few", "linear_grad_input", "linear"]
 
 
 def test_an_adapter_is_in_the_fused_products(device, launched, measured):

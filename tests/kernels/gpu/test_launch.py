@@ -141,7 +141,7 @@ def test_a_thread_gets_a_context_for_a_kernel_that_is_not_tritons(contexts, monk
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(
-        launch, "Program", lambda *_: lambda bases, stream: asked.append(stream) or len(asked) >= contexts
+        launch, "Program", lambda *_: lambda bases, stream, depend: asked.append(stream) or len(asked) >= contexts
     )
     monkeypatch.setattr(launch.torch, "zeros", lambda *_, device: made.append(device))
     with pytest.raises(RuntimeError, match="no context") if contexts == 3 else nullcontext():

@@ -66,7 +66,7 @@ def test_the_driver_gets_what_the_launch_says(driver):
     driver.sizes = [[8, 4, 8, 4, 8, 8, 4, 8, 4], []]
     launches = [launch("first", *arguments, function=2**47), launch("second", function=6, dependent=True)]
     run = Program(launches, lambda tensor: places[tensor.data_ptr()])
-    assert run(struct.pack("2Q", *BASES), STREAM)
+    assert run(struct.pack("2Q", *BASES), STREAM, depend=True)
     values = (
         struct.pack("<Qi4x", BASES[1] + 512, -7)[:12],
         struct.pack("<QIqQf", BASES[0], 2**32 - 1, -(2**40), 2**64 - 1, 0.1),
@@ -78,6 +78,13 @@ def test_the_driver_gets_what_the_launch_says(driver):
     assert first[12] is second[12] is None
     assert second[0] == 6
     assert second[9:12] == (1, struct.pack("<i4xi", 6, 1), [])  # programmatic stream serialization, allowed
+
+
+def test_launches_wait_unless_the_call_says_otherwise(driver):
+    driver.sizes = [[]]
+    run = Program([launch(dependent=True)], lambda _: None)
+    assert run(b"", STREAM)
+    assert [one[9] for one in driver.launches] == [0]
 
 
 def test_bases_are_those_of_the_call(driver):

@@ -79,6 +79,10 @@ def test_a_kernel_that_is_not_tritons_is_replayed_beside_one_that_is(found):
     assert sums[7][0] == "temporary 0"
 
 
+def test_a_launch_waits_for_what_may_have_written_its_weight(found):
+    assert found["native"]["depends"] == [True, False, True, False, True]
+
+
 # What happens around a recording, with operators and programs that are made up.
 
 
@@ -88,8 +92,9 @@ class Made:
     def __init__(self, result: Tensor | None, device: str = "cuda", functions: tuple[int, ...] = (1, 2)):
         self.program = SimpleNamespace(launches=[SimpleNamespace(name=f"_{one}", function=one) for one in functions])
         self.device, self.result, self.calls = torch.device(device), result, 0
+        self.is_dependent = False
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> Tensor | None:
+    def __call__(self, addresses: Sequence[int], stream: int, depend: bool = False) -> Tensor | None:
         self.calls += 1
         return self.result
 
@@ -108,7 +113,7 @@ def recorder(monkeypatch) -> Iterator[Any]:
     """``recorder(run)`` is an operator of a tensor; what its recording gives is ``recorder.made``."""
     noted: Any = lambda: nullcontext([])  # noqa: E731
     made = Recorder()
-    monkeypatch.setattr(replay, "_tools", replay._Tools(lambda device: 7, lambda values: None, noted))
+    monkeypatch.setattr(replay, "_tools", replay._Tools(lambda device: 7, lambda values: None, noted, bool))
     monkeypatch.setattr(replay, "_replay", lambda *_: made.made)
     replay.clear()
     yield made
