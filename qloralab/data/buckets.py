@@ -1,13 +1,12 @@
 """A few lengths that batches are padded to, where each new length has a price: a CUDA graph, say, or a compilation.
 
 With one length for all, the short examples are mostly padding; with a length for each, nothing is saved. The best few
-are found exactly, by dynamic programming over the distinct lengths c[0] < c[1] < ..., of which n[j] examples have c[j]::
+are found exactly, by dynamic programming over the distinct lengths c[0] < c[1] < ..., where n[j] examples have c[j]::
 
     cost[1, j] = c[j] (n[0] + ... + n[j])
     cost[b, j] = min over i < j of  cost[b - 1, i] + c[j] (n[i + 1] + ... + n[j])
 
 cost[b, j] is the least number of positions of all examples up to length c[j] in b buckets, of which c[j] is the last.
-The time is a product of the number of buckets and the square of the number of lengths, which are multiples of something.
 """
 
 from __future__ import annotations
