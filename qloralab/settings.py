@@ -111,6 +111,9 @@ class Settings:
     checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute activations: less memory, slower.")] = (
         False
     )
+    graph: Annotated[bool, Option("--graph", help="Replay steps from CUDA graphs, captured for up to 8 lengths.")] = (
+        False
+    )
     seed: Annotated[int, Option(help="Of split, order, adapters and dropout.")] = 0
     seeds: Annotated[
         int | None, Option(help="Runs, each with the next seed; their mean and interval.", show_default="one run")
@@ -123,6 +126,7 @@ class Settings:
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_that_none_is_ignored()
+        self._check_graph()
         if not -(2**63) <= self.seed <= self.last_seed < 2**64:
             raise UserError(f"--seed is {self.seed}; it must be a number of 64 bits")
         if not self.data:
@@ -133,6 +137,14 @@ class Settings:
             raise UserError(
                 f"{self.out} exists and is not empty; a run never writes over another, give --out a new name"
             )
+
+    def _check_graph(self) -> None:
+        for given, option, why in (
+            (self.checkpointing, "--checkpointing", "computes again with random states that a graph cannot read"),
+            (self.merge_aware, "--merge-aware", "looks at the adapters' values in each call"),
+        ):
+            if self.graph and given:
+                raise UserError(f"--graph cannot be had with {option}, which {why}; leave one out")
 
     def _check_ranges(self) -> None:
         counts = ("steps", "epochs", "batch_size", "accumulate", "max_length", "held_out", "eval_every", "save_every")

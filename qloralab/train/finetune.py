@@ -161,6 +161,8 @@ def _shown(display: Display | None, processes: Processes) -> Display:
 
 def _check_together(settings: Settings, processes: Processes) -> None:
     """Refuse what several processes cannot do."""
+    if processes.parallel is not None and settings.graph:
+        raise UserError("--graph takes one process, --parallel exchanges gradients in between; leave one out")
     if processes.parallel is not None and settings.seeds is not None:
         raise UserError("--seeds takes one process; start a run with --parallel for each --seed")
     if processes.sharded and settings.state_bits == 8:
@@ -333,6 +335,8 @@ class _Run:
 
     def _steps(self, stop: StopRequest) -> None:
         steps = self.trainer.settings.steps
+        if self.trainer.settings.graph:
+            self._capture()
         with self.display.training(steps, self.trainer.step), self._dense_weights():
             self.display.step(self.directory.metrics[-1], steps)
             self.stopping = self.processes.any(stop.requested)
@@ -340,6 +344,19 @@ class _Run:
                 self._step(stop)
                 if self.trainer.step < steps and not self.stopping:
                     self._tell_if_long(self.directory.metrics[-1])
+
+    def _capture(self) -> None:
+        """The steps as CUDA graphs; where that fails they run as they are, and it is said and noted."""
+        try:
+            with self.display.busy("capturing the steps", "parts") as progress:
+                self.trainer.capture(progress)
+        except RuntimeError as error:
+            why = f"the steps run without CUDA graphs: {' '.join(str(error).split())[:300]}"
+            LOGGER.warning("%s", why)
+            self.reports.notes.append(why)
+        else:
+            assert self.trainer.graphs is not None
+            self.display.fact("graphs", self.trainer.graphs.described())
 
     def _dense_weights(self) -> contextlib.AbstractContextManager[None]:
         """Those of a block that is computed again, on a GPU, until its gradients are known."""

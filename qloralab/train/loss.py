@@ -106,15 +106,36 @@ class AnswerLoss(nn.Module):
             loss: float32 [], the sum over the labels. Divide it by a count of labels.
             count: the number of labels.
         """
-        targets = labels[:, 1:]
-        chosen = targets != NO_LABEL
+        places, targets = answer_places(labels)
+        return self.at(input_ids, places, targets), len(targets)
+
+    def at(self, input_ids: Tensor, places: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of a batch whose labels are told by their places. Nothing here waits for a device.
+
+        Args:
+            input_ids: as in ``forward``.
+            places: int64 [labels], which positions of the batch, row after row, are followed by the targets.
+            targets: int64 [labels], or -100 where there is no loss, for lists that are padded.
+
+        Returns:
+            loss: float32 [].
+        """
         if self.fused:
-            hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-            loss = linear_cross_entropy(hidden[:, :-1][chosen], self.head.weight, targets[chosen], self.head.bias)
-        else:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][chosen]
-            loss = F.cross_entropy(logits.float(), targets[chosen], reduction="sum")
-        return loss, int(chosen.sum())
+            hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            return linear_cross_entropy(hidden[places], self.head.weight, targets, self.head.bias)
+        logits = self.model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[places]
+        return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=NO_LABEL)
+
+
+def answer_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which positions of a batch, row after row, a label follows, and the labels: int64 [count] each.
+
+    Args:
+        labels: int64 [batch, length], -100 where there is none.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL).flatten()
+    places = (following != NO_LABEL).nonzero()[:, 0]
+    return places, following[places]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,7 +145,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: 
         hidden: [tokens, hidden size], a floating-point dtype; the product is taken in it, or in float32 where the
             processor emulates it. The softmax is in float32.
         weight: [vocabulary, hidden size].
-        targets: int64 [tokens].
+        targets: int64 [tokens]; -100 where a token has no loss.
         bias: [vocabulary] or None.
 
     Returns:
@@ -147,13 +168,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), rows):
             h, target = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
+            counts, target = target != NO_LABEL, target.clamp(min=0)
             logits = F.linear(h, used, used_bias).float()
             normalizer = logits.logsumexp(dim=1, keepdim=True)
-            loss += (normalizer - logits.gather(1, target)).sum()
+            loss += torch.where(counts, normalizer - logits.gather(1, target), 0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
+            normalizer.masked_fill_(~counts, torch.inf)  # then all of the softmax is 0
             grad = logits.sub_(normalizer).exp_()  # softmax, in the memory of the logits
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad.scatter_add_(1, target, -counts.to(grad.dtype))
             low = grad.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = low @ used

@@ -43,6 +43,7 @@ from ..display import Display
 from ..errors import UserError
 from ..settings import DATA_TYPE, QUANTIZATION, SPLITTING, STDLIB, Settings
 from . import tensorboard, tracking
+from .graphs import has_graphs
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def read_data(settings: Settings, display: Display) -> Material:
     Raises:
         UserError: the data, the model's tokenizer, the adapter or a setting is not usable.
     """
+    if settings.graph and not has_graphs(run_device()):
+        raise UserError("--graph needs an NVIDIA GPU, and there is none here; leave it out")
     if settings.tensorboard:
         tensorboard.check()
     if settings.track:

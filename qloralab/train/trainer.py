@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..resident import resident_mb
 from ..settings import Settings
 from .checkpoint import load_checkpoint_, random_states, restore_random_states, save_checkpoint
+from .graphs import StepGraphs
 from .loss import AnswerLoss
 from .processes import ALONE, Processes
 from .run_directory import Metrics
@@ -52,6 +53,7 @@ class Trainer:
 
     Attributes:
         step, tokens, seconds: done so far.
+        graphs: that forward and backward of a step are replayed from; None: they run as they are.
 
     Raises:
         UserError: there is no room for the optimizer's state.
@@ -74,7 +76,26 @@ class Trainer:
         self.parameters = trainable(model)
         self.optimizer = self._optimizer()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.graphs: StepGraphs | None = None
         self._order = self._batches(0)
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Have all later steps replayed from CUDA graphs (``graphs.py``). Nothing else changes.
+
+        Args:
+            progress: called with how many of how many pieces of the work are done.
+
+        Raises:
+            RuntimeError: they cannot be captured; steps run as they are.
+        """
+        self.model.train()
+        rows = -(-min(self.settings.batch_size, len(self.train)) // self.settings.accumulate)
+        graphs = StepGraphs(self._loss_at, self.parameters, self.train, rows, LENGTH_MULTIPLE, self.positions)
+        try:
+            graphs.capture(progress)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.graphs = graphs
 
     def _optimizer(self) -> PagedAdamW:
         settings = self.settings
@@ -175,6 +196,8 @@ class Trainer:
         """The mean loss of a batch, whose gradients the parameters get, in as many parts as the settings say."""
         answers, count, total = _answers(examples), self.processes.count, 0.0
         parts = min(self.settings.accumulate, -(-len(examples) // count))
+        if self.graphs is not None:
+            return self.graphs.backward([examples[part::parts] for part in range(parts)], answers)
         for part in range(parts):
             mine = self.processes.share(examples)[part::parts]
             with self.processes.exchanging(self.loss, last=part == parts - 1):
@@ -184,16 +207,23 @@ class Trainer:
         return self.processes.total(total)[0]
 
     def _loss(self, examples: Sequence[Encoded]) -> torch.Tensor:
-        """The summed loss of some examples.
-
-        Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
-        faster.
-        """
+        """The summed loss of some examples."""
         batch = collate(examples, LENGTH_MULTIPLE, self.positions)
-        mixed = self.settings.method == "full" and self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        with self._precision():
             loss, _ = self.loss(batch["input_ids"].to(self.device), batch["labels"].to(self.device))
         return loss
+
+    def _loss_at(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """``AnswerLoss.at``, of a run of one process."""
+        loss: Any = self.loss
+        with self._precision():
+            return loss.at(*inputs)
+
+    def _precision(self) -> torch.autocast:
+        """Full fine-tuning keeps float32 weights, for small updates to count, and computes in bfloat16 where that is
+        faster."""
+        mixed = self.settings.method == "full" and self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
     def paging(self) -> str:
         """How much of the optimizer's state is in memory, in words; empty without a budget."""

@@ -75,6 +75,27 @@ def test_values_and_gradients_are_those_of_cross_entropy(dtype, weight_dtype, bi
         assert error(t.grad, e.grad) < TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("rows", [7, 1000], ids=lambda rows: f"chunks-of-{rows}")
+def test_tokens_without_a_target_count_for_nothing(rows, monkeypatch):
+    """Values and gradients are those of the other tokens; what the hidden states hold there does not matter."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * WORDS * rows)
+    hidden, weight, bias = inputs(torch.float64, torch.float64)
+    targets = torch.randint(WORDS, (TOKENS,))
+    counts = torch.rand(TOKENS) < 0.5
+    exact = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    expected = F.cross_entropy(F.linear(exact[0][counts], *exact[1:]), targets[counts], reduction="sum")
+    found = linear_cross_entropy(hidden, weight, targets.where(counts, NOTHING), bias)
+    assert error(found.detach(), expected.detach()) < TOLERANCE[torch.float64]
+    (found * 0.37).backward()
+    (expected * 0.37).backward()
+    for t, e in zip((hidden, weight, bias), exact, strict=True):
+        assert t.grad is not None
+        assert e.grad is not None
+        assert error(t.grad, e.grad) < TOLERANCE[torch.float64]
+    assert hidden.grad is not None
+    assert not hidden.grad[~counts].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_product_is_taken_in_a_dtype_that_is_emulated(dtype, monkeypatch):
     """It is taken in float32 instead, and the gradient is rounded once: closer to the exact one."""
@@ -196,6 +217,21 @@ models = pytest.mark.parametrize(
     [(llama, True), (lambda: llama(tied=False), True), (gemma2, False)],
     ids=["llama-tied", "llama-untied", "gemma2"],
 )
+
+
+@models
+def test_places_may_be_padded(build, fused):
+    """As the graphs have them: the same loss and gradients."""
+    model, (ids, labels) = build(), batch()
+    answer, found = AnswerLoss(model), []
+    places, targets = module.answer_places(labels)
+    for left in (0, 5):
+        model.zero_grad()
+        loss = answer.at(ids, F.pad(places, (0, left)), F.pad(targets, (0, left), value=NOTHING))
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert torch.equal(answer(ids, labels)[0], found[0][0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @models

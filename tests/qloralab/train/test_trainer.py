@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qloralab.checkpoint.models import load_model, load_tokenizer
-from qloralab.data.batches import collate, length_grouped_batches, split
-from qloralab.data.encoding import NO_LABEL, encode_all
-from qloralab.data.examples import read_jsonl
+from qloralab.data.batches import collate, length_grouped_batches
+from qloralab.data.encoding import NO_LABEL
 from qloralab.errors import UserError
-from qloralab.lora.config import LoraConfig
-from qloralab.lora.inject import adapters, inject_
-from qloralab.nf4.model import quantize_
+from qloralab.lora.inject import adapters
 from qloralab.settings import Method
 from qloralab.train.trainer import Trainer, schedule
 
@@ -33,28 +29,6 @@ BF16 = 2e-3
 # Relative. The same numbers, summed in float32 in another order.
 FLOAT32 = 1e-5
 METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
-Make = Callable[..., Trainer]
-
-
-@pytest.fixture
-def make(settings) -> Make:
-    """A trainer: ``make("qlora", steps=3)``."""
-
-    def trainer(method: Method = "qlora", dtype: torch.dtype | None = None, **changes: Any) -> Trainer:
-        chosen = settings(method=method, **changes)
-        tokenizer = load_tokenizer(chosen.model)
-        encoded = encode_all(read_jsonl(chosen.data), tokenizer, chosen.max_length)
-        train, held_out = split(encoded, chosen.held_out, chosen.seed)
-        torch.manual_seed(chosen.seed)
-        dtype = dtype or torch.bfloat16
-        model = load_model(chosen.model, torch.float32 if method == "full" else dtype)
-        if method == "qlora":
-            quantize_(model, compute_dtype=dtype)
-        if method != "full":
-            inject_(model, LoraConfig(**chosen.new_adapters))
-        return Trainer(model, train, held_out, chosen, dtype)
-
-    return trainer
 
 
 def batches(trainer: Trainer) -> Iterator[list]:
