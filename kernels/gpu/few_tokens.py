@@ -105,16 +105,22 @@ def serves(x: Tensor, M: int, weight: Packed) -> bool:
     if found is None:
         if torch.cuda.is_current_stream_capturing():
             return False
-        found = _serves[key] = not reason(x.device, constants)
+        why = reason(x.device, constants)
+        if why and not _is_missing(x.device):
+            self_check.warn_once(NAME, why, "Triton's kernel multiplies few tokens as well, in more time.")
+        found = _serves[key] = not why
     return found and shared_bytes(weight, grid_of(weight.shape[0], _multiprocessors(x.device))) <= SHARED
 
 
 def reason(device: torch.device, constants: Constants = USUAL) -> str:
     """Why the kernel does not serve on a device, in words; empty where it does. Compiles and checks it, once."""
+    return _is_missing(device) or self_check.reason(NAME, device, constants)
+
+
+def _is_missing(device: torch.device) -> str:
+    """What it takes and is not there, in words."""
     major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < OLDEST:
-        return f"it needs sm_{OLDEST} or newer"
-    return nvrtc.why_not() or self_check.reason(NAME, device, constants)
+    return f"it needs sm_{OLDEST} or newer" if 10 * major + minor < OLDEST else nvrtc.why_not()
 
 
 def few_tokens(x: Tensor, weight: Packed, bias: Tensor | None = None, adapter: LowRank | None = None) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import captured
+
 _log = logging.getLogger("qloralab")
 
 
@@ -63,20 +65,18 @@ class Decoder:
         Raises:
             RuntimeError: it cannot be captured, or the graph gives another token.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
+        replay = captured(self.step)
         layers: Any = self._cache.layers
         state = self.token, self._positions, *(layer.cumulative_length for layer in layers)
         before, tokens = [part.clone() for part in state], list[Tensor]()
-        for run in (self.step, graph.replay):
+        for run in (self.step, replay):
             run()
             tokens.append(self.token.clone())
             for part, value in zip(state, before, strict=True):
                 part.copy_(value)
         if not torch.equal(*tokens):
             raise RuntimeError("the captured step gives another token")
-        return graph.replay
+        return replay
 
     def _advance(self) -> None:
         self.token = self._next()

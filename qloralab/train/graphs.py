@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from ..data.batches import collate
 from ..data.buckets import buckets
 from ..data.encoding import NO_LABEL, Encoded
+from .capture import captured
 from .checkpoint import random_states, restore_random_states
 from .loss import answer_places
 
@@ -212,23 +213,6 @@ class StepGraphs:
         # An odd stride, or a matrix of even width would show some of its columns only.
         grads = [grad.flatten()[:: grad.numel() // _SAMPLE | 1] for grad in self._grads]
         return self._total.clone(), torch.cat(grads).double()
-
-
-def captured(run: Callable[[], None], pool: Any, stream: torch.cuda.Stream | None) -> Callable[[], None]:
-    """A function as a CUDA graph, to be called in its place.
-
-    Raises:
-        RuntimeError: it cannot be captured.
-    """
-    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
-    try:
-        # A capture that fails leaves its stream the current one, and the generator as if it went on.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
-    except BaseException:
-        generator.graphsafe_set_state(generator.clone_state())
-        raise
-    return graph.replay
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +199,32 @@ def test_a_weight_is_settled_once_it_was_multiplied_and_until_it_is_written_to()
     with torch.inference_mode():
         made = [one if one is None else one.clone() for one in weight.tensors]
     assert [few_tokens.is_settled(made) for _ in range(2)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "missing", "failed", "warned"),
+    [
+        ((7, 5), "", "", ""),
+        ((9, 0), "NVRTC cannot be loaded", "", ""),
+        ((9, 0), "", "its result differs", "its result differs"),
+        ((9, 0), "", "", None),
+    ],
+)
+def test_where_it_fails_it_says_so_and_where_something_is_missing_it_does_not(
+    capability, missing, failed, warned, monkeypatch
+):
+    said = list[str]()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(few_tokens, "_multiprocessors", lambda _: 4)
+    monkeypatch.setattr(few_tokens.nvrtc, "why_not", lambda: missing)
+    monkeypatch.setattr(few_tokens.self_check, "reason", lambda *_: failed)
+    monkeypatch.setattr(few_tokens.self_check, "warn_once", lambda name, why, note: said.append(why))
+    monkeypatch.setattr(few_tokens, "_serves", {})
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    for _ in range(2):
+        assert few_tokens.serves(x, 3, whole_weight(64, 64)) == (warned is None)
+    assert said == ([warned] if warned else [])
 
 
 SANITIZERS = {"address": ("5", "65"), "thread": ("3", "65")}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,53 +325,6 @@ def test_what_has_no_graph_is_refused(settings, refusal, option):
     assert refusal(settings, graph=True, **changes).startswith(
         f"--graph cannot be had with --{option.replace('_', '-')}, which "
     )
-
-
-class FakeCuda:
-    """As much of torch.cuda as a capture takes; it fails if the body does, and then leaves its stream behind."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.streams, self.options, self.states = ["main"], list[dict[str, Any]](), list[str]()
-        generator = SimpleNamespace(clone_state=lambda: "new", graphsafe_set_state=self.states.append)
-        for name, value in {
-            "CUDAGraph": lambda: SimpleNamespace(replay="replayed"),
-            "default_generators": (generator,),
-            "current_device": lambda: 0,
-            "current_stream": lambda: self.streams[-1],
-            "stream": self.stream,
-            "graph": self.graph,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    @contextmanager
-    def stream(self, stream: str) -> Iterator[None]:
-        before = list(self.streams)
-        try:
-            yield
-        finally:
-            self.streams = before
-
-    @contextmanager
-    def graph(self, graph: Any, **options: Any) -> Iterator[None]:
-        self.options.append(options)
-        self.streams.append("capture")
-        yield
-        self.streams.pop()
-
-
-def test_a_capture_that_fails_leaves_no_trace(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    stream: Any = "side"
-    assert module.captured(lambda: None, "pool", stream) == "replayed"
-    assert cuda.options == [{"pool": "pool", "stream": "side"}]
-    assert (cuda.streams, cuda.states) == (["main"], [])
-
-    def fail() -> None:
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        module.captured(fail, "pool", stream)
-    assert (cuda.streams, cuda.states) == (["main"], ["new"])
 
 
 @pytest.mark.gpu
