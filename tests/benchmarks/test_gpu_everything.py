@@ -86,7 +86,7 @@ def test_files_of_one_name_are_joined_in_order(tmp_path):
 def test_all_points_and_canaries_have_a_part():
     asked = [name for part in parts() if part.module == "gpu" for name in part.arguments[3:]]
 
-    assert sorted(asked) == sorted(["canaries", *OPERATIONS])
+    assert sorted(asked) == sorted(["canaries", *OPERATIONS, "chain"])
     assert sum(part.seconds for part in parts()) <= 570
 
 
@@ -131,4 +131,8 @@ def test_a_rehearsal(tmp_path):
     assert records[0]["kind"] == "canary"
     points = [record for record in records if record["kind"] == "point"]
     assert len({(record["operation"], record["M"]) for record in points}) == 10
-    assert {record["status"] for record in points if record["provider"] in ("ours", "bf16")} == {"ok"}
+    chains = [record for record in records if record["kind"] == "chain"]
+    assert [(record["operation"], record["M"]) for record in chains[::3]] == [
+        ("chain", 1), ("chain, eager", 1), ("chain", 16), ("chain, eager", 16)
+    ]  # fmt: skip
+    assert {record["status"] for record in points + chains if record["provider"] in ("ours", "bf16")} == {"ok"}
