@@ -3,19 +3,20 @@
     q, k, v = products of x        o = product of q        gate, up = products of o        down = product of gate
 
 No attention, activation, norm or residual stands between: what is timed is the chain of products, and no layer's time.
-x is N(0, 1), and weights of standard deviation 0.02 let the values of each width grow by 0.02 sqrt(K), two to three
-times: far from where bfloat16 ends. The seven weights differ, and each result is held to the float64 product of what
-that provider had computed before it, within the tolerance of a single product.
+x is N(0, 1); a product with weights of standard deviation 0.02 makes its values 0.02 sqrt(K) times as large, 1.3 to 2.4
+times here: far from where bfloat16 ends. The seven weights differ, and each result is held to the float64 product of
+what the same provider computed before it, within the tolerance of a single product.
 
 "ours" is the operator that a layer calls, fused: few tokens go to ``few_tokens.py`` where it serves. "chain" is
-captured: a graph holds some chains, one after the other, over copies of all weights that fill the cache twice; where a
-provider cannot be captured it is launched, and marked. "chain, eager" launches each product, so that for few tokens it
-is the time of the host. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of
-reading in the same run; what goes from product to product is not counted.
+captured: a graph holds some chains, one after the other, over copies of all weights that fill the cache twice; what
+cannot be captured is launched, and marked. "chain, eager" launches each product: with few tokens that is the host's
+time. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of reading in the same
+run; what goes from product to product is not counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
@@ -137,12 +138,6 @@ PROVIDERS = [
 ]
 
 
-def memory(shapes: Shapes, rows: Sequence[int], cache: int) -> int:
-    """Bytes at most: making a weight, all in every form, copies that fill the cache twice, results of three graphs."""
-    sizes = [N * K for N, K in shapes.values()]
-    return 40 * max(sizes) + 14 * sum(sizes) + 6 * cache + 20 * max(rows) * sum(N for N, _ in shapes.values())
-
-
 def measure(
     device: Device,
     common: Mapping[str, Any],
@@ -160,39 +155,36 @@ def measure(
     """
     shapes, weights = LINEARS if shapes is None else shapes, {}
     head = {**common, "kind": "chain", "shape": list(dict.fromkeys(width for NK in shapes.values() for width in NK))}
-    for M, operation in ((M, operation) for M in rows for operation in (CHAIN, EAGER)):
-        why = device.lost() or ("the time was up" if time.monotonic() >= deadline else None)
-        chain = None
+    for M, operation in itertools.product(rows, (CHAIN, EAGER)):
+        chain, why = None, device.lost() or ("the time was up" if time.monotonic() >= deadline else None)
         try:
-            if not (why or weights) and not (why := device.too_large("it needs", memory(shapes, rows, device.cache))):
-                made = enumerate(shapes.items(), start=10)  # x has a seed below
-                weights = {name: Weight(NK, device.device, device.cache, COPIES, seed) for seed, (name, NK) in made}
-            chain = None if why else Chain(operation, weights["q"], M, linears=weights)
+            if not why:
+                weights = weights or _weights(device, shapes, max(rows))
+                chain = Chain(operation, weights["q"], M, linears=weights)
         except Exception as error:
             why = text(error)
+        outcomes: Mapping[str, Outcome] = {one.name: Outcome("skipped", why) for one in providers}
         if chain:
-            outcomes = compare(
-                {one.name: chain for one in providers},
-                providers,
-                device.prepare,
-                check=check,
-                seconds=seconds,
-                most=MOST,
-            )
-        else:
-            outcomes = {one.name: Outcome("skipped", why) for one in providers}
+            cases = dict.fromkeys(outcomes, chain)
+            outcomes = compare(cases, providers, device.prepare, check=check, seconds=seconds, most=MOST)
         yield [
-            {
-                **head,
-                "operation": operation,
-                "M": M,
-                "provider": one.name,
-                "weight_bytes": sum(least("linear", NK, 0, one.dense).read for NK in shapes.values()),
-                **fields(outcomes[one.name], one, limits, chain),
-            }
+            head
+            | {"operation": operation, "M": M, "provider": one.name}
+            | {"weight_bytes": sum(least("linear", NK, 0, one.dense).read for NK in shapes.values())}
+            | fields(outcomes[one.name], one, limits, chain)
             for one in providers
         ]
         del outcomes  # the graphs hold memory
+
+
+def _weights(device: Device, shapes: Shapes, M: int) -> dict[str, Weight]:
+    sizes, widths = [N * K for N, K in shapes.values()], sum(N for N, _ in shapes.values())
+    # To make a weight; all in every form, in copies that fill the cache twice; the results of three graphs.
+    need = 40 * max(sizes) + 14 * sum(sizes) + 6 * device.cache + 20 * M * widths
+    if large := device.too_large("the chain needs", need):
+        raise MemoryError(large)
+    seeded = enumerate(shapes.items(), start=10)  # x has a seed below
+    return {name: Weight(NK, device.device, device.cache, COPIES, seed) for seed, (name, NK) in seeded}
 
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
@@ -207,9 +199,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
     if rows:
         widths = ", ".join(map(str, records[0]["shape"]))
         headings = ("provider", "M", "µs", "bf16/this", "weights, MB", "GB/s", "of reading", "eager, µs")
-        caption = (
-            "products only, nothing between them; e: with launches, not from a CUDA graph; eager: launched by the host"
-        )
+        caption = "products only, nothing between them; e: not from a CUDA graph; eager: launched by the host"
         title = f"q, k, v, o, gate, up, down in a chain, of widths {widths}: median"
         yield grid(headings, rows, left=headings[:1], title=title, caption=caption)
 
