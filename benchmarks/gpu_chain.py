@@ -9,8 +9,8 @@ what the same provider computed before it, within the tolerance of a single prod
 
 "ours" is the operator that a layer calls, fused: few tokens go to ``few_tokens.py`` where it serves. "chain" is
 captured: a graph holds some chains, one after the other, over copies of all weights that fill the cache twice; what
-cannot be captured is launched, and marked. "chain, eager" launches each product: with few tokens that is the host's
-time. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of reading in the same
+cannot be captured is launched, and marked. "chain, eager" launches each product, which takes the device's time or the
+host's, whichever is longer. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of reading in the same
 run; what goes from product to product is not counted.
 """
 
@@ -159,7 +159,7 @@ def measure(
         chain, why = None, device.lost() or ("the time was up" if time.monotonic() >= deadline else None)
         try:
             if not why:
-                weights = weights or _weights(device, shapes, max(rows))
+                weights = weights or make_weights(device, shapes, max(rows))
                 chain = Chain(operation, weights["q"], M, linears=weights)
         except Exception as error:
             why = text(error)
@@ -177,7 +177,8 @@ def measure(
         del outcomes  # the graphs hold memory
 
 
-def _weights(device: Device, shapes: Shapes, M: int) -> dict[str, Weight]:
+def make_weights(device: Device, shapes: Shapes, M: int) -> dict[str, Weight]:
+    """Seven weights that differ; raises MemoryError where they and chains for M tokens would not fit."""
     sizes, widths = [N * K for N, K in shapes.values()], sum(N for N, _ in shapes.values())
     # To make a weight; all in every form, in copies that fill the cache twice; the results of three graphs.
     need = 40 * max(sizes) + 14 * sum(sizes) + 6 * device.cache + 20 * M * widths

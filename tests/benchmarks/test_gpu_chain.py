@@ -10,9 +10,9 @@ import torch
 from transformers import GPTNeoXConfig, LlamaConfig
 
 from qloralab.benchmarks import gpu
-from qloralab.benchmarks.case import Weight, WrongResultError
+from qloralab.benchmarks.case import WrongResultError
 from qloralab.benchmarks.clock import host
-from qloralab.benchmarks.gpu_chain import INPUTS, PROVIDERS, ROWS, Chain, check, linears, measure, tables
+from qloralab.benchmarks.gpu_chain import INPUTS, PROVIDERS, ROWS, Chain, check, linears, make_weights, measure, tables
 from qloralab.benchmarks.gpu_compare import compare
 from qloralab.benchmarks.gpu_device import Device, Limits
 from qloralab.benchmarks.gpu_views import tables as all_tables
@@ -36,7 +36,7 @@ def device(free: int = 2**34, prepare: Any = host) -> Device:
 
 
 def chain(M: int = 5) -> Chain:
-    weights = {name: Weight(NK, "cpu", 2**15, seed=seed) for seed, (name, NK) in enumerate(SHAPES.items(), 10)}
+    weights = make_weights(device(), SHAPES, M)
     return Chain("chain", weights["q"], M, linears=weights)
 
 

@@ -111,12 +111,13 @@ def test_a_model_from_its_config_to_the_table(tmp_path):
     command += ["--model", str(tmp_path / "Some-8B" / "config.json"), "--out", str(tmp_path)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     records = json.loads((tmp_path / "gpu-some-8b-a-gpu-80-gb.json").read_text())
-    points = [record for record in records if record.get("provider") == "ours"]
+    points = [record for record in records if record["kind"] == "point" and record["provider"] == "ours"]
     assert [(tuple(record["shape"]), record["count"]) for record in points[::4]] == [
         ((64, 64), 12), ((96, 64), 6), ((64, 96), 3)
     ]  # fmt: skip
     assert "Some-8B: all linear layers" in out
     assert "12 of 64x64, 6 of 96x64, 3 of 64x96" in out
+    assert "q, k, v, o, gate, up, down in a chain, of widths 64, 96" in out
 
 
 @pytest.mark.slow
