@@ -10,8 +10,8 @@ what the same provider computed before it, within the tolerance of a single prod
 "ours" is the operator that a layer calls, fused: few tokens go to ``few_tokens.py`` where it serves. "chain" is
 captured: a graph holds some chains, one after the other, over copies of all weights that fill the cache twice; what
 cannot be captured is launched, and marked. "chain, eager" launches each product, which takes the device's time or the
-host's, whichever is longer. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of reading in the same
-run; what goes from product to product is not counted.
+host's, whichever is longer. The share is the bytes of the weights, packed or bfloat16, over the time, over the rate of
+reading in the same run; what goes from product to product is not counted.
 """
 
 from __future__ import annotations
