@@ -70,12 +70,15 @@ class Weight:
         device: that holds it.
         cache: bytes of the last-level cache there; None: of the processor.
         most: copies.
+        seed: of its elements.
     """
 
-    def __init__(self, shape: tuple[int, int], device: str | torch.device = "cpu", cache: int = 0, most: int = 8):
+    def __init__(
+        self, shape: tuple[int, int], device: str | torch.device = "cpu", cache: int = 0, most: int = 8, seed: int = 0
+    ):
         self.shape, self.device = shape, torch.device(device)
         self.cache, self.most = cache or last_level_cache(), most
-        self.original = (self.normal(0, *shape) * SCALE).bfloat16()
+        self.original = (self.normal(seed, *shape) * SCALE).bfloat16()
         self.quantized = definition_of_quantize(self.original)
         self.exact = definition_of_dequantize(self.quantized)  # float32
         self._forms: dict[Any, list[Any]] = {}

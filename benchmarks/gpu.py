@@ -10,7 +10,8 @@
     python -m benchmarks.gpu --everything     this and the other benchmarks of a GPU, see ``gpu_everything.py``
 
 In this order, in one process: the facts (device, driver, versions); the canaries (``gpu_canaries.py``); the ceilings
-of this run, reading, a copy and a bfloat16 product; the points, each provider checked before it is timed; one table.
+of this run, reading, a copy and a bfloat16 product; the points, each provider checked before it is timed; seven
+products in a chain (``gpu_chain.py``), checked likewise; tables.
 Clocks, power and temperature are recorded before the points and after them.
 
 A provider that fails at a point is a record that says why, and the rest goes on. What would not fit into the memory
@@ -28,11 +29,11 @@ share can pass 1.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ import torch
 
 from qloralab.kernels.gpu import choice
 
-from . import gpu_model
+from . import gpu_chain, gpu_model
 from .case import OPERATIONS, RANK, Case, Weight
 from .gpu_canaries import Canary, canaries, verdict
 from .gpu_compare import compare as compare_records
 from .gpu_compare import percentage
-from .gpu_device import MOST, Device, Limits, ceilings, cuda_device, state
+from .gpu_device import MOST, Device, Limits, ceilings, cuda_device, fields, state
 from .gpu_everything import BUDGET as FOR_EVERYTHING
 from .gpu_everything import everything
 from .gpu_plot import plot
@@ -135,32 +136,13 @@ def measure(
             if model:
                 head |= {"model": model[0], "count": model[1][shape]}
             records = [
-                {**head, "provider": one.name, **_record(outcomes[one.name], one, limits, case)}
+                {**head, "provider": one.name, **fields(outcomes[one.name], one, limits, case)}
                 for one in able
                 if one.name in outcomes
             ]
             del outcomes  # the graphs hold memory
             lost = lost or device.lost()
             yield with_ratios(records)
-
-
-def _record(outcome: Outcome, one: Provider, limits: Limits | None, case: Case | None) -> dict[str, Any]:
-    bound, timer = None, outcome.timer
-    if case and limits:
-        bound = limits.bound_ms(case.least(one.dense))
-    return {
-        "status": outcome.status,
-        "why": outcome.why,
-        "ms": outcome.ms,
-        "reps": len(outcome.samples),
-        "error": outcome.error,
-        "timing": timer and timer.kind,
-        "note": timer and timer.note,
-        "copies": outcome.copies,
-        "roofline": limits and asdict(limits),
-        "bound_ms": bound,
-        "roofline_share": bound / outcome.ms["p50"] if bound and outcome.ms else None,
-    }
 
 
 def fused_up_to(records: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], int]:
@@ -202,7 +184,8 @@ def run(
         path: of the records.
         deadline: of all of it, on the clock of ``time.monotonic``.
         which: canaries; None: all.
-        options: what ``ceilings`` and ``measure`` take, as ``ceilings={...}``, ``measure={...}``.
+        options: what ``ceilings``, ``measure`` and ``gpu_chain.measure`` take, as ``ceilings={...}``, ``measure={...}``
+            and ``chain={...}``; without the last there is no chain.
     """
     common = {**gpu_provenance("gpu", device.name), "architecture": choice.device(device.device).architecture}
     print(json.dumps(common), file=sys.stderr)
@@ -218,11 +201,14 @@ def run(
         print(f"canary {canary.name}: {wrong or 'holds'}", file=sys.stderr)
     limits, asked = None, {"points": POINTS, **options.get("measure", {})}
     try:
-        limits = ceilings(device, **options.get("ceilings", {})) if asked["points"] else None
+        limits = ceilings(device, **options.get("ceilings", {})) if asked["points"] or "chain" in options else None
     except Exception as error:
         print(f"no ceilings: {text(error)}", file=sys.stderr)
     keep([{**common, "kind": "state", "when": "before", **state(device)}])
-    for point in measure(device, common, limits, deadline, **asked):
+    steps = measure(device, common, limits, deadline, **asked)
+    if "chain" in options:
+        steps = itertools.chain(steps, gpu_chain.measure(device, common, limits, deadline, **options["chain"]))
+    for point in steps:
         keep(point)
         for record in point:
             time_ = f"{1000 * p50(record):,.1f} µs" if record["ms"] else f"{record['status']}, {record['why']}"
@@ -245,6 +231,7 @@ def listing(providers: Sequence[Provider]) -> Iterator[str]:
     """A line for each operation, with its rows, and for each provider, with its operations."""
     for operation in OPERATIONS:
         yield f"{operation}: " + (", ".join(f"{M}" for one, M in POINTS if one == operation and M) or "no rows")
+    yield f"{gpu_chain.CHAIN}: {', '.join(map(str, gpu_chain.ROWS))}"
     for one in providers:
         yield f'"{one.name}": {", ".join(one.operations)}' + (f" ({why})" if (why := one.missing()) else "")
 
@@ -259,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fail-over", type=percentage, default=0.03, metavar="PERCENT", help="of --compare: 3%%")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="may be repeated")
     parser.add_argument("--model", type=existing, metavar="CONFIG.JSON", help="the shapes of its linear layers")
-    parser.add_argument("--only", nargs="+", choices=("canaries", *OPERATIONS), metavar="OPERATION", help="of these")
+    parser.add_argument(
+        "--only", nargs="+", choices=("canaries", *OPERATIONS, gpu_chain.CHAIN), metavar="OPERATION", help="of these"
+    )
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="of products and layers")
     parser.add_argument("--rank", type=int, default=RANK, help="of adapters")
     parser.add_argument("--dropout", type=float, default=0.0, help="of adapters; peers then take no part")
@@ -300,6 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = gpu_record_file(args.out, device.name)
     shapes = [(N, K) for N, K in args.shape or SHAPES]
     options: dict[str, Any] = {"providers": providers, "rank": args.rank, "dropout": args.dropout}
+    linears, more = gpu_chain.linears(args.model) if args.model else None, {}
+    if gpu_chain.CHAIN in (args.only or [gpu_chain.CHAIN]):
+        if linears != {}:
+            more["chain"] = {"shapes": linears, "rows": args.rows or gpu_chain.ROWS}
+        else:
+            print(f"no chain: no layer of {args.model} has q, k, v, o, gate, up and down", file=sys.stderr)
     if args.model:
         counts, title = gpu_model.linear_shapes(args.model), gpu_model.name(args.model)
         path, shapes, options["model"] = gpu_record_file(args.out, f"{title} {device.name}"), [*counts], (title, counts)
@@ -307,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options |= {"shapes": shapes, "points": chosen(args.only, args.rows)}
     which = [] if args.only and "canaries" not in args.only else None
     with choice.use("two-pass"):  # the canaries of what is registered are those of the definition's bits
-        records = run(device, path, deadline, which, measure=options)
+        records = run(device, path, deadline, which, measure=options, **more)
     show(tables(records), WIDTH, lines=saved(records) if args.save else ())
 
 

@@ -30,7 +30,7 @@ def by_key(records: Sequence[Record]) -> Mapping[Key, Record]:
     return {
         (r["operation"], tuple(r["shape"]), r["M"], r["provider"], r.get("rank", RANK), r.get("dropout", 0.0)): r
         for r in records
-        if r["kind"] == "point"
+        if r["kind"] in ("point", "chain")
     }
 
 

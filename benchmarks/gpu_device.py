@@ -14,13 +14,15 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from .case import Case
 from .clock import Run, Timer, cuda, interleave
-from .provider import text
+from .provider import Outcome, Provider, text
 from .work import Work
 
 MOST = 60  # samples
@@ -143,3 +145,23 @@ def ceilings(
     times = {name: min(some) for name, some in interleave(timers, seconds, fewest=5, most=MOST).items()}
     reading = min(times[name] for name in ("sum", "read") if name in times)
     return Limits(1e-6 * 2 * nbytes / times["copy"], 1e-9 * 2 * M * N * K / times["gemm"], 1e-6 * nbytes / reading)
+
+
+def fields(outcome: Outcome, one: Provider, limits: Limits | None, case: Case | None) -> dict[str, Any]:
+    """What a record says of a provider at a case (None: it was skipped), the bound and its share of it included."""
+    bound, timer = None, outcome.timer
+    if case and limits:
+        bound = limits.bound_ms(case.least(one.dense))
+    return {
+        "status": outcome.status,
+        "why": outcome.why,
+        "ms": outcome.ms,
+        "reps": len(outcome.samples),
+        "error": outcome.error,
+        "timing": timer and timer.kind,
+        "note": timer and timer.note,
+        "copies": outcome.copies,
+        "roofline": limits and asdict(limits),
+        "bound_ms": bound,
+        "roofline_share": bound / outcome.ms["p50"] if bound and outcome.ms else None,
+    }

@@ -58,10 +58,11 @@ def parts() -> list[Part]:
 
     return [
         gpu("canaries", 90, "canaries"),
-        gpu("linear", 110, "linear"),
-        gpu("input gradient", 110, "input gradient"),
+        gpu("linear", 100, "linear"),
+        gpu("input gradient", 100, "input gradient"),
+        gpu("chain", 40, "chain"),
         gpu("weights", 30, "dequantize", "quantize"),
-        gpu("adapted layer", 70, "adapted layer", "adapted layer, eager"),
+        gpu("adapted layer", 60, "adapted layer", "adapted layer, eager"),
         Part("optimizer", 60, "gpu_optimizer"),
         Part("generate", 50, "generate", ["--device", "cuda"]),
         Part("host", 40, "host"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from . import gpu_model
+from . import gpu_chain, gpu_model
 from .view import Goal, Record, grid, p50, point_cells, points, yes
 from .work import least
 
@@ -42,19 +42,20 @@ def with_ratios(point: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def tables(records: Sequence[Record]) -> Iterator[Table]:
     """The canaries that do not hold, if any; a row for each point; what the layers of a model take, if there is one;
-    what products with few rows take besides their bytes."""
+    what products with few rows take besides their bytes; the chain."""
     canaries = [record for record in records if record["kind"] == "canary"]
     if wrong := [(record["name"], record["wrong"]) for record in canaries if record["wrong"]]:
         headings = ("canary", "what was found")
         title = f"{len(wrong)} of {len(canaries)} canaries do not hold"
         yield grid(headings, wrong, left=headings, wrap=True, title=title)
-    if measured := list(points(records)):
+    if measured := list(points([record for record in records if record["kind"] == "point"])):
         yield _table(measured, len(canaries) - len(wrong), len(canaries), states(records))
         yield from gpu_model.tables(records)
         if lines := list(fits(records)):
             headings = ("provider", "M", "shapes", "t0, µs", "GB/s", "farthest off")
             caption = "products: the time is t0 + bytes / rate, by least squares over the shapes"
             yield grid(headings, lines, left=("provider",), caption=caption)
+    yield from gpu_chain.tables([record for record in records if record["kind"] == "chain"])
 
 
 def fits(records: Sequence[Record], most: int = 16) -> Iterator[tuple[str, ...]]:

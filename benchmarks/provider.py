@@ -134,6 +134,7 @@ def compare(
     providers: Sequence[Provider],
     prepare: Callable[[Sequence[Run], bool], Timer],
     before: Callable[[], object] = lambda: None,
+    check: Callable[[Case, Provider, Any], float] = check,
     **limits: Any,
 ) -> Mapping[str, Outcome]:
     """Check each provider, and time in turns those that are right.
@@ -143,12 +144,13 @@ def compare(
         providers: to compare.
         prepare: makes a timer of runs, and of whether a graph may be tried: ``clock.host`` or ``clock.cuda``.
         before: called between the checks and the clock.
+        check: of a result; ``case.check``, or its like.
         limits: of ``interleave``.
 
     Returns:
         by name, what became of each provider that takes the case.
     """
-    found = {provider.name: _gate(cases[provider.name], provider, prepare) for provider in providers}
+    found = {provider.name: _gate(cases[provider.name], provider, prepare, check) for provider in providers}
     outcomes = {name: outcome for name, outcome in found.items() if outcome}
     timers = {name: outcome.timer for name, outcome in outcomes.items() if outcome.timer}
     before()
@@ -163,7 +165,12 @@ def compare(
     return outcomes
 
 
-def _gate(case: Case, provider: Provider, prepare: Callable[[Sequence[Run], bool], Timer]) -> Outcome | None:
+def _gate(
+    case: Case,
+    provider: Provider,
+    prepare: Callable[[Sequence[Run], bool], Timer],
+    check: Callable[[Case, Provider, Any], float],
+) -> Outcome | None:
     if missing := provider.missing():
         return Outcome("missing", missing)
     if (case.M or 0) > provider.most_rows:

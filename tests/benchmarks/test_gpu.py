@@ -169,7 +169,13 @@ def test_points_are_of_the_operations_and_rows_that_are_asked_for():
 def test_operations_and_providers_are_listed(capsys):
     main(["--list"])
     out = capsys.readouterr().out
-    for part in ("linear: 1, 4, 16,", "quantize: no rows", '"ours, fused": linear, input gradient', "it needs a GPU"):
+    for part in (
+        "linear: 1, 4, 16,",
+        "quantize: no rows",
+        "chain: 1, 16",
+        '"ours, fused": linear, input gradient',
+        "it needs a GPU",
+    ):
         assert part in out
 
 

@@ -86,7 +86,7 @@ def test_files_of_one_name_are_joined_in_order(tmp_path):
 def test_all_points_and_canaries_have_a_part():
     asked = [name for part in parts() if part.module == "gpu" for name in part.arguments[3:]]
 
-    assert sorted(asked) == sorted(["canaries", *OPERATIONS])
+    assert sorted(asked) == sorted(["canaries", *OPERATIONS, "chain"])
     assert sum(part.seconds for part in parts()) <= 570
 
 
@@ -111,12 +111,13 @@ def test_a_model_from_its_config_to_the_table(tmp_path):
     command += ["--model", str(tmp_path / "Some-8B" / "config.json"), "--out", str(tmp_path)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     records = json.loads((tmp_path / "gpu-some-8b-a-gpu-80-gb.json").read_text())
-    points = [record for record in records if record.get("provider") == "ours"]
+    points = [record for record in records if record["kind"] == "point" and record["provider"] == "ours"]
     assert [(tuple(record["shape"]), record["count"]) for record in points[::4]] == [
         ((64, 64), 12), ((96, 64), 6), ((64, 96), 3)
     ]  # fmt: skip
     assert "Some-8B: all linear layers" in out
     assert "12 of 64x64, 6 of 96x64, 3 of 64x96" in out
+    assert "q, k, v, o, gate, up, down in a chain, of widths 64, 96" in out
 
 
 @pytest.mark.slow
@@ -131,4 +132,8 @@ def test_a_rehearsal(tmp_path):
     assert records[0]["kind"] == "canary"
     points = [record for record in records if record["kind"] == "point"]
     assert len({(record["operation"], record["M"]) for record in points}) == 10
-    assert {record["status"] for record in points if record["provider"] in ("ours", "bf16")} == {"ok"}
+    chains = [record for record in records if record["kind"] == "chain"]
+    assert [(record["operation"], record["M"]) for record in chains[::3]] == [
+        ("chain", 1), ("chain, eager", 1), ("chain", 16), ("chain, eager", 16)
+    ]  # fmt: skip
+    assert {record["status"] for record in points + chains if record["provider"] in ("ours", "bf16")} == {"ok"}

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qloralab.benchmarks import generate, gpu, gpu_optimizer
+from qloralab.benchmarks import generate, gpu, gpu_chain, gpu_optimizer
 from qloralab.benchmarks import host as host_calls
 from qloralab.benchmarks.clock import host
 from qloralab.benchmarks.gpu_canaries import Canary
@@ -47,6 +47,7 @@ def run(module: str, arguments: list[str]) -> None:
     ceilings, contenders = gpu.ceilings, gpu_optimizer.contenders
     host_calls.SECONDS = 0.001
     gpu.SHAPES, gpu.ceilings = ((64, 64),), lambda there: ceilings(there, **SMALL)
+    gpu_chain.LINEARS = {name: tuple(width // 32 for width in NK) for name, NK in gpu_chain.LINEARS.items()}
     gpu.POINTS[:] = [(operation, M) for operation, M in gpu.POINTS if (M or 0) <= 4 or "layer" in operation]
     gpu.PROVIDERS[:] = [one for one in gpu.PROVIDERS if not one.needs_gpu]
     gpu.canaries = lambda: iter([Canary("right", lambda guard: None)])
