@@ -419,7 +419,7 @@ def sass(
 ) -> None:
     """Count what the GPU kernels cost in machine code.
 
-    Compiles the Triton kernels, without a GPU, and disassembles bitsandbytes' beside them. Exit status 1 when a kernel
+    Compiles the kernels, without a GPU, and disassembles bitsandbytes' beside them. Exit status 1 when a kernel
     exceeds its budget.
     """
     if kernel and explain:

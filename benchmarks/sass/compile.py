@@ -42,6 +42,10 @@ class OfflineError(RuntimeError):
     """A kernel cannot be compiled here, or triton or one of its tools is missing."""
 
 
+class NoKernelError(OfflineError):
+    """No kernel has a name. The message ends with the names that there are."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What became of a case.
@@ -275,7 +279,8 @@ def select(names: Sequence[str], only: str | None) -> list[str]:
     """The names that are meant: `only` itself, or else those that begin with its words; all, if it is None.
 
     Raises:
-        OfflineError: none is, or a name occurs twice.
+        NoKernelError: none is.
+        OfflineError: a name occurs twice.
     """
     if len(set(names)) < len(names):
         raise OfflineError(f"two cases have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
@@ -285,7 +290,7 @@ def select(names: Sequence[str], only: str | None) -> list[str]:
         return [only]
     if chosen := [name for name in names if re.match(rf"{re.escape(only)}(?!\w)", name)]:
         return chosen
-    raise OfflineError(f"no kernel is called {only!r}; there are: {', '.join(names)}")
+    raise NoKernelError(f"no kernel is called {only!r}; there are: {', '.join(names)}")
 
 
 def _begin_worker() -> None:

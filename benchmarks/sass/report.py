@@ -27,6 +27,7 @@ from .budgets import TARGET, exceeded, unsound
 from .compile import (
     TARGETS,
     Compiled,
+    NoKernelError,
     OfflineError,
     compile_cases,
     compile_cuda,
@@ -180,13 +181,16 @@ def _compile(target: str, only: str | None) -> tuple[Found, str | None]:
             raise OfflineError(missing)
         chosen = select([compiled.name for compiled, _ in theirs], only)
         return [pair for pair in theirs if pair[0].name in chosen], None
-    cuda = cuda_cases()
-    if only is not None:
-        with suppress(OfflineError):  # of ours in Triton, then
-            chosen = select([case.name for case in cuda], only)
-            return [_counted(compile_cuda(case, target)) for case in cuda if case.name in chosen], None
-        cuda = []
-    ours = [*compile_cases([target], kernel_modules(), only), *(compile_cuda(case, target) for case in cuda)]
+    cuda = {case.name: case for case in cuda_cases()}
+    ours, chosen = list[Compiled](), list[str]()
+    with suppress(NoKernelError):  # of ours in Triton, then
+        chosen = select(list(cuda), only)
+    if only is None or not chosen:
+        try:
+            ours = compile_cases([target], kernel_modules(), only)
+        except NoKernelError as error:
+            raise OfflineError(", ".join([str(error), *cuda])) from error
+    ours += [compile_cuda(cuda[name], target) for name in chosen]
     return [*map(_counted, ours), *theirs], missing
 
 

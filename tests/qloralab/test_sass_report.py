@@ -249,3 +249,11 @@ def test_a_kernel_in_cuda(program):
     assert (status, err) == (0, "")
     assert "few_tokens, 8 tokens" in out
     assert "kept" in out
+
+
+@pytest.mark.skipif(bool(nvrtc.why_not()), reason=f"needs NVRTC: {nvrtc.why_not()}")
+def test_of_a_name_that_no_kernel_has_all_names_are_listed(program):
+    status, _, err = program("sass", "--kernel", "dequantise")
+    assert status == 2
+    assert "no kernel is called 'dequantise'; there are: quantize, " in err
+    assert ", few_tokens, 8 tokens" in err
