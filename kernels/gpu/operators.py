@@ -253,11 +253,11 @@ def report(names: Sequence[str], device: torch.device | None) -> list[dict[str, 
 
 def _product_report(kernels: Sequence[str], device: torch.device) -> tuple[str, str]:
     """Which ways a product takes on a device, and why."""
+    from . import few_tokens  # imports Triton
+
     two_pass = f"Triton's {', '.join(kernels)}, then cuBLAS"
     found = choice.device(device)
     summary = choice.summary(found)
-    from . import few_tokens
-
     if choice.is_exact() or not choice.fused_up_to(1 << 20, found):
         return "two-pass", f"{two_pass}; {summary}"
     for name in FUSED:

@@ -1,4 +1,4 @@
-"""Training by the GPU's operators, compiled and not launched: a step from graphs asks nothing of Triton."""
+"""Training and answers by the GPU's operators, compiled and not launched: captured steps ask nothing of Triton."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from qloralab.lora.inject import inject_
 from qloralab.nf4 import operator
 from qloralab.nf4.model import quantize_
 from qloralab.settings import Settings
-from qloralab.train import graphs
+from qloralab.train import decoding, graphs
 from qloralab.train.trainer import Trainer
 
 class Zeros(TorchDispatchMode):
@@ -65,21 +66,58 @@ def losses(capture):
         found = [trainer.train_step().loss for _ in range(3)]
         return found, [one.name for one in no_device.launches()]
 
-(eager, launched), (graphed, replayed) = losses(False), losses(True)
-print(json.dumps({"eager": eager, "launched": launched, "graphed": graphed, "replayed": replayed}))
+def captured_decoding(step):
+    decoder = step.__self__
+    state = decoder.token, decoder._positions, *(layer.cumulative_length for layer in decoder._cache.layers)
+    before = [part.clone() for part in state]
+    replay = captured(step)
+    for part, value in zip(state, before, strict=True):  # what is captured does not run
+        part.copy_(value)
+    return replay
+
+def answers(capture):
+    torch.manual_seed(0)
+    model = quantize_(LlamaForCausalLM(config).bfloat16(), compute_dtype=torch.bfloat16)
+    inject_(model, LoraConfig(**settings.new_adapters))
+    model.eval()
+    decoding._has_graphs, decoding.captured, launches = lambda decoder: capture, captured_decoding, []
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    with no_device.pretend(), choice.use("fused"), Zeros():
+        no_device.launches()
+        note = lambda *_: launches.append(len(no_device.launches()))
+        tokens = decoding.decode(model, ids, (ids > 0).long(), 8, [], note)
+    return tokens, launches
+
+print(json.dumps({"training": [losses(False), losses(True)], "answers": [answers(False), answers(True)]}))
 """
+LAYERS = 2 * 7
 
 
-@pytest.mark.slow
-def test_a_step_from_graphs_launches_nothing_from_python(tmp_path):
-    file = tmp_path / "training.py"
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Any]:
+    """What the code prints."""
+    file = tmp_path_factory.mktemp("without a GPU") / "steps.py"
     file.write_text(CODE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(file), str(Path(__file__).with_name("conftest.py"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["graphed"] == pytest.approx(found["eager"], rel=1e-3)
-    layers, parts, steps = 2 * 7, 2, 3
-    assert len(found["launched"]) >= 4 * layers * parts * steps
-    assert found["replayed"] == []
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_step_of_training_from_graphs_launches_nothing_from_python(found):
+    (eager, launched), (graphed, replayed) = found["training"]
+    parts, steps = 2, 3
+    assert graphed == pytest.approx(eager, rel=1e-3)
+    assert len(launched) >= 4 * LAYERS * parts * steps
+    assert replayed == []
+
+
+@pytest.mark.slow
+def test_a_captured_step_of_decoding_launches_nothing_from_python(found):
+    (eager, launched), (graphed, replayed) = found["answers"]
+    assert graphed == eager
+    assert launched == [2 * LAYERS] * 8  # the adapter's projection, and the product with its term
+    # Before the third token: a step, its capture, and the step that the graph is compared with.
+    assert replayed == [2 * LAYERS, 2 * LAYERS, 3 * 2 * LAYERS, *[0] * 5]
